@@ -1,0 +1,31 @@
+"""Ability transfer between related models as an extension of PEFT (arXiv 2601.09398).
+
+`import act_peft` registers the method with PEFT; see `ActConfig` and `localize` for where to start.
+"""
+
+from act_peft.config import ActConfig
+from act_peft.errors import ActError, ActTypeError, ActValueError, ActWarning
+from act_peft.localize import localize
+from act_peft.masks import ChannelMask
+from act_peft.model import ActModel
+from act_peft.registration import register
+from act_peft.scores import ChannelScores
+from act_peft.transfer import initialize_from_donor
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ActConfig",
+    "ActError",
+    "ActModel",
+    "ActTypeError",
+    "ActValueError",
+    "ActWarning",
+    "ChannelMask",
+    "ChannelScores",
+    "__version__",
+    "initialize_from_donor",
+    "localize",
+]
+
+register(ActConfig, ActModel)

@@ -1,0 +1,72 @@
+"""The model card of a saved adapter: what it was made from and how to load it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+BEGIN = "<!-- act_peft: begin -->"
+END = "<!-- act_peft: end -->"
+
+
+def write_model_card(folder: str, config: dict[str, Any]) -> None:
+    """Create or update `README.md` of an adapter's folder; what the user wrote around our section stays.
+
+    Args:
+        folder: the adapter's folder.
+        config: the adapter's configuration as a dict.
+    """
+    path = os.path.join(folder, "README.md")
+    card = ModelCard.load(path) if os.path.exists(path) else ModelCard.from_template(ModelCardData(), template_str=_EMPTY)
+    card.data["library_name"] = "peft"
+    tags = {tag for tag in card.data.get("tags") or [] if not tag.endswith(":")}  # PEFT's tag of a base without a name
+    card.data["tags"] = sorted({*tags, "peft", "act"})
+    card.data["base_model"] = card.data.get("base_model") or config["base_model_name_or_path"]
+    card.text = _with_section(card.text, _section(config))
+    beside = f"{path}.{os.getpid()}.tmp"
+    card.save(beside)
+    os.replace(beside, path)
+
+
+_EMPTY = "---\n{{ card_data }}\n---\n"
+
+
+def _with_section(text: str, section: str) -> str:
+    if BEGIN in text and END in text:
+        before, _, rest = text.partition(BEGIN)
+        return before + section + rest.partition(END)[2]
+    return f"\n{section}\n\n{text.lstrip()}"
+
+
+def _section(config: dict[str, Any]) -> str:
+    base = config["base_model_name_or_path"] or "BASE"
+    donor = config["donor"] or "none (trained from zero, or a donor in memory)"
+    revision = f" (revision {config['donor_revision']})" if config["donor_revision"] else ""
+    modules = config["adapted_modules"] or {}
+    selected = sum(entry["selected"] for entry in modules.values())
+    density = "unknown" if config["density"] is None else f"{config['density']:.4g}"
+    return f"""{BEGIN}
+## ACT adapter
+
+This adapter changes {selected} channels in {len(modules)} modules of its base model and nothing else
+([ACT](https://arxiv.org/abs/2601.09398): localize, select, transfer, make compatible).
+
+| | |
+|---|---|
+| base | {base} |
+| donor | {donor}{revision} |
+| density | {density} |
+| transfer scale λ | {config["transfer_scale"]} |
+
+```python
+import act_peft  # registers the method with PEFT; without it loading ends with KeyError: 'ACT'
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "path or Hub id of this adapter")
+merged = model.merge_and_unload()  # an ordinary model again, if you want one
+```
+{END}"""

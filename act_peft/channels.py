@@ -1,0 +1,163 @@
+"""What a channel is: which modules have channels, along which axis of the weight, and how many.
+
+A channel is one output coordinate of a module. This file is the only place that knows which axis of `weight` the
+channels lie on; localization, the tuner layers and everything that reads checkpoints ask here.
+
+| kind | module | weight | channel i is |
+|---|---|---|---|
+| linear | `torch.nn.Linear` | `[O, I]` | row i, and `bias[i]` |
+| conv1d | `transformers.pytorch_utils.Conv1D` | `[I, O]` | column i, and `bias[i]` |
+| embedding | `torch.nn.Embedding` | `[V, C]` | column i |
+| layer norm, RMS norm | `torch.nn.LayerNorm`, `torch.nn.RMSNorm`, their like | `[C]` | element i, and `bias[i]` |
+"""
+
+from __future__ import annotations
+
+import copy
+from enum import Enum
+from functools import partial
+from typing import cast
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from act_peft.errors import ActTypeError
+
+
+class ChannelKind(Enum):
+    """The kinds of module that have channels; `channel_dim` is the axis of `weight` that counts them."""
+
+    LINEAR = "linear"
+    CONV1D = "conv1d"
+    EMBEDDING = "embedding"
+    LAYER_NORM = "layer norm"
+    RMS_NORM = "RMS norm"
+
+    @property
+    def channel_dim(self) -> int:
+        """Axis of the module's `weight` along which the channels lie."""
+        return 1 if self in (ChannelKind.CONV1D, ChannelKind.EMBEDDING) else 0
+
+    @property
+    def is_norm(self) -> bool:
+        """Whether a channel is a single element of a 1-D weight."""
+        return self in (ChannelKind.LAYER_NORM, ChannelKind.RMS_NORM)
+
+
+def normalize(x: torch.Tensor, kind: ChannelKind, eps: float, *, index: torch.Tensor | None = None) -> torch.Tensor:
+    """The normalized input of a norm module, before its weight and bias are applied.
+
+    Args:
+        x: `[..., C]`, any floating dtype; the computation is in float32 or wider.
+        kind: `ChannelKind.LAYER_NORM` or `ChannelKind.RMS_NORM`.
+        eps: the module's epsilon.
+        index: int64 `[K]`, the channels to return; all of them by default.
+
+    Returns:
+        `[..., C]`, or `[..., K]` with `index`, in float32 (float64 for a float64 input).
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    selected = x if index is None else x.index_select(-1, index)  # [..., K]
+    if kind is ChannelKind.LAYER_NORM:
+        mean = x.mean(-1, keepdim=True)  # [..., 1]
+        return (selected - mean) * torch.rsqrt((x - mean).square().mean(-1, keepdim=True) + eps)
+    return selected * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+def norm_epsilon(module: nn.Module) -> float:
+    """The epsilon of a norm module, under whichever name the module keeps it.
+
+    `torch.nn.RMSNorm(eps=None)` means the machine epsilon of the input's dtype; that of the weight is returned.
+    """
+    for name in ("eps", "variance_epsilon", "epsilon"):
+        if name in vars(module):
+            value = vars(module)[name]
+            return torch.finfo(weight_of(module).dtype).eps if value is None else float(value)
+    return 0.0
+
+
+def channel_kind(module: nn.Module) -> ChannelKind | None:
+    """The kind of `module`, or None where its outputs are not channels of a plain weight.
+
+    A module with a quantised (not floating point) weight has no kind: its rows cannot be read or written.
+    """
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+        return None
+    if isinstance(module, nn.Linear):
+        return ChannelKind.LINEAR
+    if isinstance(module, Conv1D):
+        return ChannelKind.CONV1D
+    if isinstance(module, nn.Embedding):
+        return ChannelKind.EMBEDDING if module.max_norm is None else None
+    if isinstance(module, nn.LayerNorm):
+        return ChannelKind.LAYER_NORM if len(module.normalized_shape) == 1 else None
+    return _norm_kind(module)
+
+
+def num_channels(module: nn.Module) -> int:
+    """Number of channels C of a module that has a `channel_kind`.
+
+    Raises:
+        ActTypeError: the module has none.
+    """
+    kind = channel_kind(module)
+    if kind is None:
+        raise ActTypeError(
+            f"{type(module).__name__}: has no channels, expected a linear, Conv1D, embedding or norm module with a "
+            "floating point weight"
+        )
+    return int(weight_of(module).shape[kind.channel_dim])
+
+
+def weight_of(module: nn.Module) -> torch.Tensor:
+    """The weight of a module that has a `channel_kind`; torch types attributes of modules too loosely."""
+    return cast(torch.Tensor, module.weight)
+
+
+def _norm_kind(module: nn.Module) -> ChannelKind | None:
+    """Recognise norm modules by what they compute: `y[i] = normalized(x)[i] * (constant + weight[i]) + ...`.
+
+    Models bring their own norm classes (weight or 1 + weight, float32 inside or not). A copy of the module is asked
+    on a few random inputs; the user's module is neither called nor changed.
+    """
+    parameters = dict(module.named_parameters())
+    if set(parameters) not in ({"weight"}, {"weight", "bias"}) or any(p.dim() != 1 for p in parameters.values()):
+        return None
+    if any(True for _ in module.children()) or any(True for _ in module.buffers()):
+        return None
+    if type(module) not in _NORM_KINDS:
+        _NORM_KINDS[type(module)] = _probe_norm(module)
+    return _NORM_KINDS[type(module)]
+
+
+_NORM_KINDS: dict[type[nn.Module], ChannelKind | None] = {nn.RMSNorm: ChannelKind.RMS_NORM}
+_PROBE_TOLERANCE = 1e-3  # modules that round inside (bfloat16, float32) stay far below, other functions far above
+
+
+def _probe_norm(module: nn.Module) -> ChannelKind | None:
+    channels = weight_of(module).shape[0]
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    # Device and dtype are spelled out because the caller may have set other defaults (`torch.set_default_dtype`).
+    randn = partial(torch.randn, generator=generator, device="cpu", dtype=torch.float32)
+    x, weight, change = randn(4, channels) * 3 + 1, randn(channels), randn(channels)
+    try:
+        probe = copy.deepcopy(module).to_empty(device="cpu").float().eval()
+        with torch.no_grad():
+            for parameter in probe.parameters():
+                parameter.zero_()
+            weight_of(probe).copy_(weight)
+            # `forward`, because calling the copy would run the hooks that the user registered on the module.
+            before = probe.forward(x)
+            weight_of(probe).add_(change)
+            difference = probe.forward(x) - before
+    except Exception:  # a module that takes other inputs, or none, is no norm
+        return None
+    if not isinstance(difference, torch.Tensor) or difference.shape != x.shape:
+        return None
+    for kind in (ChannelKind.RMS_NORM, ChannelKind.LAYER_NORM):
+        expected = normalize(x, kind, norm_epsilon(module)) * change
+        if torch.allclose(difference, expected, rtol=_PROBE_TOLERANCE, atol=_PROBE_TOLERANCE):
+            return kind
+    return None

@@ -1,0 +1,179 @@
+"""`ActConfig`: what PEFT needs to know to build an ACT adapter, and what an adapter's file says about itself."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME, PeftType
+
+from act_peft.card import write_model_card
+from act_peft.errors import ActTypeError, ActValueError
+from act_peft.masks import ChannelMask, checked_indices
+
+TRAINABLE = ("deltas",)  # what `trainable` may be in this version
+
+
+@dataclass
+class ActConfig(PeftConfig):
+    """Configuration of an ACT adapter: which channels of which modules, and what moves into them.
+
+    Constructing `ActConfig()` without channels is allowed; `get_peft_model` needs them.
+
+    Args:
+        channels: the selected channels: a `ChannelMask`, a dict `module name -> channels`, or the path of a saved mask.
+            A name matches a module exactly or as a dotted suffix, as `target_modules` does (`"q_proj"` matches every
+            `...q_proj`). Never written to `adapter_config.json`: the adapter's tensors hold the indices.
+        donor: folder or Hub id of the model whose channels move over. Read once, when the adapter is created; loading an
+            adapter never opens it.
+        donor_revision: revision of a donor on the Hub.
+        transfer_scale: λ, the share of the donor's difference that moves over. With 1 the selected rows are the donor's.
+        target_modules: narrows `channels` to these modules; names or one regular expression, as in PEFT. By default every
+            module that `channels` names. Entries of `channels` outside are left aside.
+        exclude_modules: modules to leave out, names or one regular expression.
+        modules_to_save: further modules to train and save as a whole.
+        trainable_token_indices: rows of the token embedding to train, as in PEFT.
+        layers_to_transform: only modules in the layers of these numbers.
+        layers_pattern: name of the list of layers that `layers_to_transform` counts in.
+        init_weights: True: the deltas start at zero (or at the donor's difference); False: random, for tests.
+        trainable: what trains; `"deltas"`, the selected rows.
+        density: selected channels / all channels of the mask; filled in by the library.
+        adapted_modules: module name -> number of channels, number of selected ones, fingerprint of their base rows;
+            filled in by the library.
+
+    Raises:
+        ActValueError, ActTypeError: for values that can never be right; what depends on the model is checked when the
+            adapter is created.
+    """
+
+    channels: Any = field(
+        default=None,
+        metadata={"help": "The selected channels: a ChannelMask, a dict of lists, or the path of a saved mask."},
+    )
+    donor: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of the model whose channels move over."}
+    )
+    donor_revision: str | None = field(default=None, metadata={"help": "Revision of a donor on the Hub."})
+    transfer_scale: float = field(
+        default=0.4, metadata={"help": "Share of the donor's difference that is added to the selected channels."}
+    )
+    target_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Modules to adapt, names or a regular expression; default: all in `channels`."}
+    )
+    exclude_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Modules to leave out, names or a regular expression."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules to train and save as a whole."}
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Rows of the token embedding to train as well, as in PEFT."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Only modules in the layers of these numbers."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of layers that `layers_to_transform` counts in."}
+    )
+    init_weights: bool = field(
+        default=True, metadata={"help": "Zero (or the donor's difference) if True, random otherwise (for tests)."}
+    )
+    trainable: str = field(default="deltas", metadata={"help": "What trains: 'deltas', the selected rows."})
+    density: float | None = field(
+        default=None, metadata={"help": "Share of the channels that is selected; filled in by the library."}
+    )
+    adapted_modules: dict[str, dict[str, Any]] | None = field(
+        default=None, metadata={"help": "What the adapter holds, per module; filled in by the library."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # PEFT hands over `peft_type` when it builds a config from a file, and users do not. What a file says is a record:
+        # the donor and the mask that it names are never opened.
+        self._from_file = self.peft_type is not None and not isinstance(self.channels, ChannelMask)
+        self.peft_type = PeftType("ACT")
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+        if self.channels is not None:
+            self.channels = _checked_channels(self.channels)
+        if not isinstance(self.transfer_scale, (int, float)) or not math.isfinite(self.transfer_scale):
+            raise ActValueError(f"transfer_scale: got {self.transfer_scale!r}, expected a finite number")
+        if self.trainable not in TRAINABLE:
+            raise ActValueError(
+                f"trainable: got {self.trainable!r}, expected one of {', '.join(map(repr, TRAINABLE))} in this version"
+            )
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ActValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ActValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
+        if self.donor_revision is not None and self.donor is None:
+            raise ActValueError("donor_revision: given without a donor (name the donor, or leave the revision out)")
+
+    @property
+    def from_file(self) -> bool:
+        """Whether this config was read from an adapter's folder rather than written by the user."""
+        return self._from_file
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as a dict of plain values, without the channel indices."""
+        names = [f.name for f in fields(self) if f.name != "channels"]
+        return {"channels": None, **{name: copy.deepcopy(getattr(self, name)) for name in names}}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json` and, beside an adapter's tensors, the model card.
+
+        Args:
+            save_directory: the adapter's folder.
+            kwargs: as in PEFT.
+        """
+        config = copy.copy(self)
+        config.target_modules = _sorted_if_set(self.target_modules)
+        config.exclude_modules = _sorted_if_set(self.exclude_modules)
+        super(ActConfig, config).save_pretrained(save_directory, **kwargs)
+        if os.path.isfile(os.path.join(save_directory, "adapter_model.safetensors")):
+            write_model_card(save_directory, self.to_dict())
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """Read the configuration of a saved adapter.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub id of the adapter.
+            subfolder: folder inside it.
+            kwargs: as in PEFT.
+
+        Raises:
+            ActValueError: if the path is a file.
+        """
+        if os.path.isfile(pretrained_model_name_or_path):
+            raise ActValueError(
+                f"{pretrained_model_name_or_path}: got a file, expected the adapter's folder (with {CONFIG_NAME})"
+            )
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+
+def _sorted_if_set(names: Any) -> Any:
+    return sorted(names) if isinstance(names, set) else names
+
+
+def _checked_channels(channels: Any) -> Any:
+    """A mask and a path as they are; a dict with its channels as sorted lists.
+
+    Raises:
+        ActTypeError: for anything else.
+        ActValueError: for a negative or repeated channel.
+    """
+    if isinstance(channels, (ChannelMask, str, os.PathLike)):
+        return channels
+    if not isinstance(channels, Mapping):
+        raise ActTypeError(
+            f"channels: got {type(channels).__name__}, expected a ChannelMask, a dict of lists or a path"
+        )
+    return {name: checked_indices(f"channels[{name!r}]", indices).tolist() for name, indices in channels.items()}

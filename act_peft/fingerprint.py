@@ -1,0 +1,27 @@
+"""A fingerprint of base rows: by it an adapter recognises the base that it was made for."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+LENGTH = 16  # hexadecimal digits kept of the sha256
+
+
+def fingerprint(weight: torch.Tensor, bias: torch.Tensor | None = None) -> str:
+    """Hash of some rows of one module, the same for a float32 and a bfloat16 copy of them.
+
+    Args:
+        weight: selected part of the module's weight, any shape, in the module's orientation.
+        bias: `[K]`, the elements of the bias that belong to it, if there is a bias.
+
+    Returns:
+        16 hexadecimal digits of the sha256 over the values rounded to bfloat16.
+    """
+    digest = hashlib.sha256()
+    for tensor in (weight, bias):
+        if tensor is not None:
+            rounded = tensor.detach().to("cpu", torch.bfloat16).contiguous()
+            digest.update(memoryview(rounded.view(torch.int16).numpy().reshape(-1)).cast("B"))
+    return digest.hexdigest()[:LENGTH]

@@ -1,0 +1,24 @@
+"""ACT on transformers' `Conv1D` (GPT-2): a linear layer whose weight is stored transposed."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from act_peft.channels import ChannelKind
+from act_peft.layers.base import ActLayer
+
+
+class Conv1D(ActLayer):
+    """A transposed linear layer with deltas on some of its outputs.
+
+        y[..., index] += x @ delta_weight + delta_bias
+
+    Shapes: x `[..., I]`, delta_weight `[I, K]`, delta_bias `[K]`, y `[..., O]`.
+    """
+
+    kind = ChannelKind.CONV1D
+
+    def change(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        weight = self.act_delta_weight[adapter_name]  # [I, K]
+        return F.linear(self._cast_input_dtype(x, weight.dtype), weight.T, self.act_delta_bias[adapter_name])

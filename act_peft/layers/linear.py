@@ -1,0 +1,55 @@
+"""ACT on `torch.nn.Linear`: a channel is a row of the weight and an element of the bias."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from act_peft.channels import ChannelKind
+from act_peft.layers.base import ActLayer
+
+
+class Linear(ActLayer):
+    """A linear layer with deltas on some of its outputs.
+
+        y[..., index] += x @ delta_weight.T + delta_bias
+
+    Shapes: x `[..., I]`, delta_weight `[K, I]`, delta_bias `[K]`, y `[..., O]`. 2·K·I operations a token; no weight of
+    shape `[O, I]` is built.
+
+    Attributes:
+        is_output_head: whether this is the model's output embedding. Trainers that compute the loss from
+            `lm_head.weight` instead of calling the module (TRL's fused head) then find the adapted weight there.
+    """
+
+    kind = ChannelKind.LINEAR
+
+    def __init__(self, base_layer: nn.Module, *, shares_weight: bool = False, is_output_head: bool = False) -> None:
+        super().__init__(base_layer, shares_weight=shares_weight)
+        self.is_output_head = is_output_head
+
+    def change(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        weight = self.act_delta_weight[adapter_name]  # [K, I]
+        bias = self.act_delta_bias[adapter_name] if adapter_name in self.act_delta_bias else None  # [K]
+        return F.linear(self._cast_input_dtype(x, weight.dtype), weight, bias)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base weight; for the output head the weight with the active deltas, differentiable in them."""
+        return self._adapted(super().weight, self.act_delta_weight)
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The base bias; for the output head the bias with the active deltas, differentiable in them."""
+        bias = super().bias
+        return None if bias is None else self._adapted(bias, self.act_delta_bias)
+
+    def _adapted(self, tensor: torch.Tensor, deltas: nn.ParameterDict) -> torch.Tensor:
+        if not self.is_output_head or self.disable_adapters or self.merged:
+            return tensor
+        for name in sorted(self.active_adapters):
+            if name in deltas:
+                change = (deltas[name] * self.act_delta_scale[name]).to(tensor.dtype)
+                tensor = tensor.index_add(0, self.act_delta_index[name], change)
+        return tensor

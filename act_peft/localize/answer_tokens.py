@@ -1,0 +1,112 @@
+"""Which tokens of a batch count."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from act_peft.errors import ActTypeError, ActValueError
+
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class AnswerTokens:
+    """The counted tokens of one batch of shape `[B, T]`.
+
+    Attributes:
+        batch_size: B.
+        length: T.
+        index: positions of the N counted tokens in the flattened batch, sorted int64 `[N]` on the CPU.
+    """
+
+    batch_size: int
+    length: int
+    index: torch.Tensor
+    _on_device: dict[torch.device, torch.Tensor] = field(default_factory=dict, repr=False)
+
+    def __len__(self) -> int:
+        return self.index.numel()
+
+    def index_on(self, device: torch.device) -> torch.Tensor:
+        """`index` on a device; it is copied there once, not for every module."""
+        if device not in self._on_device:
+            self._on_device[device] = self.index.to(device)
+        return self._on_device[device]
+
+
+def find_answer_tokens(batch: Mapping[str, Any]) -> AnswerTokens:
+    """The tokens that count: those the loss would count.
+
+    A token counts where `labels != -100`, without labels where `attention_mask == 1`, without either everywhere.
+    Padding (`attention_mask == 0`) never counts, whatever the labels say. For a batch with `decoder_input_ids` the
+    tokens are the decoder's.
+
+    Args:
+        batch: `input_ids` `[B, T]` or `inputs_embeds` `[B, T, C]`, and optionally `labels` `[B, T]` and
+            `attention_mask` `[B, T]`; other keys do not matter.
+
+    Returns:
+        The counted tokens, at least one.
+
+    Raises:
+        ActTypeError: the batch is not a dict, or an entry that is read is not a tensor.
+        ActValueError: no tokens in the batch, shapes that do not fit, or no token that counts.
+    """
+    if not isinstance(batch, Mapping):
+        raise ActTypeError(
+            f"got {type(batch).__name__}, expected a dict of tensors (dataloader must be an iterable of such batches; "
+            "put a single batch into a list)"
+        )
+    prefix = "decoder_" if _entry(batch, "decoder_input_ids") is not None else ""
+    shape = _token_shape(batch, prefix)
+    mask_name = prefix + "attention_mask"
+    labels, mask = _entry(batch, "labels"), _entry(batch, mask_name)
+    if mask is not None and mask.shape != shape:
+        if labels is None:
+            raise ActValueError(
+                f"{mask_name}: got shape {list(mask.shape)}, expected {list(shape)} (add labels with {IGNORED_LABEL} "
+                "at the tokens that do not count)"
+            )
+        mask = None  # the model's own matter, such as one mask per query; the labels say which tokens count
+    if labels is not None and labels.shape != shape:
+        raise ActValueError(
+            f"labels: got shape {list(labels.shape)}, expected {list(shape)}, one label per token "
+            "(for an encoder-decoder add decoder_input_ids to the batch)"
+        )
+    if labels is not None:
+        counted = labels.cpu() != IGNORED_LABEL
+        if mask is not None:
+            counted &= mask.cpu() != 0
+    elif mask is not None:
+        counted = mask.cpu() == 1
+    else:
+        counted = torch.ones(shape, dtype=torch.bool, device="cpu")
+    if not counted.any():
+        what = f"all labels are {IGNORED_LABEL} or lie on padding" if labels is not None else f"{mask_name} is never 1"
+        raise ActValueError(
+            f"got no answer token among {counted.numel()} tokens ({what}), expected at least one (does the chat "
+            "template mark the assistant's turns with generation markers? are answers cut off by a maximum length? "
+            "drop samples without an answer)"
+        )
+    return AnswerTokens(shape[0], shape[1], counted.flatten().nonzero().flatten())
+
+
+def _entry(batch: Mapping[str, Any], name: str) -> torch.Tensor | None:
+    value = batch.get(name)
+    if value is not None and not isinstance(value, torch.Tensor):
+        raise ActTypeError(f"{name}: got {type(value).__name__}, expected a tensor (collate with return_tensors='pt')")
+    return value
+
+
+def _token_shape(batch: Mapping[str, Any], prefix: str) -> torch.Size:
+    ids, embeddings = _entry(batch, prefix + "input_ids"), _entry(batch, prefix + "inputs_embeds")
+    if ids is None and embeddings is None:
+        raise ActValueError(f"got the keys {sorted(map(str, batch))}, expected input_ids or inputs_embeds among them")
+    shape = ids.shape if ids is not None else embeddings.shape[:2]  # type: ignore[union-attr]
+    if len(shape) != 2:
+        raise ActValueError(f"{prefix}input_ids: got shape {list(shape)}, expected [B, T] (add a batch axis)")
+    return shape

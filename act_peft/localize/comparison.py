@@ -1,0 +1,117 @@
+"""The differences between two models on one batch."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from act_peft.errors import ActValueError
+from act_peft.localize.alignment import select_rows
+from act_peft.localize.answer_tokens import AnswerTokens
+from act_peft.localize.candidates import Candidates
+from act_peft.localize.sums import sum_absolute_difference
+from act_peft.localize.taps import tap_outputs
+from act_peft.names import matches
+
+
+class BatchComparison:
+    """Keeps the base's outputs at the answer tokens while it runs, and subtracts the donor's as they come.
+
+    Run the base once inside `reading_base()`, then the donor once inside `reading_donor()`, then ask for `sums()`.
+
+    Args:
+        candidates: the compared modules.
+        tokens: the answer tokens of the batch.
+    """
+
+    def __init__(self, candidates: Candidates, tokens: AnswerTokens) -> None:
+        self._candidates = candidates
+        self._tokens = tokens
+        self._kept: dict[str, deque[torch.Tensor]] = {
+            name: deque() for name in candidates.base
+        }  # one [N * R, C] a call
+        self._sums: dict[str, list[torch.Tensor]] = {name: [] for name in candidates.base}  # one [C] a call
+
+    @contextmanager
+    def reading_base(self) -> Iterator[None]:
+        """The base runs inside this context.
+
+        Raises:
+            ActValueError: a candidate did not run, or its output has no row for every token.
+        """
+        with tap_outputs(self._candidates.base, self._keep):
+            yield
+        self._check_all([name for name, calls in self._kept.items() if not calls], "did not run in the base")
+
+    @contextmanager
+    def reading_donor(self) -> Iterator[None]:
+        """The donor runs inside this context.
+
+        Raises:
+            ActValueError: a candidate ran more or less often than in the base, or its output has no row for every
+                token.
+        """
+        with tap_outputs(self._candidates.donor, self._subtract):
+            yield
+        self._check_all([name for name, calls in self._kept.items() if calls], "ran less often in the donor")
+
+    def sums(self) -> dict[str, torch.Tensor]:
+        """Module name -> sum of the absolute differences over the answer tokens, `[C]` (mean of a module's calls)."""
+        return {name: torch.stack(calls).mean(0) for name, calls in self._sums.items()}
+
+    def _rows(self, name: str, args: tuple[Any, ...], output: Any) -> torch.Tensor:
+        candidates = self._candidates
+        try:
+            return select_rows(
+                output,
+                args,
+                self._tokens,
+                channels=candidates.num_channels[name],
+                positional=name in candidates.embeddings,
+            )
+        except ActValueError as error:
+            raise ActValueError(f"{name}: {error} ({_leave_out([name], candidates.base)})") from error
+
+    def _keep(self, name: str, args: tuple[Any, ...], output: Any) -> None:
+        self._kept[name].append(self._rows(name, args, output))
+
+    def _subtract(self, name: str, args: tuple[Any, ...], output: Any) -> None:
+        rows = self._rows(name, args, output)
+        if not self._kept[name]:
+            self._check_all([name], "ran more often in the donor")
+        theirs = self._kept[name].popleft()  # its memory is free for the donor's next modules
+        if theirs.shape != rows.shape:
+            raise ActValueError(
+                f"{name}: donor gave {len(rows)} rows, the base {len(theirs)}, expected as many "
+                f"({_leave_out([name], self._sums)})"
+            )
+        self._sums[name].append(sum_absolute_difference(rows, theirs) / (len(rows) // len(self._tokens)))
+
+    def _check_all(self, failing: list[str], what: str) -> None:
+        if failing:
+            raise ActValueError(
+                f"{failing[0]}: {what}, expected every candidate to run on every batch, equally often in both models "
+                f"({len(failing)} of {len(self._sums)} candidates; {_leave_out(failing, self._sums)})"
+            )
+
+
+def _leave_out(names: list[str], candidates: Iterable[str]) -> str:
+    """How to exclude these modules and no other candidate: by their common parent, their last names, or one by one."""
+    common = os.path.commonprefix(names)  # noqa: RUF071, names are no paths
+    parent = common[: common.rfind(".") + 1]
+    last = sorted({name.rpartition(".")[2] for name in names})
+    if len(names) == 1:
+        what = repr(names)
+    elif parent and all(name in names for name in candidates if name.startswith(parent)):
+        what = f'r"{re.escape(parent)}.*"'
+    elif all(name in names for name in candidates if matches(name, last)):
+        what = repr(last)
+    else:
+        what = f"[{names[0]!r}, {names[1]!r}, ...]"
+    return f"leave them out with exclude_modules={what}"

@@ -1,0 +1,98 @@
+"""Running sums of absolute differences, per channel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from act_peft.errors import ActValueError
+
+# Elements that are worked on at a time: on the CPU a piece stays in the cache, on an accelerator it keeps it busy.
+_CPU_ELEMENTS = 1 << 17
+_ACCELERATOR_ELEMENTS = 1 << 26
+
+
+def sum_absolute_difference(donor: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """`sum over rows of |donor - base|`, on the donor's device.
+
+    The difference is taken in float32 or wider, the sum in float64 (float32 where a device has no float64, over one
+    batch).
+
+    Args:
+        donor: `[R, C]`, any floating dtype. May be overwritten.
+        base: `[R, C]`, any floating dtype and device.
+
+    Returns:
+        `[C]`.
+    """
+    device = donor.device
+    base = base.to(device)
+    wide = torch.promote_types(torch.promote_types(donor.dtype, base.dtype), torch.float32)
+    total = torch.zeros(donor.shape[1], device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+    elements = _CPU_ELEMENTS if device.type == "cpu" else _ACCELERATOR_ELEMENTS
+    rows = max(elements // donor.shape[1], 1)
+    for mine, theirs in zip(donor.split(rows), base.split(rows), strict=True):
+        difference = mine.to(wide).sub_(theirs).abs_()  # [rows, C]
+        total += difference.sum(0, dtype=total.dtype)
+    return total
+
+
+class ChannelSums:
+    """Sums per channel and the number of tokens behind them, over all batches so far.
+
+    Args:
+        num_channels: module name -> number of channels C.
+    """
+
+    def __init__(self, num_channels: Mapping[str, int]) -> None:
+        self._sums = {
+            name: torch.zeros(count, dtype=torch.float64, device="cpu") for name, count in num_channels.items()
+        }
+        self._num_tokens = torch.zeros((), dtype=torch.int64, device="cpu")
+
+    @property
+    def sums(self) -> dict[str, torch.Tensor]:
+        """Module name -> float64 `[C]` on the CPU."""
+        return dict(self._sums)
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens summed."""
+        return int(self._num_tokens)
+
+    def add_(self, batch: Mapping[str, torch.Tensor], num_tokens: int) -> None:
+        """Add the sums of one batch.
+
+        Args:
+            batch: module name -> `[C]`, for every module, on any devices.
+            num_tokens: number of tokens in these sums.
+
+        Raises:
+            ActValueError: a sum is not finite. Nothing has been added then.
+        """
+        on_cpu = _to_cpu(batch)
+        wrong = [name for name, values in on_cpu.items() if not torch.isfinite(values).all()]
+        if wrong:
+            raise ActValueError(
+                f"{wrong[0]}: got activations whose difference is not finite (NaN or infinite), expected finite "
+                f"numbers ({len(wrong)} of {len(on_cpu)} modules; float16 overflows easily, load both models in "
+                "bfloat16 or float32)"
+            )
+        for name, values in self._sums.items():
+            values += on_cpu[name]
+        self._num_tokens += num_tokens
+
+
+def _to_cpu(sums: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Move many small tensors with one copy per device: every copy waits for the device."""
+    moved: dict[str, torch.Tensor] = {}
+    for device in {values.device for values in sums.values()}:
+        names = [name for name, values in sums.items() if values.device == device]
+        together = torch.cat([sums[name] for name in names]).cpu()
+        moved.update(zip(names, _split(together, (sums[name].numel() for name in names)), strict=True))
+    return {name: moved[name] for name in sums}
+
+
+def _split(values: torch.Tensor, sizes: Iterable[int]) -> tuple[torch.Tensor, ...]:
+    return values.split(list(sizes))

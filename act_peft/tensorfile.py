@@ -1,0 +1,141 @@
+"""Typed, versioned, atomic files of named tensors.
+
+A file is a plain safetensors file. Its safetensors metadata has the single key `act_peft`, whose value is one JSON
+object with sorted keys: `kind` (str), `version` (int, from 1) and `metadata` (object, its content is the kind's own
+affair). Equal content gives equal bytes. Reading never unpickles anything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+
+from act_peft.errors import ActValueError
+
+_METADATA_KEY = "act_peft"
+
+
+def write(
+    path: str | os.PathLike[str],
+    kind: str,
+    version: int,
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, Any],
+) -> None:
+    """Write tensors to `path`: whole or not at all, over an older file if there is one.
+
+    Args:
+        path: the file to write, in an existing folder.
+        kind: what the file holds; `read` must ask for the same kind.
+        version: version of the kind's layout, from 1.
+        tensors: any shapes, dtypes and devices.
+        metadata: JSON-serialisable; finite numbers only.
+
+    Raises:
+        ActValueError: `path` is a folder or lies in a folder that does not exist.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ActValueError(f"{path}: got a folder, expected the name of a file to write (append a file name)")
+    if not path.parent.is_dir():
+        raise ActValueError(f"{path}: folder {path.parent} does not exist, expected an existing one (create it first)")
+    header = json.dumps(
+        {"kind": kind, "version": version, "metadata": metadata},
+        sort_keys=True,
+        separators=(",", ":"),
+        allow_nan=False,
+    )
+    # Clones, because safetensors refuses tensors that share memory.
+    copies = {name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)}
+    data = serialize(copies, metadata={_METADATA_KEY: header})
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with open(beside, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def read(path: str | os.PathLike[str], kind: str, version: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Read a file that `write` made, after checking everything that can be checked without knowing the kind.
+
+    Args:
+        path: the file.
+        kind: the kind of file that is expected.
+        version: the newest version of that kind that the caller can read.
+
+    Returns:
+        The tensors (copies on the CPU, independent of the file) in the order of their names, and the kind's metadata.
+
+    Raises:
+        ActValueError: no such file, a folder, not a safetensors file, damaged, of another kind, or of a newer version.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ActValueError(f"{path}: got a folder, expected a file (name the file inside it)")
+    if not path.is_file():
+        raise ActValueError(f"{path}: no such file, expected a file of kind {kind!r} (check the path)")
+    if path.stat().st_size == 0:  # an empty file cannot be mapped into memory, which is another error on every system
+        raise ActValueError(f"{path}: got an empty file, expected a safetensors file (save it again)")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            header = _parse_header(path, file.metadata())
+            _check_header(path, header, kind, version)
+            tensors = {name: file.get_tensor(name).clone() for name in sorted(file.keys())}
+    except SafetensorError as error:
+        raise ActValueError(
+            f"{path}: got a file that safetensors cannot read ({error}), expected a whole safetensors file "
+            "(it is damaged, cut off or of another format; save or download it again)"
+        ) from error
+    return tensors, header["metadata"]
+
+
+def _parse_header(path: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    text = (metadata or {}).get(_METADATA_KEY)
+    if text is None:
+        raise ActValueError(
+            f"{path}: got a safetensors file without {_METADATA_KEY!r} metadata, expected a file that act_peft saved "
+            "(is it a checkpoint?)"
+        )
+    try:
+        header = json.loads(text)
+    except ValueError as error:
+        raise ActValueError(
+            f"{path}: {_METADATA_KEY!r} metadata is not JSON ({error}) (save the file again)"
+        ) from error
+    if (
+        not isinstance(header, dict)
+        or not isinstance(header.get("kind"), str)
+        or type(header.get("version")) is not int
+        or not isinstance(header.get("metadata"), dict)
+    ):
+        raise ActValueError(
+            f"{path}: {_METADATA_KEY!r} metadata is {text[:200]}, expected an object with kind, version and metadata "
+            "(save the file again)"
+        )
+    return header
+
+
+def _check_header(path: Path, header: dict[str, Any], kind: str, version: int) -> None:
+    if header["kind"] != kind:
+        raise ActValueError(f"{path}: got a file of kind {header['kind']!r}, expected {kind!r} (name another file)")
+    if header["version"] > version:
+        raise ActValueError(
+            f"{path}: got version {header['version']} of kind {kind!r}, expected at most {version} (upgrade act_peft)"
+        )
+    if header["version"] < 1:
+        raise ActValueError(
+            f"{path}: got version {header['version']} of kind {kind!r}, expected 1 to {version} (save the file again)"
+        )

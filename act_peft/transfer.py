@@ -1,0 +1,277 @@
+"""Transfer: the donor's difference of the selected channels becomes the delta of an adapter."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+
+from act_peft.channels import channel_kind
+from act_peft.errors import ActTypeError, ActValueError, ActWarning
+from act_peft.layers import ActLayer
+
+RELATED = 0.5  # cosine of the selected weights: relatives stay above 0.9, models of different ancestors are near 0
+
+
+def initialize_from_donor(
+    model: nn.Module,
+    donor: nn.Module | str | os.PathLike[str],
+    *,
+    transfer_scale: float | None = None,
+    adapter_name: str = "default",
+) -> None:
+    """Fill the deltas of an existing ACT adapter with a donor's difference.
+
+        delta[i, :] = λ * (W_donor[i, :] - W_base[i, :])          for every selected channel i
+
+    (arXiv 2601.09398, the transfer step), the same for the elements of biases and norms. What the deltas held before is
+    replaced.
+
+    Args:
+        model: a `PeftModel` with an ACT adapter, or a model that an ACT adapter was injected into.
+        donor: a model in memory, or the folder or Hub id of one.
+        transfer_scale: λ; by default the one of the adapter's configuration.
+        adapter_name: name of the adapter.
+
+    Raises:
+        ActValueError: if the model has no such adapter, the adapter is merged, λ is not finite, or the donor's modules,
+            shapes, vocabulary or architecture differ from the base's, or its selected weights are not finite. Nothing is
+            changed then.
+        ActTypeError: if `donor` is neither a module nor a name.
+    """
+    layers = adapter_layers(model, adapter_name)
+    config = _adapter_config(model, adapter_name)
+    scale = config.transfer_scale if transfer_scale is None else transfer_scale
+    if not math.isfinite(scale):
+        raise ActValueError(f"transfer_scale: got {scale}, expected a finite number")
+    merged = [name for name, layer in layers.items() if adapter_name in layer.merged_adapters]
+    if merged:
+        raise ActValueError(f"{merged[0]}: adapter {adapter_name!r} is merged, expected an unmerged one (unmerge first)")
+    base = base_model(model)
+    if isinstance(donor, (str, os.PathLike)):
+        config.donor = os.fspath(donor)
+        donor = load_donor(os.fspath(donor), like=base)
+    elif not isinstance(donor, nn.Module):
+        raise ActTypeError(f"donor: got {type(donor).__name__}, expected a model, or the folder or Hub id of one")
+    index = {name: layer.act_delta_index[adapter_name] for name, layer in layers.items()}
+    check_donor(base, donor, index)
+    fill_deltas(layers, donor, transfer_scale=scale, adapter_name=adapter_name, index=index)
+    config.transfer_scale = float(scale)
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The model that the layers were injected into, without PEFT's wrappers around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else getattr(model, "_act_wrapped", model)
+
+
+def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, ActLayer]:
+    """The ACT layers that have an adapter, by the names of their modules in the base model.
+
+    Raises:
+        ActValueError: if there is none.
+    """
+    layers = {
+        name: module
+        for name, module in base_model(model).named_modules()
+        if isinstance(module, ActLayer) and adapter_name in module.act_delta_index
+    }
+    if not layers:
+        raise ActValueError(
+            f"{type(model).__name__}: has no ACT adapter {adapter_name!r}, expected one "
+            "(create it with get_peft_model(model, ActConfig(channels=...)))"
+        )
+    return layers
+
+
+def _adapter_config(model: nn.Module, adapter_name: str) -> Any:
+    return model.peft_config[adapter_name]  # type: ignore[index,union-attr]
+
+
+def load_donor(donor: str, *, like: nn.Module, revision: str | None = None) -> PreTrainedModel:
+    """Load a donor as the same class of model as the base, in the dtype of its checkpoint, on the CPU.
+
+    Only safetensors are read, no remote code is run.
+
+    Args:
+        donor: folder or Hub id.
+        like: the base.
+        revision: revision on the Hub.
+
+    Raises:
+        ActValueError: if the donor cannot be loaded, has another architecture, or lacks tensors.
+    """
+    if not isinstance(like, PreTrainedModel):
+        raise ActValueError(
+            f"donor {donor!r}: the base is a {type(like).__name__}, expected a transformers model "
+            "(load the donor yourself and pass it to initialize_from_donor)"
+        )
+    if os.path.isfile(donor):
+        raise ActValueError(f"donor {donor!r}: got a file, expected a folder with a checkpoint, or a Hub id")
+    try:
+        donor_config = AutoConfig.from_pretrained(donor, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ActValueError(
+            f"donor {donor!r}: cannot be opened, expected a folder with a checkpoint, or a Hub id ({error})"
+        ) from error
+    _check_configs(like.config, donor_config)
+    try:
+        model, info = type(like).from_pretrained(
+            donor, revision=revision, dtype="auto", use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ActValueError(f"donor {donor!r}: cannot be loaded ({error})") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ActValueError(
+            f"donor {donor!r}: {missing[0]} is missing in the checkpoint ({len(missing)} tensors are), expected a full "
+            f"checkpoint of a {type(like).__name__}"
+        )
+    return model
+
+
+def check_donor(base: nn.Module, donor: nn.Module, index: Mapping[str, torch.Tensor]) -> None:
+    """Check that the selected channels can move from the donor to the base.
+
+    Args:
+        base: the base model, with or without adapters in it.
+        donor: the donor.
+        index: module name -> selected channels, int64 `[K]`.
+
+    Raises:
+        ActValueError: naming the first module that differs and both shapes; for another vocabulary or architecture; for
+            values that are not finite.
+
+    Warns:
+        ActWarning: once, if rotary base or context length differ or the weights look unrelated.
+    """
+    base_config, donor_config = getattr(base, "config", None), getattr(donor, "config", None)
+    notes = []
+    if isinstance(base, PreTrainedModel) and isinstance(donor, PreTrainedModel):
+        notes = _check_configs(base_config, donor_config)
+    _check_structure(base, donor)
+    dot = base_square = donor_square = 0.0
+    for name, selected in index.items():
+        theirs = _rows(donor.get_submodule(name), selected)
+        for tensor in theirs:
+            if tensor is not None and not torch.isfinite(tensor).all():
+                raise ActValueError(
+                    f"{name}: the donor's selected weights hold NaN or infinity, expected finite numbers "
+                    "(the donor's checkpoint is broken)"
+                )
+        if theirs[0].dim() == 2 and theirs[0].numel():
+            mine = _rows(base.get_submodule(name), selected)[0].to("cpu", torch.float32).flatten()
+            other = theirs[0].to("cpu", torch.float32).flatten()
+            dot += float(mine @ other)
+            base_square += float(mine @ mine)
+            donor_square += float(other @ other)
+    if base_square and donor_square and dot / math.sqrt(base_square * donor_square) < RELATED:
+        cosine = dot / math.sqrt(base_square * donor_square)
+        notes.append(f"the selected weights have a cosine of {cosine:.2f}, as if the models had no common ancestor")
+    if notes:
+        warnings.warn(f"donor and base differ: {'; '.join(notes)}", ActWarning, stacklevel=2)
+
+
+def fill_deltas(
+    layers: Mapping[str, ActLayer],
+    donor: nn.Module,
+    *,
+    transfer_scale: float,
+    adapter_name: str,
+    index: Mapping[str, torch.Tensor],
+) -> None:
+    """Write `transfer_scale * (donor - base)` of the selected channels into the deltas. Check the donor first."""
+    with torch.no_grad():
+        for name, layer in layers.items():
+            theirs = _rows(donor.get_submodule(name), index[name])
+            mine = layer.original_rows(index[name])
+            for container, donor_part, base_part in (
+                (layer.act_delta_weight, theirs[0], mine.weight),
+                (layer.act_delta_bias, theirs[1], mine.bias),
+            ):
+                if donor_part is None or base_part is None:
+                    continue
+                wide = torch.promote_types(torch.promote_types(donor_part.dtype, base_part.dtype), torch.float32)
+                difference = donor_part.to(base_part.device, wide) - base_part.to(wide)
+                delta = transfer_scale * difference
+                if container[adapter_name].device.type == "meta":
+                    parameter = container[adapter_name]
+                    container[adapter_name] = nn.Parameter(delta.to(parameter.dtype), parameter.requires_grad)
+                else:
+                    container[adapter_name].copy_(delta)
+
+
+def _rows(module: nn.Module, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias of some channels of a module, adapted or not."""
+    if isinstance(module, ActLayer):
+        return module.original_rows(index)[1:]
+    weight: Any = module.weight
+    index = index.to(weight.device)
+    bias: Any = getattr(module, "bias", None)
+    return (
+        weight.detach().index_select(channel_kind(module).channel_dim, index),  # type: ignore[union-attr]
+        None if bias is None else bias.detach().index_select(0, index),
+    )
+
+
+def _check_structure(base: nn.Module, donor: nn.Module) -> None:
+    mine, theirs = _shapes(base), _shapes(donor)
+    differing = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
+    if differing:
+        name = differing[0]
+        module = name.rpartition(".")[0]
+        raise ActValueError(
+            f"{module}: donor has {_in_words(theirs.get(name), name)}, the base has {_in_words(mine.get(name), name)} "
+            f"(donor: {_name(donor)}; {len(differing)} of {len({**mine, **theirs})} tensors differ)"
+        )
+
+
+def _shapes(model: nn.Module) -> dict[str, list[int]]:
+    """Parameter names and shapes as they are without adapters."""
+    shapes = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if "act_delta_" in name or "modules_to_save." in name or "token_adapter." in name:
+            continue
+        plain = name.replace(".base_layer.", ".").replace(".original_module.", ".")
+        shapes[plain] = list(parameter.shape)
+    return shapes
+
+
+def _in_words(shape: list[int] | None, name: str) -> str:
+    return f"no {name.rpartition('.')[2]}" if shape is None else f"{name.rpartition('.')[2]} {shape}"
+
+
+def _name(model: nn.Module) -> str:
+    return getattr(model, "name_or_path", "") or type(model).__name__
+
+
+def _check_configs(base: Any, donor: Any) -> list[str]:
+    """Compare two transformers configurations; what differs harmlessly comes back in words."""
+    mine, theirs = base.get_text_config(), donor.get_text_config()
+    name = getattr(donor, "_name_or_path", "") or "donor"
+    for key, what in (("model_type", "architecture"), ("vocab_size", "vocabulary size")):
+        if getattr(mine, key, None) != getattr(theirs, key, None):
+            raise ActValueError(
+                f"{key}: the donor's {what} is {getattr(theirs, key, None)}, the base's {getattr(mine, key, None)} "
+                f"(donor: {name}; take a relative of the base)"
+            )
+    notes = []
+    for key, read in (("rope_theta", _rope_theta), ("max_position_embeddings", _max_positions)):
+        if read(mine) != read(theirs):
+            notes.append(f"{key} is {read(theirs)} in the donor and {read(mine)} in the base")
+    return notes
+
+
+def _rope_theta(config: Any) -> Any:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return parameters.get("rope_theta", getattr(config, "rope_theta", None))
+
+
+def _max_positions(config: Any) -> Any:
+    return getattr(config, "max_position_embeddings", None)
+
