@@ -4,7 +4,7 @@
 """
 
 from act_peft.config import ActConfig
-from act_peft.errors import ActError, ActTypeError, ActValueError, ActWarning
+from act_peft.errors import ActError, ActLoadError, ActTypeError, ActValueError, ActWarning
 from act_peft.localize import localize
 from act_peft.masks import ChannelMask
 from act_peft.model import ActModel
@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ActConfig",
     "ActError",
+    "ActLoadError",
     "ActModel",
     "ActTypeError",
     "ActValueError",

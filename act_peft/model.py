@@ -166,6 +166,11 @@ class ActModel(BaseTuner):
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT moves the containers of the new layer to its device here; `ActLayer.update_layer` has done so, and knows
+        # which of them have no data yet.
+        setattr(parent, child_name, new_module)
+
     def _wrap(self, target: nn.Module) -> ActLayer:
         plain = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         kind = channel_kind(plain)
