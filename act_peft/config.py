@@ -109,6 +109,7 @@ class ActConfig(PeftConfig):
             raise ActValueError(
                 f"trainable: got {self.trainable!r}, expected one of {', '.join(map(repr, TRAINABLE))} in this version"
             )
+        _check_record(self.adapted_modules)
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ActValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")
         if self.layers_pattern and self.layers_to_transform is None:
@@ -157,6 +158,27 @@ class ActConfig(PeftConfig):
                 f"{pretrained_model_name_or_path}: got a file, expected the adapter's folder (with {CONFIG_NAME})"
             )
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+
+def _check_record(modules: Any) -> None:
+    """Check `adapted_modules` as it comes out of a file.
+
+    Raises:
+        ActValueError: if it is not what the library writes.
+    """
+    if modules is None:
+        return
+    good = isinstance(modules, Mapping) and all(
+        isinstance(entry, Mapping)
+        and isinstance(entry.get("selected"), int)
+        and isinstance(entry.get("base"), (str, type(None)))
+        for entry in modules.values()
+    )
+    if not good:
+        raise ActValueError(
+            f"adapted_modules: got {str(modules)[:80]}, expected module name -> "
+            "{'selected': int, 'channels': int, 'base': str} (adapter_config.json is damaged)"
+        )
 
 
 def _sorted_if_set(names: Any) -> Any:

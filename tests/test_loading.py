@@ -109,7 +109,7 @@ def test_a_file_that_is_cut_off_is_refused(saved, kept):
     assert state_bytes(base) == before
 
 
-@pytest.mark.parametrize("selected", [10**12, -1, 17, "three", None])
+@pytest.mark.parametrize("selected", [10**12, -1, 17])
 def test_counts_in_the_configuration_are_checked_before_they_are_used(saved, selected):
     base, folder = saved
     path = folder / "adapter_config.json"
@@ -119,12 +119,12 @@ def test_counts_in_the_configuration_are_checked_before_they_are_used(saved, sel
     assert_refused(base, folder, f"q_proj: the adapter has {selected} channels, the module 16", ActValueError)
 
 
-@pytest.mark.parametrize("value", [3, [1], {"lm_head": 3}, {"lm_head": {"selected": 1, "base": 5}}])
+@pytest.mark.parametrize("value", [3, [1], {"lm_head": 3}, {"lm_head": {"selected": 1, "base": 5}}, {"a": {"selected": "3"}}])
 def test_a_malformed_record_of_modules_is_refused(saved, value):
     base, folder = saved
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "adapted_modules": value}))
-    assert_refused(base, folder, "adapted_modules", ActValueError)
+    assert_refused(base, folder, "adapted_modules: got .*expected module name", ActValueError)
 
 
 def test_a_file_where_a_folder_is_expected_is_refused(saved):
