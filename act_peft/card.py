@@ -19,7 +19,9 @@ def write_model_card(folder: str, config: dict[str, Any]) -> None:
         config: the adapter's configuration as a dict.
     """
     path = os.path.join(folder, "README.md")
-    card = ModelCard.load(path) if os.path.exists(path) else ModelCard.from_template(ModelCardData(), template_str=_EMPTY)
+    card = (
+        ModelCard.load(path) if os.path.exists(path) else ModelCard.from_template(ModelCardData(), template_str=_EMPTY)
+    )
     card.data["library_name"] = "peft"
     tags = {tag for tag in card.data.get("tags") or [] if not tag.endswith(":")}  # PEFT's tag of a base without a name
     card.data["tags"] = sorted({*tags, "peft", "act"})

@@ -102,13 +102,22 @@ def num_channels(module: nn.Module) -> int:
     Raises:
         ActTypeError: the module has none.
     """
+    return int(weight_of(module).shape[kind_of(module).channel_dim])
+
+
+def kind_of(module: nn.Module) -> ChannelKind:
+    """The `channel_kind` of a module that must have one.
+
+    Raises:
+        ActTypeError: the module has none.
+    """
     kind = channel_kind(module)
     if kind is None:
         raise ActTypeError(
             f"{type(module).__name__}: has no channels, expected a linear, Conv1D, embedding or norm module with a "
             "floating point weight"
         )
-    return int(weight_of(module).shape[kind.channel_dim])
+    return kind
 
 
 def weight_of(module: nn.Module) -> torch.Tensor:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import copy
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from peft import PeftConfig
-from peft.utils import CONFIG_NAME, PeftType
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
+from safetensors import SafetensorError, safe_open
 
 from act_peft.card import write_model_card
-from act_peft.errors import ActTypeError, ActValueError
+from act_peft.errors import ActLoadError, ActTypeError, ActValueError, ActWarning
 from act_peft.masks import ChannelMask, checked_indices
 
 TRAINABLE = ("deltas",)  # what `trainable` may be in this version
@@ -26,15 +28,16 @@ class ActConfig(PeftConfig):
     Constructing `ActConfig()` without channels is allowed; `get_peft_model` needs them.
 
     Args:
-        channels: the selected channels: a `ChannelMask`, a dict `module name -> channels`, or the path of a saved mask.
-            A name matches a module exactly or as a dotted suffix, as `target_modules` does (`"q_proj"` matches every
-            `...q_proj`). Never written to `adapter_config.json`: the adapter's tensors hold the indices.
-        donor: folder or Hub id of the model whose channels move over. Read once, when the adapter is created; loading an
-            adapter never opens it.
+        channels: the selected channels: a `ChannelMask`, a dict `module name -> channels`, or the path of a saved
+            mask. A name matches a module exactly or as a dotted suffix, as `target_modules` does (`"q_proj"` matches
+            every `...q_proj`). Never written to `adapter_config.json`: the adapter's tensors hold the indices.
+        donor: folder or Hub id of the model whose channels move over. Read once, when the adapter is created; loading
+            an adapter never opens it.
         donor_revision: revision of a donor on the Hub.
-        transfer_scale: λ, the share of the donor's difference that moves over. With 1 the selected rows are the donor's.
-        target_modules: narrows `channels` to these modules; names or one regular expression, as in PEFT. By default every
-            module that `channels` names. Entries of `channels` outside are left aside.
+        transfer_scale: λ, the share of the donor's difference that moves over. With 1 the selected rows are the
+            donor's.
+        target_modules: narrows `channels` to these modules; names or one regular expression, as in PEFT. By default
+            every module that `channels` names. Entries of `channels` outside are left aside.
         exclude_modules: modules to leave out, names or one regular expression.
         modules_to_save: further modules to train and save as a whole.
         trainable_token_indices: rows of the token embedding to train, as in PEFT.
@@ -93,9 +96,9 @@ class ActConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # PEFT hands over `peft_type` when it builds a config from a file, and users do not. What a file says is a record:
-        # the donor and the mask that it names are never opened.
-        self._from_file = self.peft_type is not None and not isinstance(self.channels, ChannelMask)
+        # PEFT hands over `peft_type` when it builds a config from a file, and users do not. What a file says is a
+        # record: the donor and the mask that it names are never opened.
+        self._from_file = vars(self)["peft_type"] is not None and not isinstance(self.channels, ChannelMask)
         self.peft_type = PeftType("ACT")
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
@@ -138,7 +141,7 @@ class ActConfig(PeftConfig):
         config.target_modules = _sorted_if_set(self.target_modules)
         config.exclude_modules = _sorted_if_set(self.exclude_modules)
         super(ActConfig, config).save_pretrained(save_directory, **kwargs)
-        if os.path.isfile(os.path.join(save_directory, "adapter_model.safetensors")):
+        if os.path.isfile(os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME)):
             write_model_card(save_directory, self.to_dict())
 
     @classmethod
@@ -152,12 +155,37 @@ class ActConfig(PeftConfig):
 
         Raises:
             ActValueError: if the path is a file.
+            ActLoadError: if the folder's tensors cannot be read.
+
+        Warns:
+            ActWarning: if a local folder holds pickled tensors only.
         """
+        _check_tensor_file(os.path.join(pretrained_model_name_or_path, subfolder or ""))
         if os.path.isfile(pretrained_model_name_or_path):
             raise ActValueError(
                 f"{pretrained_model_name_or_path}: got a file, expected the adapter's folder (with {CONFIG_NAME})"
             )
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+
+def _check_tensor_file(folder: str) -> None:
+    """Look at the tensors of a local adapter before PEFT touches the model; a Hub id is left to PEFT."""
+    path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+    if os.path.isfile(path):
+        try:
+            with safe_open(path, framework="pt") as file:
+                file.keys()
+        except (SafetensorError, OSError) as error:
+            raise ActLoadError(
+                f"{path}: cannot be read, expected a safetensors file ({error}; copy or download it again)"
+            ) from error
+    elif os.path.isfile(os.path.join(folder, WEIGHTS_NAME)):
+        warnings.warn(
+            f"{folder}: the adapter is pickled ({WEIGHTS_NAME}), which PEFT reads with torch's restricted unpickler "
+            "(save it with safe_serialization=True instead)",
+            ActWarning,
+            stacklevel=4,
+        )
 
 
 def _check_record(modules: Any) -> None:

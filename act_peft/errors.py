@@ -1,7 +1,7 @@
 """The one error family of the library.
 
-Every error that the library raises on purpose is an `ActError` and at the same time the built-in exception that PEFT and
-torch would raise in its place, so `except ValueError` around PEFT code keeps working. Messages read
+Every error that the library raises on purpose is an `ActError` and at the same time the built-in exception that PEFT
+and torch would raise in its place, so `except ValueError` around PEFT code keeps working. Messages read
 `where: got, expected (what to do)`.
 """
 

@@ -23,5 +23,5 @@ def fingerprint(weight: torch.Tensor, bias: torch.Tensor | None = None) -> str:
     for tensor in (weight, bias):
         if tensor is not None:
             rounded = tensor.detach().to("cpu", torch.bfloat16).contiguous()
-            digest.update(memoryview(rounded.view(torch.int16).numpy().reshape(-1)).cast("B"))
+            digest.update(rounded.view(torch.int16).numpy().data)
     return digest.hexdigest()[:LENGTH]

@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-import copy
-import logging
-import os
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    BaseTunerLayer,
-    _maybe_include_all_linear_layers,
-    check_target_module_exists,
-)
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
-from act_peft.channels import ChannelKind, channel_kind
+from act_peft.channels import kind_of
 from act_peft.config import ActConfig
-from act_peft.errors import ActLoadError, ActTypeError, ActValueError, ActWarning
-from act_peft.fingerprint import fingerprint
+from act_peft.errors import ActLoadError, ActValueError, ActWarning
 from act_peft.layers import LAYER_CLASSES, ActLayer, Linear
-from act_peft.layers.base import unknown_index
-from act_peft.masks import ChannelMask, checked_indices
-from act_peft.names import matching_key
+from act_peft.layers.base import PREFIX
+from act_peft.layers.state import check_adapter_state
+from act_peft.masks import ChannelMask
+from act_peft.plan import is_targeted, output_head, plan_channels, record, shared_weights
 from act_peft.transfer import check_donor, fill_deltas, load_donor
-
-logger = logging.getLogger(__name__)
-
-COMPILED = "_orig_mod."  # what torch.compile puts before the names of a model's modules
-FUSED_MAMBA_MODULES = {"out_proj", "conv1d"}  # their weights are read by a fused kernel, never called as modules
-MAMBA_TYPES = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 
 
 class ActModel(BaseTuner):
@@ -45,7 +31,7 @@ class ActModel(BaseTuner):
         peft_config: adapter name -> `ActConfig`.
     """
 
-    prefix = "act_delta_"
+    prefix = PREFIX
     tuner_layer_cls = ActLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (PEFT's own annotation)
 
@@ -66,15 +52,15 @@ class ActModel(BaseTuner):
                 does not fit; the model is as it was then.
         """
         config = self.peft_config[adapter_name]
-        indices = self._indices = self._plan(config, model, state_dict)
+        indices = self._indices = plan_channels(config, model, state_dict)
         # Placeholders of tensors that a state dict will bring are created where PEFT creates those of the deltas.
         self._index_device = torch.device("meta" if low_cpu_mem_usage and state_dict is not None else "cpu")
         donor = None
         if config.donor is not None and config.channels is not None and not config.from_file:
             donor = load_donor(config.donor, like=model, revision=config.donor_revision)
             check_donor(model, donor, indices)
-        self._tied_weights = _shared_weights(model)
-        self._output_head = id(_output_head(model))
+        self._tied_weights = shared_weights(model)
+        self._output_head = id(output_head(model))
         try:
             super().inject_adapter(
                 model,
@@ -92,51 +78,14 @@ class ActModel(BaseTuner):
         layers: dict[str, Any] = {name: model.get_submodule(name) for name in indices}
         if donor is not None:
             fill_deltas(layers, donor, transfer_scale=config.transfer_scale, adapter_name=adapter_name, index=indices)
-        config.adapted_modules = {name: _record(layer, indices[name]) for name, layer in layers.items()}
+        config.adapted_modules = {name: record(layer, indices[name]) for name, layer in layers.items()}
         if isinstance(config.channels, ChannelMask):
             selected = sum(index.numel() for index in indices.values())
             config.density = selected / sum(config.channels.num_channels.values())
 
-    def _plan(
-        self, config: ActConfig, model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None
-    ) -> dict[str, torch.Tensor]:
-        """Module name -> channels (int64 `[K]`), everything checked against the model.
-
-        The channels come from `config.channels`; for an adapter that is loaded only their number is known, from the state
-        dict or from what the configuration recorded.
-        """
-        if config.channels is None and config.adapted_modules is None:
-            raise ActValueError(
-                "channels: got none, expected a ChannelMask, a dict of lists or a saved mask "
-                "(for example ActConfig(channels=localize(base, donor, dataloader).top(0.05)))"
-            )
-        channels = _resolved_channels(config)
-        if config.target_modules is None:
-            _check_names(channels, model)
-        _maybe_include_all_linear_layers(config, model)
-        stored = None if state_dict is None else _stored_counts(state_dict)
-        indices = {}
-        for name, module in model.named_modules():
-            if stored is not None:
-                name = name.removeprefix(COMPILED)
-            targeted = name in stored if stored is not None else bool(self._check_target_module_exists(config, name))
-            index = _index_for(name, config, channels, stored, module) if name and targeted else None
-            if index is not None:
-                indices[name] = index
-        return indices
-
     @staticmethod
     def _check_target_module_exists(peft_config: ActConfig, key: str) -> Any:
-        channels = _resolved_channels(peft_config)
-        if peft_config.target_modules is None:
-            # `target_modules` itself stays None: PEFT would save a whole embedding whose name it finds there.
-            peft_config = copy.copy(peft_config)
-            peft_config.target_modules = set(channels)
-        found = check_target_module_exists(peft_config, key)
-        if not found or peft_config.channels is None:
-            return found
-        entry = matching_key(key, channels)
-        return found if entry is not None and len(channels[entry]) else False
+        return is_targeted(peft_config, key)
 
     def _prepare_adapter_config(self, peft_config: ActConfig, model_config: dict[str, Any]) -> ActConfig:
         return peft_config  # which modules are meant follows from the channels
@@ -152,9 +101,7 @@ class ActModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         index = self._indices[current_key].to(self._index_device)
-        layer = target
-        if not isinstance(target, ActLayer):
-            layer = self._wrap(target)
+        layer = target if isinstance(target, ActLayer) else self._wrap(target)
         layer.update_layer(
             adapter_name,
             index=index,
@@ -173,12 +120,9 @@ class ActModel(BaseTuner):
 
     def _wrap(self, target: nn.Module) -> ActLayer:
         plain = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        kind = channel_kind(plain)
-        shares_weight = id(plain.weight) in self._tied_weights
-        if kind is ChannelKind.LINEAR:
-            layer: ActLayer = Linear(target, shares_weight=shares_weight, is_output_head=id(target) == self._output_head)
-        else:
-            layer = LAYER_CLASSES[kind](target, shares_weight=shares_weight)  # type: ignore[index]
+        layer = LAYER_CLASSES[kind_of(plain)](target, shares_weight=id(plain.weight) in self._tied_weights)
+        if isinstance(layer, Linear):
+            layer.is_output_head = id(target) == self._output_head
         layer._active_adapter = self.active_adapters
         layer.train(target.training)
         return layer
@@ -197,7 +141,7 @@ class ActModel(BaseTuner):
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
         if not autocast_adapter_dtype:
             for layer in self._layers(adapter_name).values():
-                layer.cast_adapter(adapter_name, layer.get_base_layer().weight.dtype)
+                layer.cast_adapter(adapter_name)
 
     # --------------------------------------------------------------------------------------------------- asking ---
 
@@ -209,8 +153,8 @@ class ActModel(BaseTuner):
     def get_output_embeddings(self) -> Callable[[], nn.Module | None]:
         """The base model's method, which returns the plain output layer even where an adapter wraps it.
 
-        TRL refuses adapters on the output layer because it reads `lm_head.weight` instead of calling `lm_head`. Ours are
-        visible there (see `layers.Linear.weight`), so they are not what it looks for.
+        TRL refuses adapters on the output layer because it reads `lm_head.weight` instead of calling `lm_head`. Ours
+        are visible there (see `layers.Linear.weight`), so they are not what it looks for.
         """
         original = self.model.get_output_embeddings
 
@@ -238,7 +182,7 @@ class ActModel(BaseTuner):
     # -------------------------------------------------------------------------------------------------- merging ---
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge adapters into the base weights, as in PEFT; with `safe_merge` all rows are checked before any is written."""
+        """Merge adapters as in PEFT; with `safe_merge` all rows are checked before any is written."""
         if safe_merge:
             self._check_merge(adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
@@ -262,12 +206,7 @@ class ActModel(BaseTuner):
                 module.check_merge(adapter_names)
 
     def _check_target_module_compatiblity(self, peft_config: ActConfig, model: nn.Module, target_name: str) -> None:
-        model_type = getattr(getattr(model, "config", None), "model_type", None)
-        if model_type in MAMBA_TYPES and target_name in FUSED_MAMBA_MODULES:
-            raise ActValueError(
-                f"{target_name}: cannot be adapted in a {model_type} model, whose fused kernel reads its weight directly "
-                f"(leave it out with exclude_modules=[{target_name!r}])"
-            )
+        pass  # PEFT's list of exceptions for LoRA; ours are checked before anything is wrapped
 
     # -------------------------------------------------------------------------------------------------- loading ---
 
@@ -296,7 +235,7 @@ class ActModel(BaseTuner):
             tuner._accept(adapter_name, remapped, "base_model.model.", complete=True)
         return remapped
 
-    def _load_from_state_dict(  # type: ignore[override]
+    def _load_from_state_dict(
         self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         # torch calls this before any tensor below is copied: an adapter file is used as a whole or not at all.
@@ -304,10 +243,8 @@ class ActModel(BaseTuner):
             self._accept(adapter_name, state_dict, f"{prefix}model.", complete=False)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def _accept(
-        self, adapter_name: str, state_dict: dict[str, torch.Tensor], prefix: str, *, complete: bool
-    ) -> None:
-        """Check tensors that are about to be loaded; an adapter that waited for them is taken out if they do not fit."""
+    def _accept(self, adapter_name: str, state_dict: dict[str, torch.Tensor], prefix: str, *, complete: bool) -> None:
+        """Check tensors that are about to be loaded; an adapter that waited for them goes if they do not fit."""
         layers = self._layers(adapter_name)
         awaited = adapter_name in getattr(self, "_awaiting", ())
         states = {n: layer.adapter_state(state_dict, f"{prefix}{n}.", adapter_name) for n, layer in layers.items()}
@@ -317,7 +254,7 @@ class ActModel(BaseTuner):
             if complete:
                 self._check_unknown(state_dict, prefix)
             for name, layer in layers.items():
-                layer.check_state(adapter_name, states[name], name, complete=complete)
+                check_adapter_state(layer, adapter_name, states[name], name, complete=complete)
         except ActLoadError:
             if awaited:
                 self._withdraw(self.model, adapter_name)
@@ -326,7 +263,9 @@ class ActModel(BaseTuner):
             raise
         if awaited and not complete:
             self._awaiting.discard(adapter_name)
-            self._check_base(adapter_name, {n: s["act_delta_index"] for n, s in states.items() if "act_delta_index" in s})
+            self._check_base(
+                adapter_name, {n: s["act_delta_index"] for n, s in states.items() if "act_delta_index" in s}
+            )
 
     def _check_unknown(self, state_dict: Mapping[str, torch.Tensor], prefix: str) -> None:
         known = {prefix + key for key in self.model.state_dict()}
@@ -349,7 +288,7 @@ class ActModel(BaseTuner):
         compared = 0
         for name, index in indices.items():
             recorded = records.get(name, {}).get("base")
-            current = _record(layers[name], index)["base"]
+            current = record(layers[name], index)["base"]
             if recorded is None or current is None:
                 continue
             compared += 1
@@ -364,105 +303,3 @@ class ActModel(BaseTuner):
                 ActWarning,
                 stacklevel=2,
             )
-
-
-def _check_names(channels: Mapping[str, Any], model: nn.Module) -> None:
-    names = [name for name, _ in model.named_modules()]
-    unknown = [key for key in channels if not any(name == key or name.endswith("." + key) for name in names)]
-    if unknown:
-        raise ActValueError(
-            f"channels: {unknown[0]!r} matches no module of {type(model).__name__}, expected names of its modules "
-            f"({len(unknown)} of {len(channels)} names match none; the mask belongs to another model)"
-        )
-
-
-def _resolved_channels(config: ActConfig) -> Mapping[str, Any]:
-    """The channels of a configuration as a mapping; a saved mask is read once."""
-    if isinstance(config.channels, (str, os.PathLike)):
-        if config.from_file:
-            raise ActValueError(
-                f"channels: got the path {os.fspath(config.channels)!r} in a configuration that was read from a file, "
-                "which is never opened (pass ChannelMask.load(path))"
-            )
-        config.channels = ChannelMask.load(config.channels)
-    return config.channels if config.channels is not None else (config.adapted_modules or {})
-
-
-def _stored_counts(state_dict: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Module name -> number of channels that an adapter's state dict holds for it."""
-    counts: dict[str, int] = {}
-    for key, tensor in state_dict.items():
-        module, found, tensor_name = key.rpartition("." + ActModel.prefix)
-        if found:
-            name = module.removeprefix(COMPILED)
-            counts[name] = max(counts.get(name, 0), tensor.numel() if tensor_name.startswith("index") else 0)
-    return counts
-
-
-def _index_for(
-    name: str,
-    config: ActConfig,
-    channels: Mapping[str, Any],
-    stored: Mapping[str, int] | None,
-    module: nn.Module,
-) -> torch.Tensor | None:
-    """The channels of one target module, checked; None if none are selected."""
-    entry = matching_key(name, channels)
-    reserved: Any = None
-    if stored is not None:
-        reserved = stored[name]
-    elif config.channels is None:
-        reserved = channels[name].get("selected") if entry == name else 0
-    elif entry is None or not len(channels[entry]):
-        return None
-    plain = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    kind = channel_kind(plain)
-    if kind is None:
-        raise ActTypeError(
-            f"{name}: {type(plain).__name__} is not supported, expected Linear, Conv1D, Embedding or a norm with a "
-            f"floating point weight (leave it out with exclude_modules=[{name!r}])"
-        )
-    count = int(plain.weight.shape[kind.channel_dim])  # type: ignore[union-attr,operator]
-    if reserved is not None:
-        if not isinstance(reserved, int) or not 0 <= reserved <= count:
-            raise ActValueError(
-                f"{name}: the adapter has {reserved} channels, the module {count} (it was made for another model)"
-            )
-        return unknown_index(reserved)
-    if isinstance(channels, ChannelMask) and channels.num_channels[entry] != count:  # type: ignore[index]
-        raise ActValueError(
-            f"{name}: the mask counts {channels.num_channels[entry]} channels, the module has {count} "  # type: ignore[index]
-            "(the mask was made for another model)"
-        )
-    return checked_indices(name, channels[entry], count)  # type: ignore[index]
-
-
-def _record(layer: ActLayer, index: torch.Tensor) -> dict[str, Any]:
-    """What an adapter's configuration says about one module."""
-    weight = layer.get_base_layer().weight
-    base = None
-    if weight.device.type != "meta" and weight.is_floating_point():
-        rows = layer.original_rows(index)
-        base = fingerprint(rows.weight, rows.bias)
-    return {"selected": index.numel(), "channels": layer.num_channels, "base": base}
-
-
-def _shared_weights(model: nn.Module) -> set[int]:
-    """Ids of the weights that several modules use."""
-    seen: set[int] = set()
-    shared: set[int] = set()
-    for module in model.modules():
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            (shared if id(weight) in seen else seen).add(id(weight))
-    return shared
-
-
-def _output_head(model: nn.Module) -> nn.Module | None:
-    getter = getattr(model, "get_output_embeddings", None)
-    if getter is None:
-        return None
-    try:
-        return getter()
-    except (AttributeError, NotImplementedError):  # transformers models without an output layer
-        return None

@@ -5,6 +5,8 @@ PEFT's own `register_peft_method` refuses a name that its enum lacks, and offers
 
 from __future__ import annotations
 
+from typing import Any
+
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType, register_peft_method
 
@@ -13,7 +15,7 @@ from act_peft.errors import ActError
 NAME = "ACT"
 
 
-def register(config_class: type, model_class: type) -> None:
+def register(config_class: type, model_class: Any) -> None:
     """Register the method with PEFT. Calling it again, also after a reload of the library, is harmless.
 
     Args:
@@ -34,9 +36,7 @@ def register(config_class: type, model_class: type) -> None:
             table.pop(PeftType(NAME), None)
     else:
         _extend_enum()
-    register_peft_method(
-        name=NAME.lower(), config_cls=config_class, model_cls=model_class, prefix=model_class.prefix
-    )
+    register_peft_method(name=NAME.lower(), config_cls=config_class, model_cls=model_class, prefix=model_class.prefix)
 
 
 def _extend_enum() -> None:

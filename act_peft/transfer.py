@@ -6,13 +6,15 @@ import math
 import os
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
+from peft import PeftModel
+from peft.utils.integrations import skip_init_on_device
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from act_peft.channels import channel_kind
+from act_peft.channels import kind_of, weight_of
 from act_peft.errors import ActTypeError, ActValueError, ActWarning
 from act_peft.layers import ActLayer
 
@@ -30,8 +32,8 @@ def initialize_from_donor(
 
         delta[i, :] = λ * (W_donor[i, :] - W_base[i, :])          for every selected channel i
 
-    (arXiv 2601.09398, the transfer step), the same for the elements of biases and norms. What the deltas held before is
-    replaced.
+    (arXiv 2601.09398, the transfer step), the same for the elements of biases and norms. What the deltas held before
+    is replaced.
 
     Args:
         model: a `PeftModel` with an ACT adapter, or a model that an ACT adapter was injected into.
@@ -40,34 +42,37 @@ def initialize_from_donor(
         adapter_name: name of the adapter.
 
     Raises:
-        ActValueError: if the model has no such adapter, the adapter is merged, λ is not finite, or the donor's modules,
-            shapes, vocabulary or architecture differ from the base's, or its selected weights are not finite. Nothing is
-            changed then.
+        ActValueError: if the model has no such adapter, the adapter is merged, λ is not finite, or the donor's
+            modules, shapes, vocabulary or architecture differ from the base's, or its selected weights are not
+            finite. Nothing is changed then.
         ActTypeError: if `donor` is neither a module nor a name.
     """
     layers = adapter_layers(model, adapter_name)
-    config = _adapter_config(model, adapter_name)
+    config = cast(Any, model).peft_config[adapter_name]
     scale = config.transfer_scale if transfer_scale is None else transfer_scale
     if not math.isfinite(scale):
         raise ActValueError(f"transfer_scale: got {scale}, expected a finite number")
     merged = [name for name, layer in layers.items() if adapter_name in layer.merged_adapters]
     if merged:
-        raise ActValueError(f"{merged[0]}: adapter {adapter_name!r} is merged, expected an unmerged one (unmerge first)")
+        raise ActValueError(
+            f"{merged[0]}: adapter {adapter_name!r} is merged, expected an unmerged one (unmerge first)"
+        )
     base = base_model(model)
-    if isinstance(donor, (str, os.PathLike)):
-        config.donor = os.fspath(donor)
-        donor = load_donor(os.fspath(donor), like=base)
-    elif not isinstance(donor, nn.Module):
+    if isinstance(donor, nn.Module):
+        source, name = donor, getattr(donor, "name_or_path", "") or None
+    elif isinstance(donor, (str, os.PathLike)):
+        source, name = load_donor(os.fspath(donor), like=base), os.fspath(donor)
+    else:
         raise ActTypeError(f"donor: got {type(donor).__name__}, expected a model, or the folder or Hub id of one")
     index = {name: layer.act_delta_index[adapter_name] for name, layer in layers.items()}
-    check_donor(base, donor, index)
-    fill_deltas(layers, donor, transfer_scale=scale, adapter_name=adapter_name, index=index)
-    config.transfer_scale = float(scale)
+    check_donor(base, source, index)
+    fill_deltas(layers, source, transfer_scale=scale, adapter_name=adapter_name, index=index)
+    config.transfer_scale, config.donor = float(scale), name
 
 
 def base_model(model: nn.Module) -> nn.Module:
     """The model that the layers were injected into, without PEFT's wrappers around it."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else getattr(model, "_act_wrapped", model)
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, ActLayer]:
@@ -89,10 +94,7 @@ def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, ActLayer]:
     return layers
 
 
-def _adapter_config(model: nn.Module, adapter_name: str) -> Any:
-    return model.peft_config[adapter_name]  # type: ignore[index,union-attr]
-
-
+@skip_init_on_device  # inside `low_cpu_mem_usage` the donor would be loaded to nowhere
 def load_donor(donor: str, *, like: nn.Module, revision: str | None = None) -> PreTrainedModel:
     """Load a donor as the same class of model as the base, in the dtype of its checkpoint, on the CPU.
 
@@ -129,8 +131,8 @@ def load_donor(donor: str, *, like: nn.Module, revision: str | None = None) -> P
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ActValueError(
-            f"donor {donor!r}: {missing[0]} is missing in the checkpoint ({len(missing)} tensors are), expected a full "
-            f"checkpoint of a {type(like).__name__}"
+            f"donor {donor!r}: {missing[0]} is missing in the checkpoint ({len(missing)} tensors are), "
+            f"expected a full checkpoint of a {type(like).__name__}"
         )
     return model
 
@@ -144,8 +146,8 @@ def check_donor(base: nn.Module, donor: nn.Module, index: Mapping[str, torch.Ten
         index: module name -> selected channels, int64 `[K]`.
 
     Raises:
-        ActValueError: naming the first module that differs and both shapes; for another vocabulary or architecture; for
-            values that are not finite.
+        ActValueError: naming the first module that differs and both shapes; for another vocabulary or architecture;
+            for values that are not finite.
 
     Warns:
         ActWarning: once, if rotary base or context length differ or the weights look unrelated.
@@ -177,6 +179,7 @@ def check_donor(base: nn.Module, donor: nn.Module, index: Mapping[str, torch.Ten
         warnings.warn(f"donor and base differ: {'; '.join(notes)}", ActWarning, stacklevel=2)
 
 
+@skip_init_on_device
 def fill_deltas(
     layers: Mapping[str, ActLayer],
     donor: nn.Module,
@@ -209,12 +212,13 @@ def fill_deltas(
 def _rows(module: nn.Module, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weight and bias of some channels of a module, adapted or not."""
     if isinstance(module, ActLayer):
-        return module.original_rows(index)[1:]
-    weight: Any = module.weight
+        rows = module.original_rows(index)
+        return rows.weight, rows.bias
+    weight = weight_of(module)
     index = index.to(weight.device)
     bias: Any = getattr(module, "bias", None)
     return (
-        weight.detach().index_select(channel_kind(module).channel_dim, index),  # type: ignore[union-attr]
+        weight.detach().index_select(kind_of(module).channel_dim, index),
         None if bias is None else bias.detach().index_select(0, index),
     )
 
@@ -274,4 +278,3 @@ def _rope_theta(config: Any) -> Any:
 
 def _max_positions(config: Any) -> Any:
     return getattr(config, "max_position_embeddings", None)
-

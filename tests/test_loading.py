@@ -54,7 +54,10 @@ DAMAGES = {
     "missing weight": (drop(f"{QUERY}.act_delta_weight"), "q_proj: the adapter has no act_delta_weight"),
     "missing index": (drop(f"{QUERY}.act_delta_index"), "q_proj: the adapter has no act_delta_index"),
     "missing bias": (drop(f"{QUERY}.act_delta_bias"), "q_proj: the adapter has no act_delta_bias"),
-    "extra tensor": (put("base_model.model.extra", lambda _: torch.ones(2)), "extra: the adapter has a tensor of this name"),
+    "extra tensor": (
+        put("base_model.model.extra", lambda _: torch.ones(2)),
+        "extra: the adapter has a tensor of this name",
+    ),
     "extra module": (
         put("base_model.model.model.layers.7.mlp.up_proj.act_delta_index", lambda _: torch.tensor([1])),
         "up_proj.*: the adapter has a tensor of this name, the model does not",
@@ -66,13 +69,25 @@ DAMAGES = {
         put(f"{QUERY}.act_delta_index", lambda _: torch.tensor([-1, 3, 15])),
         r"channel indices from -1 to 15, expected ascending ones in \[0, 16\)",
     ),
-    "index out of range": (put(f"{QUERY}.act_delta_index", lambda _: torch.tensor([0, 3, 16])), "from 0 to 16, expected"),
+    "index out of range": (
+        put(f"{QUERY}.act_delta_index", lambda _: torch.tensor([0, 3, 16])),
+        "from 0 to 16, expected",
+    ),
     "repeated index": (put(f"{QUERY}.act_delta_index", lambda _: torch.tensor([0, 3, 3])), "without repetition"),
     "unsorted index": (put(f"{QUERY}.act_delta_index", lambda _: torch.tensor([3, 0, 15])), "expected ascending"),
-    "fewer channels": (put(f"{QUERY}.act_delta_index", lambda _: torch.tensor([0, 3])), "the adapter has 2 channels, expected 3"),
+    "fewer channels": (
+        put(f"{QUERY}.act_delta_index", lambda _: torch.tensor([0, 3])),
+        "the adapter has 2 channels, expected 3",
+    ),
     "integer weight": (put(f"{QUERY}.act_delta_weight", lambda t: t.int()), "act_delta_weight is torch.int32"),
-    "wrong weight shape": (put(f"{QUERY}.act_delta_weight", lambda t: t[:, :5].contiguous()), "size mismatch for act_delta_weight"),
-    "wrong bias shape": (put(f"{QUERY}.act_delta_bias", lambda t: t[:2].contiguous()), "size mismatch for act_delta_bias"),
+    "wrong weight shape": (
+        put(f"{QUERY}.act_delta_weight", lambda t: t[:, :5].contiguous()),
+        "size mismatch for act_delta_weight",
+    ),
+    "wrong bias shape": (
+        put(f"{QUERY}.act_delta_bias", lambda t: t[:2].contiguous()),
+        "size mismatch for act_delta_bias",
+    ),
 }
 
 
@@ -103,10 +118,7 @@ def test_a_file_that_is_cut_off_is_refused(saved, kept):
     base, folder = saved
     path = folder / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:kept])
-    before = state_bytes(base)
-    with pytest.raises(Exception, match="(?i)header|incomplete|metadata"):  # safetensors' own error
-        PeftModel.from_pretrained(base, folder)
-    assert state_bytes(base) == before
+    assert_refused(base, folder, r"adapter_model\.safetensors: cannot be read")
 
 
 @pytest.mark.parametrize("selected", [10**12, -1, 17])
@@ -119,7 +131,9 @@ def test_counts_in_the_configuration_are_checked_before_they_are_used(saved, sel
     assert_refused(base, folder, f"q_proj: the adapter has {selected} channels, the module 16", ActValueError)
 
 
-@pytest.mark.parametrize("value", [3, [1], {"lm_head": 3}, {"lm_head": {"selected": 1, "base": 5}}, {"a": {"selected": "3"}}])
+@pytest.mark.parametrize(
+    "value", [3, [1], {"lm_head": 3}, {"lm_head": {"selected": 1, "base": 5}}, {"a": {"selected": "3"}}]
+)
 def test_a_malformed_record_of_modules_is_refused(saved, value):
     base, folder = saved
     path = folder / "adapter_config.json"
@@ -129,12 +143,16 @@ def test_a_malformed_record_of_modules_is_refused(saved, value):
 
 def test_a_file_where_a_folder_is_expected_is_refused(saved):
     base, folder = saved
-    assert_refused(base, str(folder / "adapter_config.json"), "got a file, expected the adapter's folder|Can't find", ValueError)
+    assert_refused(
+        base, str(folder / "adapter_config.json"), "got a file, expected the adapter's folder|Can't find", ValueError
+    )
 
 
 def test_a_base_of_another_shape_is_refused(saved):
     _, folder = saved
-    assert_refused(build("qwen2", hidden_size=32), folder, r"size mismatch for act_delta_weight: the adapter has \[3, 16\]")
+    assert_refused(
+        build("qwen2", hidden_size=32), folder, r"size mismatch for act_delta_weight: the adapter has \[3, 16\]"
+    )
 
 
 def test_a_base_without_the_modules_is_refused(saved):

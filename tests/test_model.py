@@ -52,7 +52,12 @@ class Toy(nn.Module):
         ({"q_porj": [0]}, {}, ActValueError, r"channels: 'q_porj' matches no module .*1 of 1 names"),
         ({"q_proj": [16]}, {}, ActValueError, r"self_attn.q_proj: got channel 16, expected 0 to 15"),
         ({"mlp": [0]}, {}, ActTypeError, r"mlp: LlamaMLP is not supported, .*exclude_modules"),
-        ({"q_proj": [0]}, {"target_modules": ["v_proj"]}, ValueError, "No modules were targeted|not found in the base"),
+        (
+            {"q_proj": [0]},
+            {"target_modules": ["v_proj"]},
+            ValueError,
+            "No modules were targeted|not found in the base",
+        ),
         ({"q_proj": [0]}, {"exclude_modules": ["q_proj"]}, ValueError, "No modules were targeted|excluded"),
     ],
 )
@@ -62,12 +67,16 @@ def test_bad_channels_are_refused_and_nothing_changes(channels, settings, error,
 
 def test_a_mask_of_another_model_is_refused():
     mask = ChannelMask({"lm_head": [0]}, {"lm_head": 999})
-    assert_refused(build("llama"), ActConfig(channels=mask), ActValueError, "lm_head: the mask counts 999 channels, .* 48")
+    assert_refused(
+        build("llama"), ActConfig(channels=mask), ActValueError, "lm_head: the mask counts 999 channels, .* 48"
+    )
 
 
 @pytest.mark.parametrize(("name", "kind"), [("conv", "Conv1d"), ("clipped", "Embedding")])
 def test_unsupported_layers_are_refused_by_name(name, kind):
-    assert_refused(Toy(), ActConfig(channels={"lin": [0], name: [0]}), ActTypeError, f"{name}: {kind} is not supported")
+    assert_refused(
+        Toy(), ActConfig(channels={"lin": [0], name: [0]}), ActTypeError, f"{name}: {kind} is not supported"
+    )
 
 
 def test_the_fused_weights_of_mamba_are_refused():
@@ -111,14 +120,20 @@ def test_an_interruption_in_the_middle_unwraps_what_was_wrapped(monkeypatch):
     assert names(model) == structure
 
 
-# ----------------------------------------------------------------------------------------------------- which modules ---
+# ----------------------------------------------------------------------------------------------------- which modules
+# ---
 
 
 def test_names_match_exactly_or_as_dotted_suffix():
     model = get_peft_model(
-        build("llama"), ActConfig(channels={"q_proj": [1], "model.layers.0.self_attn.q_proj": [3, 2], "1.mlp.up_proj": [0]})
+        build("llama"),
+        ActConfig(channels={"q_proj": [1], "model.layers.0.self_attn.q_proj": [3, 2], "1.mlp.up_proj": [0]}),
     )
-    layers = {n: m.act_delta_index["default"].tolist() for n, m in model.get_base_model().named_modules() if isinstance(m, ActLayer)}
+    layers = {
+        n: m.act_delta_index["default"].tolist()
+        for n, m in model.get_base_model().named_modules()
+        if isinstance(m, ActLayer)
+    }
     assert layers == {
         "model.layers.0.self_attn.q_proj": [2, 3],
         "model.layers.1.self_attn.q_proj": [1],
@@ -133,7 +148,9 @@ def test_a_suffix_never_matches_inside_a_name():
 
 def test_channels_outside_target_modules_are_left_aside():
     config = ActConfig(channels={"q_proj": [0], "no_such_module": [3]}, target_modules=["q_proj"])
-    assert adapted_names(get_peft_model(build("llama"), config)) == {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)}
+    assert adapted_names(get_peft_model(build("llama"), config)) == {
+        f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)
+    }
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], r".*\.(q|v)_proj", "all-linear"])
@@ -185,7 +202,7 @@ def test_modules_to_save_and_trainable_tokens(tmp_path):
     )
     tuned = get_peft_model(model, config)
     with torch.no_grad():
-        for name, parameter in tuned.named_parameters():
+        for parameter in tuned.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1)
     tuned.save_pretrained(tmp_path)
@@ -193,7 +210,8 @@ def test_modules_to_save_and_trainable_tokens(tmp_path):
     assert torch.equal(loaded(batch()).logits, tuned(batch()).logits)
 
 
-# ------------------------------------------------------------------------------------------------------ dtypes, copies ---
+# ------------------------------------------------------------------------------------------------------ dtypes,
+# copies ---
 
 
 @pytest.mark.parametrize("autocast", [True, False])
@@ -216,6 +234,7 @@ def test_injection_without_a_peft_model():
     assert isinstance(model.model.layers[0].self_attn.q_proj, ActLayer)
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")  # PEFT's word for a second adapter
 def test_transformers_own_adapter_methods(tmp_path):
     base = build("llama")
     plain = base(batch()).logits
@@ -232,12 +251,13 @@ def test_transformers_own_adapter_methods(tmp_path):
     base.disable_adapters()
     assert torch.equal(base(batch()).logits, plain)
     base.enable_adapters()
-    base.delete_adapter("added")
     base.set_adapter("loaded")
+    base.delete_adapter("added")
     assert torch.equal(base(batch()).logits, expected)
 
 
-# ------------------------------------------------------------------------------------------------- scales and merging ---
+# ------------------------------------------------------------------------------------------------- scales and merging
+# ---
 
 
 def two_adapters():
@@ -275,7 +295,9 @@ def test_safe_merge_checks_every_layer_before_it_writes_any():
     last = [m for m in tuned.modules() if isinstance(m, ActLayer)][-1]
     last.act_delta_weight["default"].data[0] = float("nan")
     for merge in (tuned.merge_adapter, tuned.merge_and_unload):
-        with pytest.raises(ActValueError, match="NaNs detected in the merged weights. The adapter default seems to be broken"):
+        with pytest.raises(
+            ActValueError, match=r"NaNs detected in the merged weights\. The adapter default seems to be broken"
+        ):
             merge(safe_merge=True)
         assert state_bytes(tuned.get_base_model()) == before
 

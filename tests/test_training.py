@@ -63,8 +63,10 @@ def assert_only_selected_changed(tuned, before, mask):
     for name, index in mask.items():
         new, old = merged.get_submodule(name), before.get_submodule(name)
         dim = channel_kind(old).channel_dim
-        changed = (new.weight != old.weight).movedim(dim, 0).flatten(1).any(1) if new.weight.dim() > 1 else (
-            new.weight != old.weight
+        changed = (
+            (new.weight != old.weight).movedim(dim, 0).flatten(1).any(1)
+            if new.weight.dim() > 1
+            else (new.weight != old.weight)
         )
         assert torch.equal(changed.nonzero().flatten(), index), name
         if getattr(new, "bias", None) is not None:
@@ -117,7 +119,9 @@ def test_checkpointing_and_accumulation_give_the_same_result(tmp_path, changes):
     train(plain, prompt_completion(), tmp_path / "a")
     train(other, prompt_completion(), tmp_path / "b", **changes)
     for name, tensor in plain.state_dict().items():
-        torch.testing.assert_close(other.state_dict()[name], tensor, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            other.state_dict()[name], tensor, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_bf16_autocast_trains_float32_deltas(tmp_path):
@@ -153,9 +157,7 @@ def test_resuming_from_a_checkpoint_gives_the_uninterrupted_result(tmp_path):
 def test_an_adapted_output_layer_trains_as_its_dense_counterpart(tmp_path):
     """TRL reads `lm_head.weight`; the loss and the gradients must be those of the adapted weight."""
     base = build("llama")
-    model = get_peft_model(
-        base, ActConfig(channels={"lm_head": [3, 5, 8]}, init_weights=False, task_type="CAUSAL_LM")
-    )
+    model = get_peft_model(base, ActConfig(channels={"lm_head": [3, 5, 8]}, init_weights=False, task_type="CAUSAL_LM"))
     ids = batch()
     trainer = SFTTrainer(
         model, args=settings(tmp_path), train_dataset=prompt_completion(), processing_class=build_tokenizer()

@@ -3,11 +3,32 @@
 from __future__ import annotations
 
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
 from tiny_models import VOCABULARY
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-WORDS = "one two three four five six seven eight nine ten plus minus is and red blue green user assistant :".split()
+WORDS = [
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "plus",
+    "minus",
+    "is",
+    "and",
+    "red",
+    "blue",
+    "green",
+    "user",
+    "assistant",
+    ":",
+]
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'assistant' %}"
     "assistant : {% generation %}{{ message['content'] }} {{ eos_token }}{% endgeneration %} "
@@ -42,10 +63,7 @@ def prompt_completion(rows: int = 12) -> Dataset:
 
 def conversational(rows: int = 12) -> Dataset:
     return Dataset.from_list(
-        [
-            {"messages": [{"role": "user", "content": p}, {"role": "assistant", "content": c}]}
-            for p, c in _pairs(rows)
-        ]
+        [{"messages": [{"role": "user", "content": p}, {"role": "assistant", "content": c}]} for p, c in _pairs(rows)]
     )
 
 

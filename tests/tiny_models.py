@@ -21,8 +21,8 @@ DECODER = {
     "max_position_embeddings": 64,
 }
 
-# family -> (model class, configuration): Qwen2 has biases, GPT-2 Conv1D, LayerNorm and tied embeddings, Gemma 3 tied and
-# scaled embeddings and RMS norms that multiply with 1 + weight
+# family -> (model class, configuration): Qwen2 has biases, GPT-2 Conv1D, LayerNorm and tied embeddings, Gemma 3 tied
+# and scaled embeddings and RMS norms that multiply with 1 + weight
 FAMILIES = {
     "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig, {**DECODER, "tie_word_embeddings": False}),
     "qwen2": (transformers.Qwen2ForCausalLM, transformers.Qwen2Config, {**DECODER, "tie_word_embeddings": False}),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -12,14 +14,18 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from act_peft.channels import ChannelKind
-from act_peft.errors import ActLoadError, ActValueError
+from act_peft.errors import ActValueError
+from act_peft.layers.state import check_adapter_state
+
+PREFIX = "act_delta_"  # `act_` alone is part of the names of modules in half of all transformers models
 
 
-class ChannelRows(NamedTuple):
+@dataclass(frozen=True)
+class ChannelRows:
     """The parameters of some channels of one module.
 
-    `weight` has the module's own orientation: `[K, I]` for a linear layer, `[I, K]` for Conv1D, `[V, K]` for an embedding,
-    `[K]` for a norm. `bias` is `[K]`, or None where the module has none.
+    `weight` has the module's own orientation: `[K, I]` for a linear layer, `[I, K]` for Conv1D, `[V, K]` for an
+    embedding, `[K]` for a norm. `bias` is `[K]`, or None where the module has none.
     """
 
     index: torch.Tensor
@@ -53,13 +59,21 @@ class ActLayer(nn.Module, BaseTunerLayer):
 
     kind: ChannelKind
 
+    # What PEFT's classes bring along, for type checkers.
+    get_base_layer: Callable[[], Any]
+    set_adapter: Callable[..., None]
+    _cast_input_dtype: Callable[..., torch.Tensor]
+    _get_embed_scale: Callable[[], torch.Tensor | None]
+    active_adapters: list[str]
+    merged_adapters: list[str]
+
     def __init__(self, base_layer: nn.Module, *, shares_weight: bool = False) -> None:
         """Wrap `base_layer`.
 
         Args:
             base_layer: the module to adapt; it is kept as it is.
-            shares_weight: whether another module uses the same weight (tied embeddings). Merging then gives this module
-                a weight of its own, because a delta belongs to this use of the weight alone.
+            shares_weight: whether another module uses the same weight (tied embeddings). Merging then gives this
+                module a weight of its own, because a delta belongs to this use of the weight alone.
         """
         super().__init__()
         self.base_layer = base_layer
@@ -67,7 +81,7 @@ class ActLayer(nn.Module, BaseTunerLayer):
         self.act_delta_bias = nn.ParameterDict({})
         self.act_delta_index = BufferDict({}, persistent=True)
         self.act_delta_scale: dict[str, float] = {}
-        self.merged_adapters: list[str] = []
+        self.merged_adapters = []
         self._disable_adapters = False
         self._shares_weight = shares_weight
         self._originals: ChannelRows | None = None
@@ -100,12 +114,13 @@ class ActLayer(nn.Module, BaseTunerLayer):
             inference_mode: whether the deltas start frozen.
         """
         base = self.get_base_layer()
-        # A half precision delta would lose what distinguishes donor and base; PEFT's autocast rule asks for float32 too.
+        # A half precision delta would lose what distinguishes donor and base; PEFT's autocast rule asks for float32
+        # too.
         dtype = torch.promote_types(base.weight.dtype, torch.float32)
         create = torch.zeros if init_weights else torch.randn
-        shape = self._delta_shape(index.numel())
+        shape = self.delta_shape(index.numel())
         self.act_delta_weight[adapter_name] = nn.Parameter(create(shape, dtype=dtype))
-        if self._has_bias:
+        if self.has_bias:
             self.act_delta_bias[adapter_name] = nn.Parameter(create(index.numel(), dtype=dtype))
         self.act_delta_index[adapter_name] = index.clone()
         self.act_delta_scale[adapter_name] = 1.0
@@ -113,10 +128,12 @@ class ActLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     @property
-    def _has_bias(self) -> bool:
+    def has_bias(self) -> bool:
+        """Whether the wrapped module has a bias."""
         return getattr(self.get_base_layer(), "bias", None) is not None
 
-    def _delta_shape(self, num_selected: int) -> tuple[int, ...]:
+    def delta_shape(self, num_selected: int) -> tuple[int, ...]:
+        """Shape of the weight's delta for K selected channels, in the module's orientation."""
         shape = list(self.get_base_layer().weight.shape)
         shape[self.kind.channel_dim] = num_selected
         return tuple(shape)
@@ -128,8 +145,9 @@ class ActLayer(nn.Module, BaseTunerLayer):
             if adapter_name in container and container[adapter_name].device.type != "meta" and target.type != "meta":
                 container[adapter_name] = container[adapter_name].to(target)
 
-    def cast_adapter(self, adapter_name: str, dtype: torch.dtype) -> None:
-        """Cast the deltas of one adapter to `dtype`, in place."""
+    def cast_adapter(self, adapter_name: str) -> None:
+        """Cast the deltas of one adapter to the base layer's dtype, in place."""
+        dtype = self.get_base_layer().weight.dtype
         for container in (self.act_delta_weight, self.act_delta_bias):
             if adapter_name in container:
                 container[adapter_name].data = container[adapter_name].data.to(dtype)
@@ -185,7 +203,7 @@ class ActLayer(nn.Module, BaseTunerLayer):
         base, dim = self.get_base_layer(), self.kind.channel_dim
         index = index.to(base.weight.device)
         weight = base.weight.data.index_select(dim, index)
-        bias = base.bias.data.index_select(0, index) if self._has_bias else None
+        bias = base.bias.data.index_select(0, index) if self.has_bias else None
         if self._originals is not None and index.numel():
             kept = self._originals
             where = torch.searchsorted(index, kept.index.to(index.device)).clamp(max=index.numel() - 1)
@@ -211,8 +229,9 @@ class ActLayer(nn.Module, BaseTunerLayer):
             weight.index_add_(dim, where, self.act_delta_weight[name].detach().to(weight) * scale)
             if bias is not None:
                 bias.index_add_(0, where, self.act_delta_bias[name].detach().to(bias) * scale)
+        base = self.get_base_layer()
         return ChannelRows(
-            original.index, weight.to(original.weight.dtype), None if bias is None else bias.to(original.bias.dtype)
+            original.index, weight.to(base.weight.dtype), None if bias is None else bias.to(base.bias.dtype)
         )
 
     def _write_rows(self, rows: ChannelRows) -> None:
@@ -239,9 +258,7 @@ class ActLayer(nn.Module, BaseTunerLayer):
         for tensor in (rows.weight, rows.bias):
             if tensor is not None and not torch.isfinite(tensor).all():
                 broken = [n for n in names if not torch.isfinite(self.act_delta_weight[n]).all()] or names
-                raise ActValueError(
-                    f"NaNs detected in the merged weights. The adapter {broken[0]} seems to be broken"
-                )
+                raise ActValueError(f"NaNs detected in the merged weights. The adapter {broken[0]} seems to be broken")
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write the rows of the named (by default: the active) adapters into the base weight.
@@ -302,79 +319,18 @@ class ActLayer(nn.Module, BaseTunerLayer):
 
     # -------------------------------------------------------------------------------------------------- loading ---
 
-    def check_state(
-        self, adapter_name: str, state: dict[str, torch.Tensor], where: str, *, complete: bool = False
-    ) -> None:
-        """Check the tensors of one adapter of this layer before they are loaded.
-
-        Args:
-            adapter_name: name of the adapter.
-            state: the given ones of `act_delta_weight`, `act_delta_bias`, `act_delta_index`.
-            where: name of the module, for messages.
-            complete: whether a missing tensor is an error; wrong shapes of weights are left to the later check then, so
-                that PEFT's `ignore_mismatched_sizes` can drop them first.
-
-        Raises:
-            ActLoadError: for a missing tensor, a wrong dtype or shape, and indices that are not ascending, not unique or
-                outside `[0, C)`.
-        """
-        expected = ["act_delta_index", "act_delta_weight"] + (["act_delta_bias"] if self._has_bias else [])
-        if self.knows_channels(adapter_name):
-            state = {"act_delta_index": self.act_delta_index[adapter_name], **state}
-        missing = [name for name in expected if name not in state]
-        if missing and complete:
-            raise ActLoadError(
-                f"{where}: the adapter has no {' and no '.join(missing)}, expected {', '.join(expected)} "
-                "(the file is incomplete or was made for another model)"
-            )
-        index = state.get("act_delta_index", self.act_delta_index[adapter_name])
-        if "act_delta_index" in state:
-            self._check_index(adapter_name, index, where)
-        for name in expected[1:]:
-            if name not in state:
-                continue
-            tensor = state[name]
-            shape = self._delta_shape(index.numel()) if name == "act_delta_weight" else (index.numel(),)
-            if not tensor.is_floating_point():
-                raise ActLoadError(f"{where}: {name} is {tensor.dtype}, expected a floating point dtype")
-            if tuple(tensor.shape) != shape and not complete:
-                raise ActLoadError(
-                    f"{where}: size mismatch for {name}: the adapter has {list(tensor.shape)}, expected {list(shape)} "
-                    "(the adapter was made for another model)"
-                )
-
-    def _check_index(self, adapter_name: str, index: torch.Tensor, where: str) -> None:
-        if index.dtype != torch.int64 or index.dim() != 1:
-            raise ActLoadError(
-                f"{where}: channel indices are {index.dtype} of shape {list(index.shape)}, expected int64 of shape [K]"
-            )
-        reserved = self.act_delta_index[adapter_name].numel()
-        if reserved not in (0, index.numel()):
-            raise ActLoadError(
-                f"{where}: size mismatch: the adapter has {index.numel()} channels, expected {reserved} "
-                "(its configuration and its tensors do not belong together)"
-            )
-        if index.device.type == "meta" or not index.numel():
-            return
-        low, high = int(index.min()), int(index.max())
-        if low < 0 or high >= self.num_channels or not bool((index[1:] > index[:-1]).all()):
-            raise ActLoadError(
-                f"{where}: channel indices from {low} to {high}, expected ascending ones in [0, {self.num_channels}) "
-                "without repetition (the file is damaged or was made for another model)"
-            )
-
     def knows_channels(self, adapter_name: str) -> bool:
         """Whether the adapter's channels are known, rather than still to be loaded."""
         index = self.act_delta_index[adapter_name]
         return index.device.type != "meta" and index.numel() > 0 and int(index[0]) >= 0
 
-    def _load_from_state_dict(  # type: ignore[override]
+    def _load_from_state_dict(
         self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         # torch calls this before it loads the containers below, so what is checked and resized here is what they load.
         for adapter_name in list(self.act_delta_index.keys()):
             state = self.adapter_state(state_dict, prefix, adapter_name)
-            self.check_state(adapter_name, state, prefix.rstrip("."))
+            check_adapter_state(self, adapter_name, state, prefix.rstrip("."))
             index = state.get("act_delta_index")
             if index is not None and self.act_delta_index[adapter_name].numel() != index.numel():
                 self._resize(adapter_name, index.numel())
@@ -392,7 +348,7 @@ class ActLayer(nn.Module, BaseTunerLayer):
         old = self.act_delta_index[adapter_name]
         self.act_delta_index[adapter_name] = unknown_index(num_selected).to(old.device)
         for container, shape in (
-            (self.act_delta_weight, self._delta_shape(num_selected)),
+            (self.act_delta_weight, self.delta_shape(num_selected)),
             (self.act_delta_bias, (num_selected,)),
         ):
             if adapter_name in container:

@@ -20,5 +20,6 @@ class Conv1D(ActLayer):
     kind = ChannelKind.CONV1D
 
     def change(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """See `ActLayer.change`."""
         weight = self.act_delta_weight[adapter_name]  # [I, K]
         return F.linear(self._cast_input_dtype(x, weight.dtype), weight.T, self.act_delta_bias[adapter_name])

@@ -21,6 +21,7 @@ class Embedding(ActLayer):
     kind = ChannelKind.EMBEDDING
 
     def change(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """See `ActLayer.change`."""
         base = self.get_base_layer()
         change = F.embedding(
             x,

@@ -24,14 +24,12 @@ class Linear(ActLayer):
     """
 
     kind = ChannelKind.LINEAR
-
-    def __init__(self, base_layer: nn.Module, *, shares_weight: bool = False, is_output_head: bool = False) -> None:
-        super().__init__(base_layer, shares_weight=shares_weight)
-        self.is_output_head = is_output_head
+    is_output_head = False
 
     def change(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """See `ActLayer.change`."""
         weight = self.act_delta_weight[adapter_name]  # [K, I]
-        bias = self.act_delta_bias[adapter_name] if adapter_name in self.act_delta_bias else None  # [K]
+        bias = self.act_delta_bias.get(adapter_name)  # [K] or None
         return F.linear(self._cast_input_dtype(x, weight.dtype), weight, bias)
 
     @property

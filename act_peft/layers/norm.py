@@ -13,11 +13,12 @@ class _Norm(ActLayer):
 
         y[..., index] += normalized(x)[..., index] * delta_weight + delta_bias
 
-    Shapes: x and y `[..., C]`, delta_weight and delta_bias `[K]`. The formula holds for every norm whose output is affine
-    in its weight, `weight * normalized(x)` as well as `(1 + weight) * normalized(x)`.
+    Shapes: x and y `[..., C]`, delta_weight and delta_bias `[K]`. The formula holds for every norm whose output is
+    affine in its weight, `weight * normalized(x)` as well as `(1 + weight) * normalized(x)`.
     """
 
     def change(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """See `ActLayer.change`."""
         index = self.act_delta_index[adapter_name]
         selected = normalize(x, self.kind, norm_epsilon(self.get_base_layer()), index=index)  # [..., K]
         change = selected * self.act_delta_weight[adapter_name]

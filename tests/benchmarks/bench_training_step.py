@@ -1,12 +1,13 @@
 """A training step, its peak memory, and the unmerged forward, beside PEFT's own methods with as many parameters.
 
-Floor of a step at density p of all linear rows: the frozen model costs 2 multiply-adds a weight and token (forward, and the
-gradient of the inputs); ACT adds 3p of one pass (forward, gradient of the rows, gradient of the inputs). LoRA with the same
-number of trainable parameters adds the same multiply-adds, and reads and writes every output once more. Nothing here is
+Floor of a step at density p of all linear rows: the frozen model costs 2 multiply-adds a weight and token (forward,
+and the gradient of the inputs); ACT adds 3p of one pass (forward, gradient of the rows, gradient of the inputs). LoRA
+with the same number of trainable parameters adds the same multiply-adds, and reads and writes every output once more.
+Nothing here is
 asserted: the numbers depend on the machine, the ratios hardly.
 
-Every method runs in turn inside one process, `--repeats` rounds; printed is the median of the ratios of each round. Peak
-memory is that of a fresh process per method.
+Every method runs in turn inside one process, `--repeats` rounds; printed is the median of the ratios of each round.
+Peak memory is that of a fresh process per method.
 
     python tests/benchmarks/bench_training_step.py --threads 1
 """
@@ -107,7 +108,8 @@ def compare(args: argparse.Namespace) -> None:
     def ratio(table: dict[str, list[float]], method: str, peer: str) -> float:
         return statistics.median(a / b for a, b in zip(table[method][1:], table[peer][1:], strict=True))
 
-    print(f"training step, ratio to LoRA:    ACT {ratio(steps, 'act', 'lora'):.3f}, SHiRA {ratio(steps, 'shira', 'lora'):.3f}")
+    act, shira = ratio(steps, "act", "lora"), ratio(steps, "shira", "lora")
+    print(f"training step, ratio to LoRA:    ACT {act:.3f}, SHiRA {shira:.3f}")
     print(
         "unmerged forward, ratio to base: "
         + ", ".join(f"{name.upper()} {ratio(forwards, name, 'base'):.3f}" for name in ("act", "lora", "shira"))
