@@ -49,7 +49,11 @@ def test_saving_again_keeps_what_the_user_wrote(tmp_path):
     assert "My own words." in text
     assert text.count("## ACT adapter") == 1
     assert "| transfer scale λ | 0.9 |" in text
-    assert sorted(p.name for p in path.parent.iterdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(p.name for p in path.parent.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
 
 
 def test_every_adapter_of_a_model_gets_its_card(tmp_path):

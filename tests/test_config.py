@@ -19,7 +19,12 @@ MASK = ChannelMask({"lin": [2, 0]}, {"lin": 3, "out": 5})
 def test_a_configuration_without_channels_can_be_constructed():
     config = ActConfig()
     assert config.peft_type is PeftType("ACT")
-    assert (config.channels, config.transfer_scale, config.trainable, config.init_weights) == (None, 0.4, "deltas", True)
+    assert (config.channels, config.transfer_scale, config.trainable, config.init_weights) == (
+        None,
+        0.4,
+        "deltas",
+        True,
+    )
 
 
 @pytest.mark.parametrize("channels", [[2, 0], (2, 0), {0, 2}, range(0, 4, 2), torch.tensor([2, 0])])

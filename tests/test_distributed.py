@@ -1,0 +1,51 @@
+"""Two real processes train one adapter with DistributedDataParallel over gloo."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = """
+import copy, os, sys
+sys.path.insert(0, {tests!r})
+import torch
+from peft import get_peft_model
+from tiny_data import build_tokenizer, prompt_completion
+from tiny_models import build, random_mask, state_bytes
+from trl import SFTConfig, SFTTrainer
+from act_peft import ActConfig
+
+torch.set_num_threads(1)
+base = build("llama")
+before = state_bytes(base)
+model = get_peft_model(base, ActConfig(channels=random_mask(base, 0.3), task_type="CAUSAL_LM"))
+args = SFTConfig(
+    output_dir={folder!r}, max_steps=2, per_device_train_batch_size=4 // int(os.environ.get("WORLD_SIZE", 1)),
+    learning_rate=1e-2, lr_scheduler_type="constant", report_to="none", save_strategy="no", use_cpu=True, bf16=False,
+    gradient_checkpointing=False, disable_tqdm=True, seed=0, optim="sgd", max_grad_norm=0.0,
+)
+trainer = SFTTrainer(model, args=args, train_dataset=prompt_completion(8), processing_class=build_tokenizer())
+trainer.train()
+model = trainer.accelerator.unwrap_model(trainer.model)
+assert state_bytes(model.get_base_model()) == before
+state = {{n: t for n, t in model.state_dict().items() if "act_delta_" in n}}
+torch.save(state, {folder!r} + f"/rank{{os.environ.get('RANK', 'alone')}}.pt")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_trains(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
+    launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517"]
+    subprocess.run([*launch, str(script)], check=True, timeout=300)
+    subprocess.run([sys.executable, "-W", "ignore", str(script)], check=True, timeout=300)
+    first, second, alone = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in ("0", "1", "alone"))
+    assert any(tensor.is_floating_point() and tensor.abs().max() > 0 for tensor in alone.values())
+    for name, tensor in first.items():
+        assert torch.equal(second[name], tensor), name
+        torch.testing.assert_close(alone[name], tensor, rtol=1e-3, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
