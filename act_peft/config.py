@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -136,11 +137,19 @@ class ActConfig(PeftConfig):
         Args:
             save_directory: the adapter's folder.
             kwargs: as in PEFT.
+
+        Raises:
+            ActValueError: if there is a file of this name.
         """
         config = copy.copy(self)
         config.target_modules = _sorted_if_set(self.target_modules)
         config.exclude_modules = _sorted_if_set(self.exclude_modules)
-        super(ActConfig, config).save_pretrained(save_directory, **kwargs)
+        if os.path.isfile(save_directory):
+            raise ActValueError(f"{save_directory}: got a file, expected a folder to save the adapter in")
+        os.makedirs(save_directory, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=save_directory, prefix=".") as beside:
+            super(ActConfig, config).save_pretrained(beside, **kwargs)
+            os.replace(os.path.join(beside, CONFIG_NAME), os.path.join(save_directory, CONFIG_NAME))
         if os.path.isfile(os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME)):
             write_model_card(save_directory, self.to_dict())
 

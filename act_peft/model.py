@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from act_peft.layers import LAYER_CLASSES, ActLayer, Linear
 from act_peft.layers.base import PREFIX
 from act_peft.layers.state import check_adapter_state
 from act_peft.masks import ChannelMask
-from act_peft.plan import is_targeted, output_head, plan_channels, record, shared_weights
+from act_peft.plan import InjectionPlan, is_targeted, output_head, plan_channels, record, shared_weights
 from act_peft.transfer import check_donor, fill_deltas, load_donor
 
 
@@ -34,6 +36,11 @@ class ActModel(BaseTuner):
     prefix = PREFIX
     tuner_layer_cls = ActLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (PEFT's own annotation)
+
+    # Adapters whose tensors are still to be loaded, with the parameters that trained before they came. On the class,
+    # because PEFT injects the first adapter before `__init__` could set anything.
+    _awaiting: Mapping[str, list[nn.Parameter]] = MappingProxyType({})
+    _plan: InjectionPlan
 
     # ------------------------------------------------------------------------------------------------- creation ---
 
@@ -52,15 +59,19 @@ class ActModel(BaseTuner):
                 does not fit; the model is as it was then.
         """
         config = self.peft_config[adapter_name]
-        indices = self._indices = plan_channels(config, model, state_dict)
-        # Placeholders of tensors that a state dict will bring are created where PEFT creates those of the deltas.
-        self._index_device = torch.device("meta" if low_cpu_mem_usage and state_dict is not None else "cpu")
+        indices = plan_channels(config, model, state_dict)
         donor = None
         if config.donor is not None and config.channels is not None and not config.from_file:
             donor = load_donor(config.donor, like=model, revision=config.donor_revision)
             check_donor(model, donor, indices)
-        self._tied_weights = shared_weights(model)
-        self._output_head = id(output_head(model))
+        self._plan = InjectionPlan(
+            indices=indices,
+            # Placeholders of tensors that a state dict will bring are created where PEFT creates those of the deltas.
+            device=torch.device("meta" if low_cpu_mem_usage and state_dict is not None else "cpu"),
+            shared_weights=shared_weights(model),
+            output_head=output_head(model),
+        )
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         try:
             super().inject_adapter(
                 model,
@@ -69,12 +80,19 @@ class ActModel(BaseTuner):
                 low_cpu_mem_usage=low_cpu_mem_usage,
                 state_dict=state_dict,
             )
+            if config.channels is not None and state_dict is None:
+                self._fill(config, model, adapter_name, donor)
         except BaseException:
-            self._withdraw(model, adapter_name)
+            self._withdraw(model, adapter_name, trainable)
             raise
+        finally:
+            del self._plan
         if config.channels is None or state_dict is not None:
-            self._awaiting = getattr(self, "_awaiting", set()) | {adapter_name}
-            return
+            self._awaiting = {**self._awaiting, adapter_name: trainable}
+
+    def _fill(self, config: ActConfig, model: nn.Module, adapter_name: str, donor: nn.Module | None) -> None:
+        """Give a new adapter its deltas and its configuration the record of what it holds."""
+        indices = self._plan.indices
         layers: dict[str, Any] = {name: model.get_submodule(name) for name in indices}
         if donor is not None:
             fill_deltas(layers, donor, transfer_scale=config.transfer_scale, adapter_name=adapter_name, index=indices)
@@ -100,7 +118,7 @@ class ActModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        index = self._indices[current_key].to(self._index_device)
+        index = self._plan.indices[current_key].to(self._plan.device)
         layer = target if isinstance(target, ActLayer) else self._wrap(target)
         layer.update_layer(
             adapter_name,
@@ -120,15 +138,18 @@ class ActModel(BaseTuner):
 
     def _wrap(self, target: nn.Module) -> ActLayer:
         plain = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        layer = LAYER_CLASSES[kind_of(plain)](target, shares_weight=id(plain.weight) in self._tied_weights)
+        layer = LAYER_CLASSES[kind_of(plain)](target, shares_weight=id(plain.weight) in self._plan.shared_weights)
         if isinstance(layer, Linear):
-            layer.is_output_head = id(target) == self._output_head
+            layer.is_output_head = target is self._plan.output_head
         layer._active_adapter = self.active_adapters
         layer.train(target.training)
         return layer
 
-    def _withdraw(self, model: nn.Module, adapter_name: str) -> None:
-        """Take a half-made adapter out of the model again; modules without any adapter are unwrapped."""
+    def _withdraw(self, model: nn.Module, adapter_name: str, trainable: list[nn.Parameter]) -> None:
+        """Take a half-made adapter out of the model again.
+
+        Modules without any adapter are unwrapped, and `trainable` parameters train again if no adapter is left.
+        """
         for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, ActLayer)]:
             for container in (*layer.adapter_layer_names, *layer.other_param_names):
                 if adapter_name in getattr(layer, container):
@@ -136,6 +157,9 @@ class ActModel(BaseTuner):
             if not layer.act_delta_index:
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, layer.base_layer)
+        if not any(isinstance(module, ActLayer) for module in model.modules()):
+            for parameter in trainable:
+                parameter.requires_grad_(True)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
@@ -145,8 +169,8 @@ class ActModel(BaseTuner):
 
     # --------------------------------------------------------------------------------------------------- asking ---
 
-    def _layers(self, adapter_name: str, model: nn.Module | None = None) -> dict[str, ActLayer]:
-        modules = (self.model if model is None else model).named_modules()
+    def _layers(self, adapter_name: str) -> dict[str, ActLayer]:
+        modules = self.model.named_modules()
         return {n: m for n, m in modules if isinstance(m, ActLayer) and adapter_name in m.act_delta_index}
 
     @property
@@ -163,6 +187,16 @@ class ActModel(BaseTuner):
             return head.get_base_layer() if isinstance(head, ActLayer) else head
 
         return get_output_embeddings
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # PEFT calls this around every forward and drops `adapter_names` afterwards, whether or not anybody read it.
+        if kwargs.get("adapter_names") is not None:
+            raise ActValueError(
+                "adapter_names: got an adapter per sample, which ACT does not support in this version "
+                "(activate adapters for the whole batch with model.set_adapter)"
+            )
+        yield
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Multiply the contribution of one adapter by `scale` (1.0: as trained), merged or not. Not saved.
@@ -246,7 +280,7 @@ class ActModel(BaseTuner):
     def _accept(self, adapter_name: str, state_dict: dict[str, torch.Tensor], prefix: str, *, complete: bool) -> None:
         """Check tensors that are about to be loaded; an adapter that waited for them goes if they do not fit."""
         layers = self._layers(adapter_name)
-        awaited = adapter_name in getattr(self, "_awaiting", ())
+        awaited = adapter_name in self._awaiting
         states = {n: layer.adapter_state(state_dict, f"{prefix}{n}.", adapter_name) for n, layer in layers.items()}
         if not awaited and not any(states.values()):
             return
@@ -257,15 +291,21 @@ class ActModel(BaseTuner):
                 check_adapter_state(layer, adapter_name, states[name], name, complete=complete)
         except ActLoadError:
             if awaited:
-                self._withdraw(self.model, adapter_name)
-                self._awaiting.discard(adapter_name)
+                self._withdraw(self.model, adapter_name, self._pop_awaiting(adapter_name))
                 self.peft_config.pop(adapter_name, None)
+                if not self.peft_config:
+                    self.model.__dict__.pop("peft_config", None)
             raise
         if awaited and not complete:
-            self._awaiting.discard(adapter_name)
+            self._pop_awaiting(adapter_name)
             self._check_base(
                 adapter_name, {n: s["act_delta_index"] for n, s in states.items() if "act_delta_index" in s}
             )
+
+    def _pop_awaiting(self, adapter_name: str) -> list[nn.Parameter]:
+        trainable = self._awaiting[adapter_name]
+        self._awaiting = {name: value for name, value in self._awaiting.items() if name != adapter_name}
+        return trainable
 
     def _check_unknown(self, state_dict: Mapping[str, torch.Tensor], prefix: str) -> None:
         known = {prefix + key for key in self.model.state_dict()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Container, Iterator
 
 from act_peft.errors import ActTypeError
 
@@ -34,9 +34,16 @@ def matches(name: str, patterns: Patterns) -> bool:
     return any(_is_suffix(pattern, name) for pattern in patterns)
 
 
-def matching_key(name: str, keys: Iterable[str]) -> str | None:
+def matching_key(name: str, keys: Container[str]) -> str | None:
     """The key (of a mapping, say) that means module `name`: equal to it, else its longest dotted suffix, else None."""
-    return max((key for key in keys if _is_suffix(key, name)), key=len, default=None)
+    return next((suffix for suffix in suffixes(name) if suffix in keys), None)
+
+
+def suffixes(name: str) -> Iterator[str]:
+    """The name itself and its dotted suffixes, longest first: `a.b.c`, `b.c`, `c`."""
+    while name:
+        yield name
+        name = name.partition(".")[2]
 
 
 def _is_suffix(suffix: str, name: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,11 +19,28 @@ from act_peft.fingerprint import fingerprint
 from act_peft.layers import ActLayer
 from act_peft.layers.base import PREFIX, unknown_index
 from act_peft.masks import ChannelMask, checked_indices
-from act_peft.names import matching_key
+from act_peft.names import matching_key, suffixes
 
 COMPILED = "_orig_mod."  # what torch.compile puts before the names of a model's modules
 FUSED_MAMBA_MODULES = {"out_proj", "conv1d"}  # their weights are read by a fused kernel, never called as modules
 MAMBA_TYPES = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
+
+
+@dataclass(frozen=True)
+class InjectionPlan:
+    """What is known about the model before an adapter is injected.
+
+    Attributes:
+        indices: module name -> channels, int64 `[K]`.
+        device: where the indices of the new layers are created.
+        shared_weights: ids of the weights that several modules use.
+        output_head: the model's output embedding, if it has one.
+    """
+
+    indices: dict[str, torch.Tensor]
+    device: torch.device
+    shared_weights: set[int]
+    output_head: nn.Module | None
 
 
 def plan_channels(
@@ -91,8 +109,8 @@ def is_targeted(config: ActConfig, name: str) -> Any:
 
 
 def _check_names(channels: Mapping[str, Any], model: nn.Module) -> None:
-    names = [name for name, _ in model.named_modules()]
-    unknown = [key for key in channels if not any(name == key or name.endswith("." + key) for name in names)]
+    known = {suffix for name, _ in model.named_modules() for suffix in suffixes(name)}
+    unknown = [key for key in channels if key not in known]
     if unknown:
         raise ActValueError(
             f"channels: {unknown[0]!r} matches no module of {type(model).__name__}, expected names of its modules "

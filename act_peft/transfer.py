@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.integrations import skip_init_on_device
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
@@ -72,7 +73,9 @@ def initialize_from_donor(
 
 def base_model(model: nn.Module) -> nn.Module:
     """The model that the layers were injected into, without PEFT's wrappers around it."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    if isinstance(model, PeftModel):
+        return model.get_base_model()
+    return model.model if isinstance(model, BaseTuner) else model
 
 
 def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, ActLayer]:

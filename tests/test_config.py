@@ -93,6 +93,22 @@ def test_a_file_is_no_folder(tmp_path):
         ActConfig.from_pretrained(str(tmp_path / "file"))
 
 
+def test_saving_leaves_a_whole_file_or_none(tmp_path, monkeypatch):
+    ActConfig(channels=MASK, transfer_scale=0.5).save_pretrained(tmp_path)
+    before = (tmp_path / "adapter_config.json").read_bytes()
+    monkeypatch.setattr("json.dumps", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("no space left")))
+    with pytest.raises(OSError, match="no space left"):
+        ActConfig(channels=MASK, transfer_scale=0.9).save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_config.json").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter_config.json"]
+
+
+def test_saving_over_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ActValueError, match="got a file, expected a folder to save the adapter in"):
+        ActConfig(channels=MASK).save_pretrained(str(tmp_path / "file"))
+
+
 def test_pickled_tensors_are_worth_a_warning(tmp_path):
     ActConfig(channels=MASK).save_pretrained(tmp_path)
     torch.save({}, tmp_path / "adapter_model.bin")

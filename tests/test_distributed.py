@@ -41,11 +41,21 @@ torch.save(state, {folder!r} + f"/rank{{os.environ.get('RANK', 'alone')}}.pt")
 def test_two_processes_train_what_one_trains(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
-    launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517"]
+    launch = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--master_port=29517",
+    ]
     subprocess.run([*launch, str(script)], check=True, timeout=300)
     subprocess.run([sys.executable, "-W", "ignore", str(script)], check=True, timeout=300)
     first, second, alone = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in ("0", "1", "alone"))
     assert any(tensor.is_floating_point() and tensor.abs().max() > 0 for tensor in alone.values())
     for name, tensor in first.items():
         assert torch.equal(second[name], tensor), name
-        torch.testing.assert_close(alone[name], tensor, rtol=1e-3, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            alone[name], tensor, rtol=1e-3, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )

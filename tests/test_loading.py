@@ -36,8 +36,11 @@ def rewrite(folder, change):
 
 def assert_refused(base, folder, match, error=ActLoadError, **settings):
     before, structure = state_bytes(base), [n for n, _ in base.named_modules()]
+    trained = [p.requires_grad for p in base.parameters()]
     with pytest.raises(error, match=match):
         PeftModel.from_pretrained(base, folder, **settings)
+    assert [p.requires_grad for p in base.parameters()] == trained
+    assert "peft_config" not in vars(base)
     assert state_bytes(base) == before
     assert [n for n, _ in base.named_modules()] == structure
 

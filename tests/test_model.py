@@ -266,6 +266,13 @@ def two_adapters():
     return tuned.eval()
 
 
+def test_a_different_adapter_per_sample_is_refused():
+    tuned = two_adapters()
+    for call in (tuned, tuned.generate):
+        with pytest.raises(ActValueError, match="adapter_names: got an adapter per sample"):
+            call(input_ids=batch(), adapter_names=["default", "__base__"])
+
+
 @pytest.mark.parametrize("merged", [False, True])
 def test_set_scale_multiplies_a_contribution(merged):
     tuned = two_adapters()
