@@ -22,6 +22,9 @@ from act_peft.masks import ChannelMask
 from act_peft.plan import InjectionPlan, is_targeted, output_head, plan_channels, record, shared_weights
 from act_peft.transfer import check_donor, fill_deltas, load_donor
 
+# PEFT before 0.21 has no hook between reading an adapter and dropping mismatched tensors.
+PEFT_ASKS_BEFORE_LOADING = hasattr(BaseTuner, "_remap_adapter_state_dict_for_load")
+
 
 class ActModel(BaseTuner):
     """An ACT adapter (arXiv 2601.09398) in a model: only selected channels carry deltas, and only they train.
@@ -274,6 +277,8 @@ class ActModel(BaseTuner):
     ) -> None:
         # torch calls this before any tensor below is copied: an adapter file is used as a whole or not at all.
         for adapter_name in list(self.peft_config):
+            if adapter_name in self._awaiting and not PEFT_ASKS_BEFORE_LOADING:
+                self._accept(adapter_name, state_dict, f"{prefix}model.", complete=True)
             self._accept(adapter_name, state_dict, f"{prefix}model.", complete=False)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

@@ -88,6 +88,11 @@ def plan_channels(
                 f"(leave it out with exclude_modules=[{name.rpartition('.')[2]!r}])"
             )
         indices[name] = index
+    if not indices and config.target_modules is None:
+        raise ActValueError(
+            "channels: no channel of a module that may be adapted is selected, expected at least one "
+            "(a higher density, or other exclude_modules)"
+        )
     return indices
 
 

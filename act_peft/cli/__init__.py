@@ -1,1 +1,98 @@
-"""The command line."""
+"""The command line: `act-peft COMMAND`.
+
+A command is one module of this package with three names:
+
+    SUMMARY, EXAMPLE                   what `--help` says
+    add_arguments(parser)              its arguments
+    run(arguments)                     one call of the library, and the printing; errors are raised
+
+and one line in `COMMANDS`. Modules of commands import the library inside `run`, so that `--help` does not wait for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import traceback
+from collections.abc import Sequence
+
+from act_peft.errors import ActError
+
+COMMANDS = {
+    "demo": "act_peft.cli.demo",
+}
+
+DONE, FAILED, INTERRUPTED = 0, 1, 130  # argparse itself ends with 2 after bad arguments
+
+_DESCRIPTION = (
+    "Move a lost ability from a related model: localize its channels, transfer only them, fine-tune briefly."
+)
+_EXAMPLE = "act-peft demo --output act-peft-demo"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    from act_peft import __version__  # here, because the package may still be loading when this module is imported
+
+    debug = argparse.ArgumentParser(add_help=False)
+    debug.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the whole traceback of an error"
+    )
+    parser = _parser(argparse.ArgumentParser, debug, description=_DESCRIPTION, example=_EXAMPLE, prog="act-peft")
+    parser.add_argument("--version", action="version", version=f"act-peft {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, path in COMMANDS.items():
+        module = importlib.import_module(path)
+        command = _parser(
+            commands.add_parser, debug, name, description=module.SUMMARY, example=module.EXAMPLE, help=module.SUMMARY
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments without the name of the program; by default those of the process.
+
+    Returns:
+        The exit status: 0 done, 1 failed (one line on the error stream says why), 130 interrupted.
+
+    Raises:
+        SystemExit: by argparse; 2 after bad arguments, 0 after `--help` and `--version`.
+    """
+    arguments = build_parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("act-peft: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except (ActError, OSError) as error:
+        if getattr(arguments, "debug", False):
+            traceback.print_exc()
+        else:
+            print(f"act-peft: {_one_line(error)}", file=sys.stderr)
+        return FAILED
+    return DONE
+
+
+def _parser(make, debug, *args: str, description: str, example: str, **options: str):  # type: ignore[no-untyped-def]
+    return make(
+        *args,
+        parents=[debug],
+        description=description,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        **options,
+    )
+
+
+def _one_line(error: Exception) -> str:
+    """What an error says, in one line; a file that the system complains about comes first, as everywhere."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__

@@ -92,7 +92,7 @@ def main() -> int:
     for what, clock in (("wall", 0), ("processor", 1)):
         ratios = [localize_times[clock] / floor_times[clock] for floor_times, localize_times in runs]
         floor = statistics.median(floor_times[clock] for floor_times, _ in runs)
-        print(  # noqa: T201
+        print(
             f"{what} time: two bare forwards {floor:.3f} s, localize / floor {statistics.median(ratios):.3f} "
             f"(median of {args.repeats}; {min(ratios):.3f} to {max(ratios):.3f})"
         )

@@ -210,7 +210,7 @@ def test_a_layer_class_has_to_say_what_changes():
 
 
 def test_features_are_those_of_the_module():
-    sizes = {name: (2, 3) for name in ("in", "out")}
+    sizes = dict.fromkeys(("in", "out"), (2, 3))
     assert wrap(linear(), [0]).module.in_features == sizes["in"][0]
     assert wrap(linear(), [0]).module.out_features == sizes["out"][1]
     assert (wrap(Conv1D(3, 2), [0]).module.in_features, wrap(Conv1D(3, 2), [0]).module.out_features) == (2, 3)

@@ -1,0 +1,329 @@
+"""The demo: a base that forgot Spanish gets it back from a donor, on ordinary checkpoint folders.
+
+Everything goes through the public interface, as in a user's script: localize, select, transfer, fine-tune, save, load,
+merge. Two controls do the same fine-tune without the transfer, and on random channels.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from torch import nn
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from act_peft.config import ActConfig
+from act_peft.demo.family import BASE, DONOR, encode
+from act_peft.demo.steps import RECORD, Report, Steps
+from act_peft.demo.surroundings import offline, one_thread, quiet
+from act_peft.demo.task import Row, Split, accuracy, rows
+from act_peft.demo.words import Language
+from act_peft.errors import ActError, ActValueError
+from act_peft.localize import localize
+from act_peft.masks import ChannelMask
+from act_peft.plots import check_matplotlib, plot_demo
+from act_peft.scores import ChannelScores
+
+ABILITY, KEPT, UNTOUCHED = Language.SPANISH, Language.GERMAN, Language.ENGLISH
+_LABELS = {
+    ABILITY: "Spanish\n(ability to recover)",
+    KEPT: "German\n(skill to keep)",
+    UNTOUCHED: "English\n(not trained again)",
+}
+MERGED_TOLERANCE = 1e-3  # logits are around 10; a merged weight is rounded once more than the adapter's sum
+
+Accuracies = dict[str, float]  # language -> accuracy
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What the demo does; the defaults were chosen on validation problems.
+
+    Attributes:
+        seed: Order of the examples, and the random channels of a control.
+        density: Share of the channels of every module that is selected, above 0 and at most 1.
+        transfer_scale: λ, the share of the donor's difference that moves over.
+        examples: Training problems in each of the two languages of the fine-tune, at most 4,050.
+        steps: Optimizer steps of a fine-tune.
+        batch_size: Examples in a step.
+        learning_rate: The first learning rate; it falls linearly to zero.
+        problems: Test problems in each language, at most 500.
+    """
+
+    seed: int = 0
+    density: float = 0.2
+    transfer_scale: float = 0.3
+    examples: int = 300
+    steps: int = 100
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    problems: int = 500
+
+    def __post_init__(self) -> None:
+        if not 0 < self.density <= 1:
+            raise ActValueError(f"density: got {self.density}, expected a number above 0 and at most 1 (20% is 0.2)")
+        if not math.isfinite(self.transfer_scale):
+            raise ActValueError(f"transfer_scale: got {self.transfer_scale}, expected a finite number")
+        if not 0 <= self.seed < 2**32:
+            raise ActValueError(f"seed: got {self.seed}, expected a number from 0 to 2**32 - 1")
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What came out of the demo.
+
+    Attributes:
+        accuracies: Row of the table -> language -> share of the test problems that is answered right.
+        paths: What was written -> where.
+        reused: The steps whose results of an earlier run were taken.
+        adapter_bytes: Size of the adapter's tensors on disk.
+        checkpoint_bytes: Size of the base's tensors on disk.
+    """
+
+    accuracies: Mapping[str, Mapping[str, float]]
+    paths: Mapping[str, Path]
+    reused: Sequence[str]
+    adapter_bytes: int
+    checkpoint_bytes: int
+
+
+def run_demo(
+    output_dir: str | os.PathLike[str],
+    settings: DemoSettings | None = None,
+    *,
+    report: Report = lambda line: None,
+    overwrite: bool = False,
+) -> DemoResult:
+    """Run the whole method on the shipped base and donor, on the CPU and without a network.
+
+    A step is reused if the folder holds its files, unchanged, from a run with the same settings and versions.
+
+    Args:
+        output_dir: A folder of an earlier demo, an empty one, or a new one.
+        settings: What to do.
+        report: Called with one line when a step is done.
+        overwrite: Whether to do every step again.
+
+    Returns:
+        Accuracies, sizes and paths.
+
+    Raises:
+        ActError: If matplotlib is missing, or a check of the saved or merged adapter fails.
+        ActValueError: If the folder holds something else.
+    """
+    check_matplotlib()
+    with one_thread(), offline(), quiet():
+        return _Demo(Path(output_dir), settings or DemoSettings(), report, overwrite).run()
+
+
+class _Demo:
+    """One run: the steps, in order, and the record that lets a later run reuse them."""
+
+    def __init__(self, output: Path, settings: DemoSettings, report: Report, overwrite: bool) -> None:
+        self.output, self.settings, self.report = output, settings, report
+        self.steps = Steps(output, report, overwrite)
+
+    def run(self) -> DemoResult:
+        s = self.settings
+        started = time.perf_counter()
+        run_step = self.steps.run
+        run_step("copy the two models", {}, ("base", "donor"), self._copy_models)
+        problems = {"problems": s.problems}
+        accuracies = dict(run_step("measure base and donor", problems, (), self._measure_originals))
+        localized = {"examples": s.examples, "batch_size": s.batch_size, "seed": s.seed}
+        run_step("localize the ability", localized, ("scores.safetensors",), self._localize)
+        scores = ChannelScores.load(self.output / "scores.safetensors")
+        mask = scores.top(s.density, scope="module")
+        if not mask.num_selected:
+            raise ActValueError(f"density: got {s.density}, expected a share that selects at least one channel")
+        mask.save(self.output / "mask.safetensors")
+        self.report(f"select the channels: {mask}")
+        transferred = {**localized, **problems, "density": s.density, "transfer_scale": s.transfer_scale}
+        accuracies["after transfer"] = run_step(
+            "transfer", transferred, (), lambda: _measure(self._adapted(mask, s.transfer_scale), self.tokenizer, s)
+        )
+        tuned = {**transferred, "steps": s.steps, "learning_rate": s.learning_rate}
+        accuracies["after fine-tune"] = run_step(
+            "fine-tune, save and reload", tuned, ("adapter",), lambda: self._fine_tune(mask)
+        )
+        run_step("merge, save and reload", tuned, ("merged",), self._merge)
+        controls = {
+            "no transfer": lambda: self._control(mask, 0.0),
+            "random channels": lambda: self._control(_random_like(mask, s.seed), s.transfer_scale),
+        }
+        for name, control in controls.items():
+            accuracies[f"control: {name}"] = run_step(f"control: {name}", tuned, (), control)
+        labelled = {name: {_LABELS[skill]: row[skill.value] for skill in _LABELS} for name, row in accuracies.items()}
+        plot_demo(scores, labelled, self.output / "demo.png", density=s.density, scope="module")
+        self.report(f"done in {time.perf_counter() - started:.0f} s")
+        return self._result(accuracies)
+
+    # ---------------------------------------------------------------------------------------------------- steps ---
+
+    def _copy_models(self) -> None:
+        for name, source in (("base", BASE), ("donor", DONOR)):
+            with self._new_folder(name) as folder:
+                shutil.copytree(source, folder, dirs_exist_ok=True, copy_function=shutil.copyfile)
+
+    def _measure_originals(self) -> dict[str, Accuracies]:
+        return {name: _measure(self._model(name), self.tokenizer, self.settings) for name in ("base", "donor")}
+
+    def _localize(self) -> None:
+        base = self._model("base")
+        trainer = self._trainer(base, rows(ABILITY, Split.TRAIN, count=self.settings.examples))  # only to tokenise
+        scores = localize(base, self._model("donor"), trainer.get_train_dataloader(), exclude_modules=["embed_tokens"])
+        scores.save(self.output / "scores.safetensors")
+
+    def _adapted(self, mask: ChannelMask, transfer_scale: float) -> PeftModel:
+        donor = str(self.output / "donor") if transfer_scale else None
+        config = ActConfig(channels=mask, donor=donor, transfer_scale=transfer_scale, task_type="CAUSAL_LM")
+        return get_peft_model(self._model("base"), config)
+
+    def _tuned(self, mask: ChannelMask, transfer_scale: float) -> PeftModel:
+        model = self._adapted(mask, transfer_scale)
+        examples = [row for skill in (ABILITY, KEPT) for row in rows(skill, Split.TRAIN, count=self.settings.examples)]
+        self._trainer(model, examples).train()
+        return model.eval()
+
+    def _fine_tune(self, mask: ChannelMask) -> Accuracies:
+        model = self._tuned(mask, self.settings.transfer_scale)
+        with self._new_folder("adapter") as folder:
+            model.save_pretrained(folder)
+        reloaded = self._reloaded_adapter()
+        if not torch.equal(self._logits(reloaded), self._logits(model)):
+            raise ActError(f"{self.output / 'adapter'}: answers differ after reloading, expected equal logits")
+        return _measure(reloaded, self.tokenizer, self.settings)
+
+    def _merge(self) -> dict[str, float]:
+        expected = self._logits(self._reloaded_adapter())
+        with self._new_folder("merged") as folder:
+            self._reloaded_adapter().merge_and_unload().save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+        got = self._logits(self._model("merged"))
+        difference = float((got - expected).abs().max())
+        if difference > MERGED_TOLERANCE:
+            raise ActError(
+                f"{self.output / 'merged'}: logits differ from the adapter's by up to {difference:.1e}, "
+                f"expected at most {MERGED_TOLERANCE:.0e}"
+            )
+        return {"largest logit difference": difference}
+
+    def _control(self, mask: ChannelMask, transfer_scale: float) -> Accuracies:
+        return _measure(self._tuned(mask, transfer_scale), self.tokenizer, self.settings)
+
+    # -------------------------------------------------------------------------------------------------- helpers ---
+
+    @property
+    def tokenizer(self) -> Any:
+        return AutoTokenizer.from_pretrained(self.output / "base")
+
+    def _model(self, name: str) -> Any:
+        return AutoModelForCausalLM.from_pretrained(str(self.output / name))
+
+    def _reloaded_adapter(self) -> PeftModel:
+        return PeftModel.from_pretrained(self._model("base"), self.output / "adapter").eval()
+
+    def _logits(self, model: nn.Module) -> torch.Tensor:
+        """Logits `[B, T, V]` of whole test sentences in all languages."""
+        sentences = [r for language in Language for r in rows(language, Split.TEST, count=self.settings.problems)]
+        ids, _ = encode(self.tokenizer, sentences)
+        with torch.inference_mode():
+            return model(input_ids=ids).logits
+
+    def _trainer(self, model: nn.Module, examples: list[Row]) -> SFTTrainer:
+        s = self.settings
+        with tempfile.TemporaryDirectory() as unused:  # TRL makes its folder, although nothing is saved there
+            arguments = SFTConfig(
+                output_dir=unused,
+                per_device_train_batch_size=s.batch_size,
+                max_steps=s.steps,
+                learning_rate=s.learning_rate,
+                lr_scheduler_type="linear",
+                seed=s.seed,
+                use_cpu=True,
+                bf16=False,
+                gradient_checkpointing=False,
+                dataloader_pin_memory=False,
+                report_to="none",
+                save_strategy="no",
+                logging_strategy="no",
+                disable_tqdm=True,
+            )
+            trainer = SFTTrainer(
+                model, args=arguments, train_dataset=Dataset.from_list(examples), processing_class=self.tokenizer
+            )
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(_ProgressBar())
+        return trainer
+
+    @contextmanager
+    def _new_folder(self, name: str) -> Iterator[Path]:
+        """A folder to fill, which then takes the place of `name`."""
+        with tempfile.TemporaryDirectory(dir=self.output, prefix=".unfinished-") as scratch:
+            folder = Path(scratch) / name
+            folder.mkdir()
+            yield folder
+            if (self.output / name).exists():
+                shutil.rmtree(self.output / name)
+            folder.rename(self.output / name)
+
+    def _result(self, accuracies: dict[str, Accuracies]) -> DemoResult:
+        columns = (ABILITY, KEPT, UNTOUCHED)
+        names = {
+            "scores": "scores.safetensors",
+            "mask": "mask.safetensors",
+            "adapter": "adapter",
+            "merged": "merged",
+            "figures": "demo.png",
+            "results": RECORD,
+        }
+        return DemoResult(
+            accuracies={name: {c.value: row[c.value] for c in columns} for name, row in accuracies.items()},
+            paths={what: self.output / name for what, name in names.items()},
+            reused=tuple(self.steps.reused),
+            adapter_bytes=(self.output / "adapter" / "adapter_model.safetensors").stat().st_size,
+            checkpoint_bytes=(self.output / "base" / "model.safetensors").stat().st_size,
+        )
+
+
+def _measure(model: nn.Module, tokenizer: Any, settings: DemoSettings) -> Accuracies:
+    return {
+        language.value: accuracy(model, tokenizer, rows(language, Split.TEST, count=settings.problems))
+        for language in (ABILITY, KEPT, UNTOUCHED)
+    }
+
+
+def _random_like(mask: ChannelMask, seed: int) -> ChannelMask:
+    """A mask with as many channels of every module, drawn at random."""
+    generator = torch.Generator().manual_seed(seed)
+    channels = {
+        name: torch.randperm(count, generator=generator)[: mask[name].numel()]
+        for name, count in mask.num_channels.items()
+    }
+    return ChannelMask.from_dict(channels, mask.num_channels)
+
+
+class _ProgressBar(TrainerCallback):
+    """One bar for the steps, on a terminal only; the Trainer's own prints its last metrics as well."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._bar = tqdm(total=state.max_steps, desc="fine-tune", unit="step", leave=False, disable=None)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._bar.update()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._bar.close()

@@ -1,0 +1,61 @@
+"""What the demo changes around itself while it runs, and puts back: threads, the network, talkative libraries."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import datasets
+import torch
+from huggingface_hub import constants as hub_constants
+from transformers.utils import logging as transformers_logging
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Models this small are quicker on one thread, and the results are the same on every number of cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """Everything is local: TRL must not report its use, and whatever looks something up on the Hub must fail."""
+    offline = hub_constants.HF_HUB_OFFLINE
+    hub_constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        hub_constants.HF_HUB_OFFLINE = offline
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps the libraries below from telling about themselves, and puts their settings back."""
+    verbosity = transformers_logging.get_verbosity()
+    weights_bar = transformers_logging.is_progress_bar_enabled()
+    map_bar = datasets.are_progress_bars_disabled()
+    trl_logger = logging.getLogger("trl")
+    trl_level = trl_logger.level
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    trl_logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            for category in (DeprecationWarning, FutureWarning):  # about calls between those libraries
+                warnings.simplefilter("ignore", category)
+            yield
+    finally:
+        trl_logger.setLevel(trl_level)
+        transformers_logging.set_verbosity(verbosity)
+        if weights_bar:
+            transformers_logging.enable_progress_bar()
+        if not map_bar:
+            datasets.enable_progress_bars()

@@ -1,0 +1,321 @@
+"""Figures: how the scores are distributed, and what the models can do. Needs matplotlib (optional)."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import secrets
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from act_peft.errors import ActError, ActValueError
+from act_peft.scores import ChannelScores, Scope
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DOTS_PER_INCH = 160
+FEW_GROUPS = 16  # that fit into the legend and can be told apart
+POINTS = 400  # points of a curve; more would not show
+_GREY = "#8a8f98"
+_INK = "#23272e"
+_FAINT = "#e3e6ea"
+_OVERALL = "all modules"
+# Distinguishable for colour-blind readers (Paul Tol's "muted").
+_COLOURS = (
+    "#cc6677",
+    "#332288",
+    "#ddcc77",
+    "#117733",
+    "#88ccee",
+    "#882255",
+    "#44aa99",
+    "#999933",
+    "#aa4499",
+    "#661100",
+)
+_BARS = ("#b9bec7", "#6c7380", "#88ccee", "#117733", "#ddcc77", "#cc6677", "#aa4499", "#882255")
+
+
+class Grouping(Enum):
+    """Which modules share a curve."""
+
+    KIND = "kind"
+    LAYER = "layer"
+
+
+def check_matplotlib() -> None:
+    """Call it before long work whose last step is a figure.
+
+    Raises:
+        ActError: If matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ActError('figures: matplotlib is not installed, expected it (pip install "act-peft[demo]")')
+
+
+def plot_scores(
+    scores: ChannelScores,
+    path: str | os.PathLike[str],
+    *,
+    density: float | None = None,
+    scope: str | Scope = Scope.GLOBAL,
+    group_by: str | Grouping = Grouping.KIND,
+) -> None:
+    """Draw the complementary cumulative distribution of the scores, overall and by group, both axes logarithmic.
+
+    For a score x the curve shows the share of the group's channels whose score is at least x.
+
+    Args:
+        scores: From `localize`.
+        path: The PNG to write, whole or not at all.
+        density: Marks the cut of this share of the channels, above 0 and at most 1.
+        scope: As in `ChannelScores.top`; `"global"`: one cut, the same score for all modules; `"module"`: the same
+            share of every module, so that the cut of a group is about where its curve meets the share.
+        group_by: `"kind"` pools the modules of one name over the layers, `"layer"` those of one layer.
+
+    Raises:
+        ActError: If matplotlib is not installed.
+        ActValueError: If `density`, `scope` or `group_by` is none of these, or the folder does not exist.
+    """
+    figure = _figure(7.2, 4.8)
+    _draw_scores(figure.subplots(), scores, density, _member(Scope, scope, "scope"), group_by)
+    _save(figure, path)
+
+
+def plot_accuracies(accuracies: Mapping[str, Mapping[str, float]], path: str | os.PathLike[str]) -> None:
+    """Draw accuracies as groups of bars, one group a skill and one bar a model.
+
+    Args:
+        accuracies: Model -> skill -> share from 0 to 1; the same skills for every model.
+        path: The PNG to write, whole or not at all.
+
+    Raises:
+        ActError: If matplotlib is not installed.
+        ActValueError: If the models have different skills or there are none, or the folder does not exist.
+    """
+    figure = _figure(8, 4.8)
+    _draw_accuracies(figure.subplots(), accuracies)
+    _save(figure, path)
+
+
+def plot_demo(
+    scores: ChannelScores,
+    accuracies: Mapping[str, Mapping[str, float]],
+    path: str | os.PathLike[str],
+    *,
+    density: float,
+    scope: str | Scope = Scope.GLOBAL,
+) -> None:
+    """Draw `plot_scores` and `plot_accuracies` side by side.
+
+    Args:
+        scores: As in `plot_scores`.
+        accuracies: As in `plot_accuracies`.
+        path: The PNG to write, whole or not at all.
+        density: As in `plot_scores`.
+        scope: As in `plot_scores`.
+
+    Raises:
+        ActError: If matplotlib is not installed.
+        ActValueError: As in `plot_scores` and `plot_accuracies`.
+    """
+    figure = _figure(14, 5.2)
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.25))
+    _draw_scores(left, scores, density, _member(Scope, scope, "scope"), Grouping.KIND)
+    _draw_accuracies(right, accuracies)
+    _save(figure, path)
+
+
+def group_scores(scores: ChannelScores, group_by: str | Grouping = Grouping.KIND) -> dict[str, torch.Tensor]:
+    """Pool the scores of related modules.
+
+    Args:
+        scores: From `localize`.
+        group_by: `"kind"`: the last part of a module's name (`q_proj`); `"layer"`: its first number, and the kind for
+            modules outside the layers.
+
+    Returns:
+        Group -> scores of its channels, float64 `[C]`, in the model's order.
+
+    Raises:
+        ActValueError: If `group_by` is none of these.
+    """
+    name_of = _GROUP_NAMES[_member(Grouping, group_by, "group_by")]
+    groups: dict[str, list[torch.Tensor]] = {}
+    for name, values in scores.items():
+        groups.setdefault(name_of(name), []).append(values)
+    return {name: torch.cat(parts) for name, parts in groups.items()}
+
+
+def _kind_of(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _layer_of(name: str) -> str:
+    number = re.search(r"\.(\d+)\.", name)
+    return f"layer {number[1]}" if number else _kind_of(name)
+
+
+_GROUP_NAMES = {Grouping.KIND: _kind_of, Grouping.LAYER: _layer_of}
+
+
+_Choice = TypeVar("_Choice", bound=Enum)
+
+
+def _member(choices: type[_Choice], value: str | _Choice, argument: str) -> _Choice:
+    try:
+        return choices(value)
+    except ValueError as error:
+        allowed = ", ".join(repr(choice.value) for choice in choices)
+        raise ActValueError(f"{argument}: got {value!r}, expected one of {allowed}") from error
+
+
+def _figure(width: float, height: float) -> Figure:
+    check_matplotlib()
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained", dpi=DOTS_PER_INCH)
+
+
+def _style(axes: Axes, title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=_INK, pad=12)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(_GREY)
+    axes.tick_params(which="both", color=_GREY, labelcolor=_INK, labelsize=9)
+    axes.set_axisbelow(True)
+
+
+def _draw_scores(
+    axes: Axes, scores: ChannelScores, density: float | None, scope: Scope, group_by: str | Grouping
+) -> None:
+    if density is not None and not 0 < density <= 1:
+        raise ActValueError(f"density: got {density}, expected a number above 0 and at most 1 (5% is 0.05)")
+    groups = group_scores(scores, group_by)
+    everything = torch.cat(list(groups.values()))  # [C] of all modules
+    for (name, values), look in zip(groups.items(), _looks(len(groups)), strict=True):
+        axes.plot(*_curve(values), **look, linewidth=1.3, label=f"{name} ({values.numel():,})")
+        if density is not None and scope is Scope.MODULE:
+            axes.plot(_cut(values, density), density, "o", color=look["color"], markersize=4.5)
+    axes.plot(*_curve(everything), color=_INK, linewidth=2.6, label=f"{_OVERALL} ({everything.numel():,})")
+    positive = everything[everything > 0]
+    axes.set_xscale("log" if positive.numel() else "linear")
+    axes.set_yscale("log")
+    if positive.numel():
+        # The lowest percent of the scores may lie many decades below the rest.
+        lowest = positive.sort().values[positive.numel() // 100]
+        axes.set_xlim(0.8 * float(lowest), 1.3 * float(positive.max()))
+    axes.set_ylim(0.7 / everything.numel(), 1.5)
+    if density is not None:
+        _mark_cut(axes, density, scope, _cut(everything, density))
+    axes.set_xlabel("score: mean |activation difference|", color=_INK)
+    axes.set_ylabel("share of channels with at least this score", color=_INK)
+    axes.grid(which="major", color=_FAINT, linewidth=0.8)
+    place: dict[str, Any] = {"loc": "lower left"}
+    if len(groups) > FEW_GROUPS:
+        place = {"loc": "upper left", "bbox_to_anchor": (1, 1), "ncols": -(-len(groups) // 30)}
+    legend = axes.legend(fontsize=8, frameon=False, title="module (channels)", title_fontsize=8, **place)
+    legend.set_alignment("left")
+    _style(axes, "Where base and donor answer differently")
+
+
+def _looks(count: int) -> list[dict[str, Any]]:
+    """Colour and line of each group: clearly different ones for a few, a gradient in the model's order for many."""
+    if count <= FEW_GROUPS:
+        styles = [style for style in ("-", "--") for _ in _COLOURS]
+        return [{"color": colour, "linestyle": style} for colour, style in zip(2 * _COLOURS, styles, strict=True)][
+            :count
+        ]
+    from matplotlib import colormaps
+
+    gradient = colormaps["viridis"].resampled(count)
+    return [{"color": gradient(number)} for number in range(count)]
+
+
+def _mark_cut(axes: Axes, density: float, scope: Scope, lowest: float) -> None:
+    dashes: Any = {"color": _INK, "linewidth": 1, "linestyle": (0, (4, 3))}
+    text: Any = {"textcoords": "offset points", "fontsize": 9, "color": _INK, "va": "top"}
+    if scope is Scope.MODULE:
+        axes.axhline(density, **dashes)
+        label = f"selected: top {100 * density:.3g}% of every module"
+        axes.annotate(label, (0.015, density), xycoords=axes.get_yaxis_transform(), xytext=(0, -4), **text)
+    else:
+        axes.axvline(lowest, **dashes)
+        axes.plot(lowest, density, "o", color=_INK, markersize=6)
+        label = f"selected: top {100 * density:.3g}%"
+        axes.annotate(label, (lowest, 0.985), xycoords=axes.get_xaxis_transform(), xytext=(-5, 0), ha="right", **text)
+
+
+def _curve(values: torch.Tensor) -> tuple[list[float], list[float]]:
+    """Scores in rising order and the share of channels at or above each; zeros are beyond a logarithmic axis."""
+    ordered = values.sort().values
+    share = 1 - torch.arange(ordered.numel(), dtype=torch.float64) / ordered.numel()
+    ordered, share = ordered[ordered > 0], share[ordered > 0]
+    if ordered.numel() > POINTS:  # evenly spaced in log(share), so that the tail keeps its points
+        wanted = torch.logspace(0, float(share[-1].log10()), POINTS, dtype=torch.float64)
+        chosen = torch.searchsorted(-share, -wanted).clamp(max=ordered.numel() - 1).unique()
+        ordered, share = ordered[chosen], share[chosen]
+    return ordered.tolist(), share.tolist()
+
+
+def _cut(values: torch.Tensor, density: float) -> float:
+    """The lowest selected score."""
+    selected = max(round(density * values.numel()), 1)
+    return float(values.sort(descending=True).values[selected - 1])
+
+
+def _draw_accuracies(axes: Axes, accuracies: Mapping[str, Mapping[str, float]]) -> None:
+    skills = list(next(iter(accuracies.values()), ()))
+    different = [name for name, row in accuracies.items() if list(row) != skills]
+    if not skills or different:
+        where = different[0] if different else "accuracies"
+        raise ActValueError(
+            f"{where}: got {list(accuracies.get(where, ()))}, expected the same skills for every model"
+        )
+    width = 0.84 / len(accuracies)
+    for number, (name, row) in enumerate(accuracies.items()):
+        control = name.startswith("control")
+        offset = (number - (len(accuracies) - 1) / 2) * width
+        bars = axes.bar(
+            [index + offset for index in range(len(skills))],
+            [row[skill] for skill in skills],
+            width=0.92 * width,
+            color=_BARS[number % len(_BARS)],
+            alpha=0.75 if control else 1,
+            hatch="////" if control else None,
+            edgecolor="white" if control else "none",
+            linewidth=0,
+            label=name,
+        )
+        axes.bar_label(
+            bars, labels=[f"{100 * row[skill]:.0f}" for skill in skills], padding=2, fontsize=8.5, color=_INK
+        )
+    axes.set_xticks(range(len(skills)), skills, fontsize=10)
+    axes.set_xlim(-0.55, len(skills) - 0.45)
+    axes.set_ylim(0, 1.06)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%" if value <= 1 else "")
+    axes.grid(axis="y", color=_FAINT, linewidth=0.8)
+    axes.set_ylabel("test problems answered right", color=_INK)
+    axes.legend(fontsize=9, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.1))
+    _style(axes, "What the models can do")
+    axes.tick_params(axis="x", length=0, labelsize=10)
+
+
+def _save(figure: Any, path: str | os.PathLike[str]) -> None:
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise ActValueError(f"{path}: folder {path.parent} does not exist, expected an existing one (create it first)")
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        figure.savefig(beside, format="png", facecolor="white")
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,75 @@
+"""The example runs as a user starts it, and what it writes loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from act_peft import ChannelScores
+from act_peft.demo.family import BASE, DONOR
+from act_peft.demo.task import Split, rows
+from act_peft.demo.words import Language
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "recover_ability.py"
+
+
+def start(*arguments, folder):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "cache"), "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=folder,
+    )
+
+
+@pytest.mark.slow
+def test_writes_an_adapter_and_a_merged_model(tmp_path):
+    examples = tmp_path / "spanish.jsonl"
+    examples.write_text("".join(json.dumps(row) + "\n" for row in rows(Language.SPANISH, Split.TRAIN, count=24)))
+    done = start(
+        *("--base", BASE, "--donor", DONOR, "--dataset", examples, "--output", tmp_path / "ability"),
+        *("--merged-output", tmp_path / "merged", "--density", 0.2, "--transfer-scale", 0.3, "--samples", 20),
+        *("--batch-size", 8, "--exclude-modules", "embed_tokens"),
+        folder=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"adapter: {tmp_path / 'ability'}" in done.stdout
+    assert f"merged model: {tmp_path / 'merged'}" in done.stdout
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    batch = tokenizer(["dos mas tres igual"], return_tensors="pt")
+    base = AutoModelForCausalLM.from_pretrained(BASE)
+    with torch.inference_mode():
+        before = base(**batch).logits
+        adapted = PeftModel.from_pretrained(base, tmp_path / "ability").eval()(**batch).logits
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(**batch).logits
+    assert not torch.equal(adapted, before)
+    torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-4)  # the merged weights are rounded once more
+    config = json.loads((tmp_path / "ability" / "adapter_config.json").read_text())
+    scores = ChannelScores.load(tmp_path / "ability" / "scores.safetensors")
+    selected = scores.top(0.2).num_selected
+    assert config["transfer_scale"] == 0.3
+    assert sum(entry["selected"] for entry in config["adapted_modules"].values()) == selected
+    assert "model.embed_tokens" not in scores
+    assert set(load_file(tmp_path / "merged" / "model.safetensors")) == set(load_file(BASE / "model.safetensors"))
+
+
+@pytest.mark.slow
+def test_a_batch_that_does_not_divide_is_refused(tmp_path):
+    done = start(
+        *("--base", BASE, "--donor", DONOR, "--dataset", "none", "--output", tmp_path, "--batch-size", 10),
+        folder=tmp_path,
+    )
+    assert done.returncode == 2
+    assert "--batch-size must be a multiple of --micro-batch-size" in done.stderr
