@@ -102,7 +102,8 @@ def num_channels(module: nn.Module) -> int:
     Raises:
         ActTypeError: the module has none.
     """
-    return int(weight_of(module).shape[kind_of(module).channel_dim])
+    kind = kind_of(module)
+    return int(weight_of(module).shape[kind.channel_dim])
 
 
 def kind_of(module: nn.Module) -> ChannelKind:

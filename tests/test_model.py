@@ -49,8 +49,8 @@ class Toy(nn.Module):
     ("channels", "settings", "error", "match"),
     [
         (None, {}, ActValueError, "channels: got none, expected a ChannelMask"),
-        ({}, {}, ActValueError, "channels: no channel of a module that may be adapted is selected"),
-        ({"q_proj": []}, {}, ActValueError, "channels: no channel of a module that may be adapted is selected"),
+        ({}, {}, ActValueError, "no channel of a module that may be adapted is selected"),
+        ({"q_proj": []}, {}, ActValueError, "no channel of a module that may be adapted is selected"),
         ({"q_porj": [0]}, {}, ActValueError, r"channels: 'q_porj' matches no module .*1 of 1 names"),
         ({"q_proj": [16]}, {}, ActValueError, r"self_attn.q_proj: got channel 16, expected 0 to 15"),
         ({"mlp": [0]}, {}, ActTypeError, r"mlp: LlamaMLP is not supported, .*exclude_modules"),
@@ -60,7 +60,12 @@ class Toy(nn.Module):
             ValueError,
             "No modules were targeted|not found in the base",
         ),
-        ({"q_proj": [0]}, {"exclude_modules": ["q_proj"]}, ActValueError, "no channel of a module that may be adapted"),
+        (
+            {"q_proj": [0]},
+            {"exclude_modules": ["q_proj"]},
+            ActValueError,
+            "no channel of a module that may be adapted",
+        ),
     ],
 )
 def test_bad_channels_are_refused_and_nothing_changes(channels, settings, error, match):
