@@ -4,9 +4,12 @@
 """
 
 from act_peft.config import ActConfig
+from act_peft.create import create_adapter
 from act_peft.errors import ActError, ActLoadError, ActTypeError, ActValueError, ActWarning
+from act_peft.export import export_lora
 from act_peft.localize import localize
 from act_peft.masks import ChannelMask
+from act_peft.merge import merge_checkpoint
 from act_peft.model import ActModel
 from act_peft.registration import register
 from act_peft.scores import ChannelScores
@@ -25,8 +28,11 @@ __all__ = [
     "ChannelMask",
     "ChannelScores",
     "__version__",
+    "create_adapter",
+    "export_lora",
     "initialize_from_donor",
     "localize",
+    "merge_checkpoint",
 ]
 
 register(ActConfig, ActModel)

@@ -47,8 +47,8 @@ class ActConfig(PeftConfig):
         init_weights: True: the deltas start at zero (or at the donor's difference); False: random, for tests.
         trainable: what trains; `"deltas"`, the selected rows.
         density: selected channels / all channels of the mask; filled in by the library.
-        adapted_modules: module name -> number of channels, number of selected ones, fingerprint of their base rows;
-            filled in by the library.
+        adapted_modules: module name -> kind, number of channels, number of selected ones, fingerprint of their base
+            rows; filled in by the library.
 
     Raises:
         ActValueError, ActTypeError: for values that can never be right; what depends on the model is checked when the
@@ -209,12 +209,13 @@ def _check_record(modules: Any) -> None:
         isinstance(entry, Mapping)
         and isinstance(entry.get("selected"), int)
         and isinstance(entry.get("base"), (str, type(None)))
+        and isinstance(entry.get("kind"), (str, type(None)))
         for entry in modules.values()
     )
     if not good:
         raise ActValueError(
             f"adapted_modules: got {str(modules)[:80]}, expected module name -> "
-            "{'selected': int, 'channels': int, 'base': str} (adapter_config.json is damaged)"
+            "{'kind': str, 'selected': int, 'channels': int, 'base': str} (adapter_config.json is damaged)"
         )
 
 

@@ -48,3 +48,40 @@ def suffixes(name: str) -> Iterator[str]:
 
 def _is_suffix(suffix: str, name: str) -> bool:
     return name == suffix or name.endswith("." + suffix)
+
+
+def prefix_change(names: Collection[str], keys: Collection[str]) -> tuple[str, str]:
+    """How the parameter names of a model become the keys of a checkpoint: which prefix is replaced by which.
+
+    Checkpoints of one architecture differ in what stands before `layers.0. ...`: nothing (a base model without head),
+    `model.` (with head), `model.language_model.` or `language_model.model.` (inside a multimodal model). The deepest
+    name decides; if several places of a checkpoint hold a tensor of that name, the one that holds most of the model.
+
+    Args:
+        names: parameter names of the model.
+        keys: keys of the checkpoint.
+
+    Returns:
+        `(old, new)` for `key_for`; `("", "")` if nothing has to change or nothing fits.
+    """
+    known = set(keys)
+    anchor = max(names, key=lambda name: (name.count("."), name), default="")
+    if anchor in known or not anchor:
+        return "", ""
+    head, _, tail = anchor.partition(".")
+    changes = [("", key.removesuffix(anchor)) for key in known if key.endswith("." + anchor)]
+    if tail and not changes:
+        changes = [(head + ".", key.removesuffix(tail)) for key in known if _is_suffix(tail, key)]
+    if not changes:
+        return "", ""
+    text = re.compile("language|text|decoder|model")  # what wrappers call the part that reads text
+    return max(
+        sorted(changes),
+        key=lambda change: (sum(key_for(name, change) in known for name in names), bool(text.search(change[1]))),
+    )
+
+
+def key_for(name: str, change: tuple[str, str]) -> str:
+    """The checkpoint's key of a parameter name, by the result of `prefix_change`."""
+    old, new = change
+    return new + name.removeprefix(old) if name.startswith(old) else name

@@ -196,7 +196,7 @@ def record(layer: ActLayer, index: torch.Tensor) -> dict[str, Any]:
     if weight.device.type != "meta" and weight.is_floating_point():
         rows = layer.original_rows(index)
         base = fingerprint(rows.weight, rows.bias)
-    return {"selected": index.numel(), "channels": layer.num_channels, "base": base}
+    return {"kind": layer.kind.value, "selected": index.numel(), "channels": layer.num_channels, "base": base}
 
 
 def shared_weights(model: nn.Module) -> set[int]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,24 +83,42 @@ def read(path: str | os.PathLike[str], kind: str, version: int) -> tuple[dict[st
     Raises:
         ActValueError: no such file, a folder, not a safetensors file, damaged, of another kind, or of a newer version.
     """
-    path = Path(path)
+    with _opened(Path(path), f"a file of kind {kind!r}") as (file, header):
+        _check_header(Path(path), header, kind, version)
+        tensors = {name: file.get_tensor(name).clone() for name in sorted(file.keys())}
+    return tensors, header["metadata"]
+
+
+def kind_of(path: str | os.PathLike[str]) -> str:
+    """What kind of content a file that `write` made has.
+
+    Args:
+        path: the file.
+
+    Raises:
+        ActValueError: no such file, a folder, not a safetensors file, or damaged.
+    """
+    with _opened(Path(path), "a file that act_peft saved") as (_, header):
+        return header["kind"]
+
+
+@contextmanager
+def _opened(path: Path, expected: str) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The open file and its checked header."""
     if path.is_dir():
         raise ActValueError(f"{path}: got a folder, expected a file (name the file inside it)")
     if not path.is_file():
-        raise ActValueError(f"{path}: no such file, expected a file of kind {kind!r} (check the path)")
+        raise ActValueError(f"{path}: no such file, expected {expected} (check the path)")
     if path.stat().st_size == 0:  # an empty file cannot be mapped into memory, which is another error on every system
         raise ActValueError(f"{path}: got an empty file, expected a safetensors file (save it again)")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            header = _parse_header(path, file.metadata())
-            _check_header(path, header, kind, version)
-            tensors = {name: file.get_tensor(name).clone() for name in sorted(file.keys())}
+            yield file, _parse_header(path, file.metadata())
     except SafetensorError as error:
         raise ActValueError(
             f"{path}: got a file that safetensors cannot read ({error}), expected a whole safetensors file "
             "(it is damaged, cut off or of another format; save or download it again)"
         ) from error
-    return tensors, header["metadata"]
 
 
 def _parse_header(path: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:

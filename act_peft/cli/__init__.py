@@ -21,6 +21,12 @@ from act_peft.errors import ActError
 
 COMMANDS = {
     "demo": "act_peft.cli.demo",
+    "localize": "act_peft.cli.localize",
+    "select": "act_peft.cli.select",
+    "transfer": "act_peft.cli.transfer",
+    "merge": "act_peft.cli.merge",
+    "export-lora": "act_peft.cli.export_lora",
+    "inspect": "act_peft.cli.inspect",
 }
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130  # argparse itself ends with 2 after bad arguments

@@ -13,6 +13,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
+from act_peft.arithmetic import merged_rows
 from act_peft.channels import ChannelKind
 from act_peft.errors import ActValueError
 from act_peft.layers.state import check_adapter_state
@@ -220,18 +221,15 @@ class ActLayer(nn.Module, BaseTunerLayer):
         names = sorted(name for name in adapter_names if name in self.act_delta_weight)
         index = torch.cat([self.act_delta_index[name] for name in names]).unique()  # sorted
         original = self.original_rows(index)
-        wide = torch.promote_types(original.weight.dtype, torch.float32)
-        weight = original.weight.to(wide)
-        bias = None if original.bias is None else original.bias.to(wide)
-        for name in names:
-            where = torch.searchsorted(original.index, self.act_delta_index[name].to(original.index.device))
-            scale = self.act_delta_scale[name]
-            weight.index_add_(dim, where, self.act_delta_weight[name].detach().to(weight) * scale)
-            if bias is not None:
-                bias.index_add_(0, where, self.act_delta_bias[name].detach().to(bias) * scale)
-        base = self.get_base_layer()
+
+        def merged(rows: torch.Tensor, deltas: nn.ParameterDict, axis: int) -> torch.Tensor:
+            parts = [(self.act_delta_index[n], deltas[n].detach(), self.act_delta_scale[n]) for n in names]
+            return merged_rows(rows, original.index, parts, dim=axis)
+
         return ChannelRows(
-            original.index, weight.to(base.weight.dtype), None if bias is None else bias.to(base.bias.dtype)
+            original.index,
+            merged(original.weight, self.act_delta_weight, dim),
+            None if original.bias is None else merged(original.bias, self.act_delta_bias, 0),
         )
 
     def _write_rows(self, rows: ChannelRows) -> None:

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from act_peft.channels import ChannelKind
 from act_peft.layers.base import ActLayer
+from act_peft.layers.linear import changes_weight_only
 
 
 class Conv1D(ActLayer):
@@ -23,3 +24,7 @@ class Conv1D(ActLayer):
         """See `ActLayer.change`."""
         weight = self.act_delta_weight[adapter_name]  # [I, K]
         return F.linear(self._cast_input_dtype(x, weight.dtype), weight.T, self.act_delta_bias[adapter_name])
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """See `changes_weight_only`."""
+        return changes_weight_only(self, adapter_name)

@@ -32,6 +32,10 @@ class Linear(ActLayer):
         bias = self.act_delta_bias.get(adapter_name)  # [K] or None
         return F.linear(self._cast_input_dtype(x, weight.dtype), weight, bias)
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """See `changes_weight_only`."""
+        return changes_weight_only(self, adapter_name)
+
     @property
     def weight(self) -> torch.Tensor:
         """The base weight; for the output head the weight with the active deltas, differentiable in them."""
@@ -51,3 +55,13 @@ class Linear(ActLayer):
                 change = (deltas[name] * self.act_delta_scale[name]).to(tensor.dtype)
                 tensor = tensor.index_add(0, self.act_delta_index[name], change)
         return tensor
+
+
+def changes_weight_only(layer: ActLayer, adapter_name: str) -> bool:
+    """Whether an adapter of a linear layer is a change of its weight and of nothing else.
+
+    PEFT's `convert_to_lora` asks, and would lose the deltas of a bias; `export_lora` keeps them where it can.
+    """
+    if adapter_name not in layer.act_delta_weight or not layer.knows_channels(adapter_name):
+        return False
+    return adapter_name not in layer.act_delta_bias or not bool(layer.act_delta_bias[adapter_name].any())

@@ -6,7 +6,8 @@ with the same number of trainable parameters adds the same multiply-adds, and re
 Nothing here is
 asserted: the numbers depend on the machine, the ratios hardly.
 
-Every method runs in turn inside one process, `--repeats` rounds; printed is the median of the ratios of each round.
+Every method runs in turn inside one process, `--repeats` rounds; printed is the median of the ratios of each round (of
+processor time on a CPU, of wall time on an accelerator).
 Peak memory is that of two steps in a fresh process per method, as Linux counts it.
 
     python tests/benchmarks/bench_training_step.py --threads 1
@@ -90,11 +91,13 @@ def make_step(model: torch.nn.Module, args: argparse.Namespace):
 
 
 def seconds(function, args: argparse.Namespace) -> float:
-    start = time.perf_counter()
+    """Processor time on a CPU, which others may use too; wall time on an accelerator."""
+    clock = time.process_time if args.device == "cpu" else time.perf_counter
+    start = clock()
     function()
     if args.device != "cpu":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -102,8 +105,11 @@ def compare(args: argparse.Namespace) -> None:
     steps = {method: [] for method in METHODS}
     forwards = {method: [] for method in METHODS}
     for _round in range(args.repeats + 1):  # the first one warms up
-        for method, (step, forward) in runs.items():
+        for method, (step, _) in runs.items():
             steps[method].append(seconds(step, args))
+    # Apart from the steps: a forward after a step finds another heap than one after none.
+    for _round in range(args.repeats + 1):
+        for method, (_, forward) in runs.items():
             forwards[method].append(seconds(forward, args))
 
     def ratio(table: dict[str, list[float]], method: str, peer: str) -> float:

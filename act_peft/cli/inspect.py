@@ -1,0 +1,72 @@
+"""`act-peft inspect`: what is in a file of scores, a mask or an adapter."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+SUMMARY = "Show what a file of scores, a mask or an adapter holds."
+EXAMPLE = "act-peft inspect ability --json"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of the command."""
+    parser.add_argument("path", type=Path, help="file of scores or of a mask, or folder of an adapter")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Read the file and print a summary."""
+    summary = describe(arguments.path)
+    if arguments.json:
+        print(json.dumps(summary, indent=2))
+        return
+    modules = summary.pop("modules")
+    for key, value in summary.items():
+        print(f"{key.replace('_', ' ')}: {value}")
+    width = max(map(len, modules), default=0)
+    for name, entry in modules.items():
+        print(f"  {name:<{width}}  " + ", ".join(f"{key} {value}" for key, value in entry.items()))
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """What a file holds, as plain values; `modules` maps each module to its numbers.
+
+    Raises:
+        ActValueError: it is none of ours, or damaged.
+    """
+    from act_peft import ActConfig, ChannelMask, ChannelScores, tensorfile
+
+    if path.is_dir():
+        config = ActConfig.from_pretrained(str(path))
+        return {
+            "kind": "adapter",
+            "base": config.base_model_name_or_path,
+            "donor": config.donor,
+            "transfer_scale": config.transfer_scale,
+            "density": config.density,
+            "modules": config.adapted_modules or {},
+        }
+    kind = tensorfile.kind_of(path)
+    if kind == "channel scores":
+        scores = ChannelScores.load(path)
+        return {
+            "kind": kind,
+            "tokens": scores.num_tokens,
+            "channels": sum(len(values) for values in scores.values()),
+            "modules": {
+                name: {"channels": len(values), "mean": round(float(values.mean()), 6), "max": float(values.max())}
+                for name, values in scores.items()
+            },
+        }
+    mask = ChannelMask.load(path)
+    return {
+        "kind": kind,
+        "selected": mask.num_selected,
+        "density": mask.density,
+        "modules": {
+            name: {"selected": index.numel(), "channels": mask.num_channels[name]} for name, index in mask.items()
+        },
+    }

@@ -1,0 +1,31 @@
+"""`act-peft select`: a mask from scores."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from act_peft.cli.files import add_output, check_output_file
+
+SUMMARY = "Select the channels with the highest scores."
+EXAMPLE = "act-peft select scores.safetensors --density 0.05 --output mask.safetensors"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of the command."""
+    parser.add_argument("scores", type=Path, help="file of scores, from `act-peft localize`")
+    parser.add_argument("--density", type=float, required=True, help="share of the channels to select, from 0 to 1")
+    parser.add_argument("--scope", choices=("global", "module"), default="global", help="what is ranked together")
+    parser.add_argument("--normalize", choices=("none", "rms"), default="none", help="what scores are relative to")
+    add_output(parser, what="file of the mask")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Select and print what was written."""
+    check_output_file(arguments.output, overwrite=arguments.overwrite)
+    from act_peft import ChannelScores
+
+    scores = ChannelScores.load(arguments.scores)
+    mask = scores.top(arguments.density, scope=arguments.scope, normalize=arguments.normalize)
+    mask.save(arguments.output)
+    print(f"{arguments.output}: {mask}")

@@ -1,0 +1,381 @@
+"""One safetensors file as bytes: a checked header, copies of single rows, writes in place.
+
+A safetensors file is `u64 length | JSON header | data`. The header is checked completely before anything else is
+read: nothing is allocated because a header claims it, and no read can leave the tensor's own bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+
+from act_peft.errors import ActTypeError, ActValueError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")  # the dtypes of weights that can be read and written as numbers
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+_MAX_DIMS = 8
+_MAX_ELEMENTS = 2**40  # a tensor of one terabyte and more; also bounds the shapes of empty tensors
+_HAS_PWRITE = hasattr(os, "pwrite")
+_WINDOW = 32 << 20  # bytes of a tensor that are mapped, or rewritten, at a time
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says about one tensor: its dtype (as safetensors names it), shape, and place in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one entry along the first axis."""
+        return (self.stop - self.start) // self.shape[0] if self.shape and self.shape[0] else 0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the values are ordinary floating point numbers, rather than quantised ones."""
+        return self.dtype in PLAIN_DTYPES
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """Ranges along the first axis of at most some megabytes each."""
+        step = max(1, _WINDOW // max(1, self.row_bytes))
+        for first in range(0, self.shape[0], step):
+            yield first, min(first + step, self.shape[0])
+
+
+class Shard:
+    """A safetensors file that is open for reading. Every tensor that it hands out is a copy.
+
+    Args:
+        path: the file.
+
+    Attributes:
+        path: the file.
+        tensors: name -> `TensorInfo`, in the order of the header.
+        metadata: the header's own metadata.
+        data_start: where the data begin.
+
+    Raises:
+        ActValueError: no file, or one that is cut off, damaged or no safetensors file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        try:
+            self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 (closed by `close`)
+        except OSError as error:
+            raise ActValueError(
+                f"{self.path}: cannot be opened ({error.strerror}), expected a safetensors file (check the path)"
+            ) from error
+        try:
+            self.size = os.fstat(self._file.fileno()).st_size
+            header, self.data_start = _read_header(self.path, self._file, self.size)
+            self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+            self.tensors = _checked_tensors(self.path, header, self.data_start, self.size)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def close(self) -> None:
+        """Close the file; closing twice is harmless."""
+        self._file.close()
+
+    def __enter__(self) -> Shard:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def info(self, name: str) -> TensorInfo:
+        """What the header says about a tensor.
+
+        Raises:
+            ActValueError: if there is none of this name.
+        """
+        if name not in self.tensors:
+            raise ActValueError(
+                f"{self.path}: has no tensor {name!r}, expected one (the file belongs to another model)"
+            )
+        return self.tensors[name]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A copy of a whole tensor."""
+        info = self.info(name)
+        if not info.shape:
+            return self._result((), info, self._map(info.start, info.stop, info).reshape(()).copy())
+        return self.block(name, 0, info.shape[0])
+
+    def block(self, name: str, first: int, stop: int) -> torch.Tensor:
+        """A copy of the entries `first` to `stop` along the first axis.
+
+        Raises:
+            ActValueError: if the range leaves the tensor.
+        """
+        info = self._checked_range(name, first, stop)
+        shape = (stop - first, *info.shape[1:])
+        out = np.empty(shape, _raw_dtype(info))
+        for a, b in info.blocks():
+            a, b = max(a, first), min(b, stop)
+            if a < b:
+                out[a - first : b - first] = self._rows_between(info, a, b)
+        return self._result(shape, info, out)
+
+    def view(self, name: str, first: int, stop: int) -> torch.Tensor:
+        """The entries `first` to `stop` along the first axis as a private mapping of the file; for use at once.
+
+        Raises:
+            ActValueError: if the range leaves the tensor.
+        """
+        info = self._checked_range(name, first, stop)
+        return self._result((stop - first, *info.shape[1:]), info, self._rows_between(info, first, stop))
+
+    def rows(self, name: str, index: torch.Tensor, dim: int = 0) -> torch.Tensor:
+        """A copy of some rows (`dim` 0) or columns (`dim` 1) of a tensor.
+
+        For rows only the pages that hold them are read.
+
+        Args:
+            name: the tensor.
+            index: int64 `[K]`, ascending.
+            dim: the axis that `index` counts on.
+
+        Returns:
+            The tensor's shape with K along `dim`, in its dtype.
+
+        Raises:
+            ActValueError: an index outside the tensor or not ascending, an axis that the tensor does not have.
+            ActTypeError: indices that are not int64 `[K]`.
+        """
+        info = self.info(name)
+        self._check_index(name, info, index, dim)
+        shape = tuple(index.numel() if axis == dim else length for axis, length in enumerate(info.shape))
+        out = np.empty(shape, _raw_dtype(info))
+        if index.numel():
+            where = index.numpy()
+            for a, b in info.blocks():
+                if dim == 1:
+                    np.take(self._rows_between(info, a, b), where, axis=1, out=out[a:b], mode="clip")
+                    continue
+                i, j = np.searchsorted(where, (a, b))
+                if i < j:
+                    first, last = int(where[i]), int(where[j - 1]) + 1
+                    window = self._rows_between(info, first, last)
+                    np.take(window, where[i:j] - first, axis=0, out=out[i:j], mode="clip")
+        return self._result(shape, info, out)
+
+    def _checked_range(self, name: str, first: int, stop: int) -> TensorInfo:
+        info = self.info(name)
+        if not info.shape or not 0 <= first <= stop <= info.shape[0]:
+            raise ActValueError(
+                f"{self.path}: {name}: got rows {first} to {stop}, expected a range in the shape {list(info.shape)}"
+            )
+        return info
+
+    def _check_index(self, name: str, info: TensorInfo, index: torch.Tensor, dim: int) -> None:
+        if index.dtype != torch.int64 or index.dim() != 1:
+            raise ActTypeError(
+                f"{self.path}: {name}: got indices of {index.dtype} and shape {list(index.shape)}, expected int64 [K]"
+            )
+        if dim not in (0, 1) or dim >= len(info.shape) or (dim == 1 and len(info.shape) != 2):
+            raise ActValueError(f"{self.path}: {name}: got axis {dim}, expected one of the shape {list(info.shape)}")
+        if not index.numel():
+            return
+        where = index.numpy()
+        if where[0] < 0 or where[-1] >= info.shape[dim] or not (where[1:] > where[:-1]).all():
+            raise ActValueError(
+                f"{self.path}: {name}: got indices from {int(index.min())} to {int(index.max())}, expected ascending "
+                f"ones in [0, {info.shape[dim]})"
+            )
+
+    def _rows_between(self, info: TensorInfo, first: int, stop: int) -> np.ndarray:
+        width = info.row_bytes
+        mapped = self._map(info.start + first * width, info.start + stop * width, info)
+        return mapped.reshape(stop - first, *info.shape[1:])
+
+    def _map(self, start: int, stop: int, info: TensorInfo) -> np.ndarray:
+        """A private view of some bytes of the file; they are unmapped when the last view is gone."""
+        if start == stop:
+            return np.empty(0, _raw_dtype(info))
+        offset = start - start % mmap.ALLOCATIONGRANULARITY
+        try:
+            mapped = mmap.mmap(self._file.fileno(), stop - offset, access=mmap.ACCESS_COPY, offset=offset)
+        except (ValueError, OSError) as error:
+            raise ActValueError(
+                f"{self.path}: bytes {start} to {stop} cannot be read ({error}), expected the file of {self.size} "
+                "bytes that was opened (it was changed in the meantime)"
+            ) from error
+        raw = np.frombuffer(mapped, np.uint8, count=stop - start, offset=start - offset)
+        aligned = raw if start % _itemsize(info) == 0 else raw.copy()
+        return aligned.view(_raw_dtype(info))
+
+    def _result(self, shape: tuple[int, ...], info: TensorInfo, raw: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(raw.view(_INTEGERS[_itemsize(info)])).view(DTYPES[info.dtype]).reshape(shape)
+
+
+_INTEGERS = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}
+
+
+def _itemsize(info: TensorInfo) -> int:
+    return DTYPES[info.dtype].itemsize
+
+
+def _raw_dtype(info: TensorInfo) -> Any:
+    return _INTEGERS[_itemsize(info)]
+
+
+def write_rows(file: BinaryIO, info: TensorInfo, index: torch.Tensor, rows: torch.Tensor) -> None:
+    """Overwrite rows of a tensor in place; neighbouring ones in one go.
+
+    Args:
+        file: open for reading and writing, unbuffered.
+        info: the tensor's place in `file`.
+        index: int64 `[K]`, ascending, inside the tensor.
+        rows: `[K, ...]` in the tensor's dtype.
+    """
+    data = _bytes_of(rows)
+    width = info.row_bytes
+    where = index.numpy()
+    breaks = np.flatnonzero(np.diff(where) != 1) + 1
+    starts = np.concatenate(([0], breaks))
+    stops = np.concatenate((breaks, [len(where)]))
+    offsets = info.start + where[starts] * width
+    for first, stop, offset in zip(
+        *((starts * width).tolist(), (stops * width).tolist(), offsets.tolist()), strict=True
+    ):
+        _write_at(file, offset, data[first:stop])
+
+
+def write_block(file: BinaryIO, info: TensorInfo, first: int, rows: torch.Tensor) -> None:
+    """Overwrite the entries of a tensor from `first` on along its first axis; `rows` is contiguous, `[n, ...]`."""
+    _write_at(file, info.start + first * info.row_bytes, _bytes_of(rows))
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize]
+    return tensor.contiguous().view(integers).numpy().reshape(-1).data.cast("B")
+
+
+def _write_at(file: BinaryIO, offset: int, data: memoryview) -> None:
+    written = 0
+    while written < len(data):  # once, but for a disk that fills up and data of gigabytes
+        if _HAS_PWRITE:
+            written += os.pwrite(file.fileno(), data[written:] if written else data, offset + written)
+        else:
+            file.seek(offset + written)
+            written += file.write(data[written:])
+
+
+def header_with(shard: Shard, like: Mapping[str, str]) -> tuple[bytes, dict[str, TensorInfo]]:
+    """The header of a file that has some tensors more, at its end, and the places of all its tensors.
+
+    Args:
+        shard: the file as it is.
+        like: name of a new tensor -> the tensor whose dtype and shape it has.
+
+    Returns:
+        The bytes that stand before the data, and name -> place in the new file.
+    """
+    places = dict(shard.tensors)
+    end = shard.size
+    for name, model in like.items():
+        info = shard.info(model)
+        places[name] = replace(info, start=end, stop=end + info.stop - info.start)
+        end = places[name].stop
+    header: dict[str, Any] = {"__metadata__": shard.metadata} if shard.metadata else {}
+    for name, info in places.items():
+        offsets = [info.start - shard.data_start, info.stop - shard.data_start]
+        header[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": offsets}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    moved = 8 + len(text) - shard.data_start
+    new = {n: replace(info, start=info.start + moved, stop=info.stop + moved) for n, info in places.items()}
+    return len(text).to_bytes(8, "little") + text, new
+
+
+def _read_header(path: Path, file: Any, size: int) -> tuple[dict[str, Any], int]:
+    length = int.from_bytes(file.read(8), "little") if size >= 8 else -1
+    if not 2 <= length <= min(size - 8, _MAX_HEADER):
+        raise ActValueError(
+            f"{path}: got {size} bytes and a header of {length}, expected a whole safetensors file "
+            "(it is cut off, damaged or of another format; copy or download it again)"
+        )
+    try:
+        header = json.loads(file.read(length))
+    except (ValueError, RecursionError) as error:
+        raise ActValueError(
+            f"{path}: its header is not JSON ({error}), expected a safetensors file (copy or download it again)"
+        ) from error
+    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    if not isinstance(header, dict) or not isinstance(metadata, (dict, type(None))):
+        raise ActValueError(f"{path}: its header is no table of tensors, expected a safetensors file")
+    return header, 8 + length
+
+
+def _checked_tensors(path: Path, header: dict[str, Any], data_start: int, size: int) -> dict[str, TensorInfo]:
+    tensors = {name: _checked_entry(path, name, entry, data_start) for name, entry in header.items()}
+    end = data_start
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if info.start != end:
+            raise ActValueError(
+                f"{path}: {name}: its data begin at byte {info.start}, expected {end} (the header is damaged)"
+            )
+        end = info.stop
+    if end != size:
+        raise ActValueError(
+            f"{path}: got {size} bytes, expected {end} by its header (it is cut off or damaged; copy or download it "
+            "again)"
+        )
+    return tensors
+
+
+def _integers(value: Any) -> list[int] | None:
+    good = isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
+    return value if good else None
+
+
+def _checked_entry(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+    fields = entry if isinstance(entry, dict) else {}
+    dtype = fields.get("dtype")
+    shape, offsets = _integers(fields.get("shape")), _integers(fields.get("data_offsets"))
+    if shape is None or offsets is None or len(offsets) != 2:
+        raise ActValueError(f"{path}: {name}: the header says {str(entry)[:120]}, expected dtype, shape, data_offsets")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ActValueError(f"{path}: {name}: got dtype {str(dtype)[:40]!r}, expected one of {', '.join(DTYPES)}")
+    if len(shape) > _MAX_DIMS or math.prod(n for n in shape if n) > _MAX_ELEMENTS:
+        raise ActValueError(f"{path}: {name}: got the shape {str(shape)[:80]}, expected the shape of a weight")
+    expected = math.prod(shape) * DTYPES[dtype].itemsize
+    if offsets[1] - offsets[0] != expected:
+        raise ActValueError(
+            f"{path}: {name}: got {offsets[1] - offsets[0]} bytes, expected {expected} for {dtype} {str(shape)[:80]} "
+            "(the header is damaged)"
+        )
+    return TensorInfo(dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])

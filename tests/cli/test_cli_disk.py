@@ -1,0 +1,143 @@
+"""The commands that work on files, one after the other, on the shipped base and donor."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from act_peft import ChannelMask, ChannelScores
+from act_peft.cli import main
+from act_peft.demo.family import BASE, DONOR
+from act_peft.demo.task import Split, rows
+from act_peft.demo.words import Language
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of the libraries below TRL
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with examples, and with what every command of the way wrote."""
+    path = tmp_path_factory.mktemp("way")
+    with open(path / "examples.jsonl", "w") as file:
+        for row in rows(Language.SPANISH, Split.TRAIN, count=24):
+            file.write(json.dumps(row) + "\n")
+    models = ["--base", str(BASE), "--donor", str(DONOR)]
+    way = [
+        [
+            *["localize", *models, "--dataset", str(path / "examples.jsonl"), "--device", "cpu"],
+            *["--exclude-modules", "embed_tokens", "--output", str(path / "scores.safetensors")],
+        ],
+        ["select", str(path / "scores.safetensors"), "--density", "0.1", "--output", str(path / "mask.safetensors")],
+        ["transfer", *models, "--mask", str(path / "mask.safetensors"), "--output", str(path / "ability")],
+        ["merge", "--base", str(BASE), "--adapter", str(path / "ability"), "--output", str(path / "merged")],
+    ]
+    for command in way:
+        assert main(command) == 0, command
+    return path
+
+
+def test_the_way_ends_in_a_model_that_plain_transformers_loads(folder):
+    ids = torch.arange(4, 30)[None]
+    base = AutoModelForCausalLM.from_pretrained(BASE)
+    expected = PeftModel.from_pretrained(base, folder / "ability").merge_and_unload()(ids).logits
+    merged = AutoModelForCausalLM.from_pretrained(folder / "merged")
+    assert torch.equal(merged(ids).logits, expected)
+    assert not torch.equal(AutoModelForCausalLM.from_pretrained(BASE)(ids).logits, expected)
+
+
+def test_export_lora_writes_an_adapter_of_stock_peft(folder, capsys):
+    command = ["export-lora", str(folder / "ability"), "--output", str(folder / "lora")]
+    assert main(command) == 1  # the mask has channels of norms
+    assert "merge" in capsys.readouterr().err
+    assert main([*command, "--biases", "modules_to_save", "--base", str(BASE), "--max-rank", "8"]) == 0
+    printed = capsys.readouterr().out
+    assert "ranks" in printed
+    assert "relative error" in printed
+    assert json.loads((folder / "lora" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+def test_scores_and_mask_are_those_of_the_library(folder):
+    scores = ChannelScores.load(folder / "scores.safetensors")
+    assert "model.embed_tokens" not in scores
+    assert ChannelMask.load(folder / "mask.safetensors") == scores.top(0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "first"),
+    [
+        ("scores.safetensors", "channel scores", {"channels", "mean", "max"}),
+        ("mask.safetensors", "channel mask", {"selected", "channels"}),
+        ("ability", "adapter", {"selected", "channels", "base"}),
+    ],
+)
+def test_inspect_shows_what_is_there(folder, capsys, name, kind, first):
+    assert main(["inspect", str(folder / name), "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["kind"] == kind
+    assert first <= set(next(iter(summary["modules"].values())))
+    assert main(["inspect", str(folder / name)]) == 0
+    text = capsys.readouterr().out
+    assert f"kind: {kind}" in text
+    assert "model.layers.0." in text
+
+
+@pytest.mark.parametrize(
+    ("command", "output"),
+    [
+        (["localize", "--base", "x", "--donor", "x", "--dataset", "x"], "scores.safetensors"),
+        (["select", "x", "--density", "0.1"], "mask.safetensors"),
+        (["transfer", "--base", str(BASE), "--donor", str(DONOR), "--mask", "x"], "ability"),
+        (["merge", "--base", str(BASE), "--adapter", "x"], "merged"),
+    ],
+)
+def test_an_output_that_exists_is_refused(folder, capsys, command, output):
+    if command[0] == "merge":
+        command = [*command[:-1], str(folder / "ability")]
+    if command[0] == "transfer":
+        command = [*command[:-1], str(folder / "mask.safetensors")]
+    assert main([*command, "--output", str(folder / output)]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert output in error
+    assert "overwrite" in error
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["select", "nowhere", "--density", "0.1", "--output", "{}/m"], "nowhere: no such file"),
+        (["select", "{}/scores.safetensors", "--density", "1.5", "--output", "{}/m"], "density"),
+        (["select", "{}/scores.safetensors", "--density", "0.1", "--output", "{}"], "got a folder"),
+        (["select", "{}/scores.safetensors", "--density", "0.1", "--output", "{}/no/m"], "does not exist"),
+        (["inspect", "{}/examples.jsonl"], "safetensors cannot read"),
+        (["inspect", "{}/nothing"], "no such file"),
+        (["localize", "--base", "x", "--donor", "x", "--dataset", "{}/no", "--output", "{}/s"], "cannot be loaded"),
+    ],
+)
+def test_failures_are_one_line(folder, capsys, command, message):
+    assert main([part.format(folder) for part in command]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("act-peft: ")
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+
+
+def test_overwrite_replaces(folder, capsys):
+    way = ["select", str(folder / "scores.safetensors"), "--density", "0.1"]
+    assert main([*way, "--output", str(folder / "mask.safetensors"), "--overwrite"]) == 0
+    assert "ChannelMask(" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [["select"], ["merge", "--base", "x"], ["nonsense"], []])
+def test_bad_arguments_end_with_two(capsys, command):
+    with pytest.raises(SystemExit) as stopped:
+        main(command)
+    assert stopped.value.code == 2
+    assert "usage:" in capsys.readouterr().err

@@ -1,0 +1,44 @@
+"""The README's Python runs as it stands there, and its commands exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from act_peft.cli import build_parser
+from act_peft.demo.family import BASE, DONOR
+from act_peft.demo.task import Split, rows
+from act_peft.demo.words import Language
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the libraries below TRL
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")  # no accelerator
+def test_the_training_script_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 1
+    dataset = Dataset.from_list(rows(Language.SPANISH, Split.TRAIN, count=16))
+    namespace = {"BASE": str(BASE), "DONOR": str(DONOR), "dataset": dataset}
+    # TRL's default is bfloat16 on an accelerator, and these tests have none.
+    block = blocks[0].replace('output_dir="training"', 'output_dir="training", use_cpu=True, report_to="none"')
+    exec(compile(block, "README.md", "exec"), namespace)
+    ids = torch.arange(4, 20)[None]
+    merged = namespace["merged"].float().eval()
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), "ability").eval()
+    torch.testing.assert_close(loaded(ids).logits, merged(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_commands_exist():
+    commands = re.findall(r"^\$ act-peft (.+)$", README, re.MULTILINE)
+    assert len(commands) >= 5
+    for command in commands:
+        assert build_parser().parse_args(command.split()).run
