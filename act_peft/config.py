@@ -16,6 +16,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, Peft
 from safetensors import SafetensorError, safe_open
 
 from act_peft.card import write_model_card
+from act_peft.channels import ChannelKind
 from act_peft.errors import ActLoadError, ActTypeError, ActValueError, ActWarning
 from act_peft.masks import ChannelMask, checked_indices
 
@@ -195,6 +196,18 @@ def _check_tensor_file(folder: str) -> None:
             ActWarning,
             stacklevel=4,
         )
+
+
+def module_record(kind: ChannelKind, *, selected: int, channels: int, base: str | None) -> dict[str, Any]:
+    """An entry of `adapted_modules`.
+
+    Args:
+        kind: of the module.
+        selected: number of its selected channels K.
+        channels: number of its channels C.
+        base: fingerprint of the base rows; None where they cannot be read.
+    """
+    return {"kind": kind.value, "selected": selected, "channels": channels, "base": base}
 
 
 def _check_record(modules: Any) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,16 +19,16 @@ from transformers import PreTrainedModel
 from act_peft.arithmetic import scaled_difference, wide_dtype
 from act_peft.channels import kind_of
 from act_peft.checkpoint import Checkpoint
-from act_peft.config import ActConfig
-from act_peft.errors import ActValueError, ActWarning
+from act_peft.config import ActConfig, module_record
+from act_peft.errors import ActValueError
 from act_peft.fingerprint import fingerprint
 from act_peft.folders import check_output, check_room, new_folder
 from act_peft.layers.base import PREFIX
+from act_peft.lineage import Resemblance, check_configs, check_shapes
 from act_peft.masks import ChannelMask
 from act_peft.names import key_for, prefix_change
 from act_peft.plan import plan_channels
 from act_peft.skeleton import build_skeleton, load_config, tied_weights
-from act_peft.transfer import RELATED, _check_configs, _in_words
 
 
 def create_adapter(
@@ -80,26 +78,21 @@ def create_adapter(
     with Checkpoint.open(base) as mine, Checkpoint.open(donor) as theirs:
         check_output(output, [mine.folder, theirs.folder], overwrite=overwrite)
         base_config, donor_config = load_config(mine), load_config(theirs)
-        notes = _check_configs(base_config, donor_config)
+        notes = check_configs(base_config, donor_config)
         skeleton = build_skeleton(base_config)
         parameters = {n: list(p.shape) for n, p in skeleton.named_parameters(remove_duplicate=False)}
         keys = _find_keys(mine, parameters, tied_weights(base_config))
         donor_keys = _find_keys(theirs, parameters, tied_weights(donor_config))
         indices = plan_channels(settings, skeleton, None)
         _check_shapes(skeleton, mine, keys, theirs, donor_keys, targets=indices)
-        tensors, settings.adapted_modules, cosine = _transfer(
+        tensors, settings.adapted_modules, resemblance = _transfer(
             skeleton, indices, mine, keys, theirs, donor_keys, settings
         )
-        if cosine is not None and cosine < RELATED:
-            notes.append(
-                f"the selected weights have a cosine of {cosine:.2f}, as if the models had no common ancestor"
-            )
     settings.base_model_name_or_path = skeleton.name_or_path
     if isinstance(settings.channels, ChannelMask):
         selected = sum(index.numel() for index in indices.values())
         settings.density = selected / sum(settings.channels.num_channels.values())
-    if notes:
-        warnings.warn(f"donor and base differ: {'; '.join(notes)}", ActWarning, stacklevel=2)
+    resemblance.warn(notes, stacklevel=2)
     check_room(output, sum(t.numel() * t.element_size() for t in tensors.values()) + (1 << 20))
     with new_folder(output) as folder:
         _CardWriter(skeleton, settings).create_or_update_model_card(str(folder))
@@ -157,14 +150,7 @@ def _check_shapes(
                 "config.json (the checkpoint is damaged)"
             )
     theirs |= _surplus(donor, parameters, donor_keys)
-    differing = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
-    if differing:
-        name = differing[0]
-        raise ActValueError(
-            f"{name.rpartition('.')[0]}: donor has {_in_words(theirs.get(name), name)}, the base has "
-            f"{_in_words(mine.get(name), name)} (donor: {donor.location}; {len(differing)} of "
-            f"{len({**mine, **theirs})} tensors differ)"
-        )
+    check_shapes(mine, theirs, donor_name=str(donor.location))
 
 
 def _surplus(donor: Checkpoint, parameters: Mapping[str, Any], donor_keys: Mapping[str, str]) -> dict[str, list[int]]:
@@ -194,11 +180,11 @@ def _transfer(
     donor: Checkpoint,
     donor_keys: Mapping[str, str],
     settings: ActConfig,
-) -> tuple[dict[str, torch.Tensor], dict[str, Any], float | None]:
-    """The adapter's tensors, what its configuration records, and the cosine of the selected weights."""
+) -> tuple[dict[str, torch.Tensor], dict[str, Any], Resemblance]:
+    """The adapter's tensors, what its configuration records, and how alike the selected weights are."""
     tensors: dict[str, torch.Tensor] = {}
     records: dict[str, Any] = {}
-    dot = base_square = donor_square = 0.0
+    resemblance = Resemblance()
     for name, index in indices.items():
         kind = kind_of(skeleton.get_submodule(name))
         rows = {}
@@ -208,27 +194,18 @@ def _transfer(
                 continue
             mine = _plain_rows(base, base_keys[parameter], index, dim)
             theirs = _plain_rows(donor, donor_keys[parameter], index, dim)
-            a, b = mine.to(torch.float32).flatten(), theirs.to(torch.float32).flatten()
-            square = float(b @ b)
-            if not math.isfinite(square) and not torch.isfinite(theirs).all():  # the sum is the quicker question
-                raise ActValueError(
-                    f"{name}: the donor's selected weights hold NaN or infinity, expected finite numbers "
-                    "(the donor's checkpoint is broken)"
-                )
-            if theirs.dim() == 2:
-                dot, base_square, donor_square = dot + float(a @ b), base_square + float(a @ a), donor_square + square
+            resemblance.add_(name, mine, theirs)
             delta = scaled_difference(theirs, mine, settings.transfer_scale)
             tensors[f"base_model.model.{name}.{PREFIX}{part}"] = delta.to(wide_dtype(mine.dtype)).contiguous()
             rows[part] = mine
         tensors[f"base_model.model.{name}.{PREFIX}index"] = index
-        records[name] = {
-            "kind": kind.value,
-            "selected": index.numel(),
-            "channels": base.shape(base_keys[f"{name}.weight"])[kind.channel_dim],
-            "base": fingerprint(rows["weight"], rows.get("bias")),
-        }
-    related = math.sqrt(base_square * donor_square)
-    return tensors, records, dot / related if related else None
+        records[name] = module_record(
+            kind,
+            selected=index.numel(),
+            channels=base.shape(base_keys[f"{name}.weight"])[kind.channel_dim],
+            base=fingerprint(rows["weight"], rows.get("bias")),
+        )
+    return tensors, records, resemblance
 
 
 def _plain_rows(checkpoint: Checkpoint, key: str, index: torch.Tensor, dim: int) -> torch.Tensor:

@@ -30,6 +30,7 @@ from act_peft.arithmetic import wide_dtype
 from act_peft.changes import OUTER, AdapterChanges, ModuleChange, changes_in_folder, changes_in_model
 from act_peft.channels import ChannelKind
 from act_peft.checkpoint import Checkpoint
+from act_peft.choices import member_of
 from act_peft.errors import ActTypeError, ActValueError
 from act_peft.folders import check_output, check_room, new_folder
 from act_peft.shards import DTYPES
@@ -107,7 +108,7 @@ def export_lora(
         ActLoadError: an adapter's tensors that do not fit its configuration or `base`.
         ActTypeError: neither a model nor a path, a `max_rank` that is no integer.
     """
-    choice = _choice(biases)
+    choice = member_of(Biases, biases, "biases")
     _check_rank(max_rank)
     output = Path(os.path.abspath(output_dir))
     with ExitStack() as stack:
@@ -142,14 +143,6 @@ def export_lora(
             plan.config.save_pretrained(str(beside))
             _write_card(beside, source, plan, errors)
     return LoraExport(output, MappingProxyType(plan.ranks), MappingProxyType(errors), tuple(plan.saved))
-
-
-def _choice(biases: Any) -> Biases:
-    try:
-        return Biases(biases)
-    except ValueError as error:
-        expected = ", ".join(repr(member.value) for member in Biases)
-        raise ActValueError(f"biases: got {biases!r}, expected one of {expected}") from error
 
 
 def _check_rank(max_rank: Any) -> None:

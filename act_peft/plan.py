@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_l
 from torch import nn
 
 from act_peft.channels import channel_kind, num_channels
-from act_peft.config import ActConfig
+from act_peft.config import ActConfig, module_record
 from act_peft.errors import ActTypeError, ActValueError
 from act_peft.fingerprint import fingerprint
 from act_peft.layers import ActLayer
@@ -196,7 +196,7 @@ def record(layer: ActLayer, index: torch.Tensor) -> dict[str, Any]:
     if weight.device.type != "meta" and weight.is_floating_point():
         rows = layer.original_rows(index)
         base = fingerprint(rows.weight, rows.bias)
-    return {"kind": layer.kind.value, "selected": index.numel(), "channels": layer.num_channels, "base": base}
+    return module_record(layer.kind, selected=index.numel(), channels=layer.num_channels, base=base)
 
 
 def shared_weights(model: nn.Module) -> set[int]:

@@ -9,10 +9,11 @@ import secrets
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from act_peft.choices import member_of
 from act_peft.errors import ActError, ActValueError
 from act_peft.scores import ChannelScores, Scope
 
@@ -85,7 +86,7 @@ def plot_scores(
         ActValueError: If `density`, `scope` or `group_by` is none of these, or the folder does not exist.
     """
     figure = _figure(7.2, 4.8)
-    _draw_scores(figure.subplots(), scores, density, _member(Scope, scope, "scope"), group_by)
+    _draw_scores(figure.subplots(), scores, density, member_of(Scope, scope, "scope"), group_by)
     _save(figure, path)
 
 
@@ -128,7 +129,7 @@ def plot_demo(
     """
     figure = _figure(14, 5.2)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.25))
-    _draw_scores(left, scores, density, _member(Scope, scope, "scope"), Grouping.KIND)
+    _draw_scores(left, scores, density, member_of(Scope, scope, "scope"), Grouping.KIND)
     _draw_accuracies(right, accuracies)
     _save(figure, path)
 
@@ -147,7 +148,7 @@ def group_scores(scores: ChannelScores, group_by: str | Grouping = Grouping.KIND
     Raises:
         ActValueError: If `group_by` is none of these.
     """
-    name_of = _GROUP_NAMES[_member(Grouping, group_by, "group_by")]
+    name_of = _GROUP_NAMES[member_of(Grouping, group_by, "group_by")]
     groups: dict[str, list[torch.Tensor]] = {}
     for name, values in scores.items():
         groups.setdefault(name_of(name), []).append(values)
@@ -164,17 +165,6 @@ def _layer_of(name: str) -> str:
 
 
 _GROUP_NAMES = {Grouping.KIND: _kind_of, Grouping.LAYER: _layer_of}
-
-
-_Choice = TypeVar("_Choice", bound=Enum)
-
-
-def _member(choices: type[_Choice], value: str | _Choice, argument: str) -> _Choice:
-    try:
-        return choices(value)
-    except ValueError as error:
-        allowed = ", ".join(repr(choice.value) for choice in choices)
-        raise ActValueError(f"{argument}: got {value!r}, expected one of {allowed}") from error
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from types import MappingProxyType
-from typing import TypeVar
 
 import torch
 
 from act_peft import tensorfile
+from act_peft.choices import member_of
 from act_peft.errors import ActError, ActTypeError, ActValueError
 from act_peft.masks import ChannelMask
 
@@ -146,8 +146,8 @@ class ChannelScores(Mapping[str, torch.Tensor]):
             ActValueError: `density` is outside 0 to 1, or an unknown `scope` or `normalize`.
         """
         density = _checked_density(density)
-        select = _SELECTIONS[_member(Scope, scope, "scope")]
-        rescale = _NORMALIZATIONS[_member(Normalization, normalize, "normalize")]
+        select = _SELECTIONS[member_of(Scope, scope, "scope")]
+        rescale = _NORMALIZATIONS[member_of(Normalization, normalize, "normalize")]
         ranked = {name: rescale(scores) for name, scores in self.items()}
         return ChannelMask(select(ranked, density), self.num_channels)
 
@@ -213,17 +213,6 @@ def _checked_density(density: float) -> float:
     if not 0 <= value <= 1:  # also false for NaN
         raise ActValueError(f"density: got {density}, expected a number from 0 to 1 (5% is 0.05)")
     return value
-
-
-_Choice = TypeVar("_Choice", bound=Enum)
-
-
-def _member(choices: type[_Choice], value: str | _Choice, argument: str) -> _Choice:
-    try:
-        return choices(value)
-    except ValueError as error:
-        allowed = ", ".join(repr(choice.value) for choice in choices)
-        raise ActValueError(f"{argument}: got {value!r}, expected one of {allowed}") from error
 
 
 def _in_words(count: int | None) -> str:

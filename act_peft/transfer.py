@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -16,10 +15,9 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from act_peft.channels import kind_of, weight_of
-from act_peft.errors import ActTypeError, ActValueError, ActWarning
+from act_peft.errors import ActTypeError, ActValueError
 from act_peft.layers import ActLayer
-
-RELATED = 0.5  # cosine of the selected weights: relatives stay above 0.9, models of different ancestors are near 0
+from act_peft.lineage import Resemblance, check_configs, check_shapes
 
 
 def initialize_from_donor(
@@ -124,7 +122,7 @@ def load_donor(donor: str, *, like: nn.Module, revision: str | None = None) -> P
         raise ActValueError(
             f"donor {donor!r}: cannot be opened, expected a folder with a checkpoint, or a Hub id ({error})"
         ) from error
-    _check_configs(like.config, donor_config)
+    check_configs(like.config, donor_config)
     try:
         model, info = type(like).from_pretrained(
             donor, revision=revision, dtype="auto", use_safetensors=True, output_loading_info=True
@@ -155,31 +153,17 @@ def check_donor(base: nn.Module, donor: nn.Module, index: Mapping[str, torch.Ten
     Warns:
         ActWarning: once, if rotary base or context length differ or the weights look unrelated.
     """
-    base_config, donor_config = getattr(base, "config", None), getattr(donor, "config", None)
     notes = []
     if isinstance(base, PreTrainedModel) and isinstance(donor, PreTrainedModel):
-        notes = _check_configs(base_config, donor_config)
-    _check_structure(base, donor)
-    dot = base_square = donor_square = 0.0
+        notes = check_configs(base.config, donor.config)
+    check_shapes(_shapes(base), _shapes(donor), donor_name=_name(donor))
+    resemblance = Resemblance()
     for name, selected in index.items():
-        theirs = _rows(donor.get_submodule(name), selected)
-        for tensor in theirs:
-            if tensor is not None and not torch.isfinite(tensor).all():
-                raise ActValueError(
-                    f"{name}: the donor's selected weights hold NaN or infinity, expected finite numbers "
-                    "(the donor's checkpoint is broken)"
-                )
-        if theirs[0].dim() == 2 and theirs[0].numel():
-            mine = _rows(base.get_submodule(name), selected)[0].to("cpu", torch.float32).flatten()
-            other = theirs[0].to("cpu", torch.float32).flatten()
-            dot += float(mine @ other)
-            base_square += float(mine @ mine)
-            donor_square += float(other @ other)
-    if base_square and donor_square and dot / math.sqrt(base_square * donor_square) < RELATED:
-        cosine = dot / math.sqrt(base_square * donor_square)
-        notes.append(f"the selected weights have a cosine of {cosine:.2f}, as if the models had no common ancestor")
-    if notes:
-        warnings.warn(f"donor and base differ: {'; '.join(notes)}", ActWarning, stacklevel=2)
+        mine, theirs = _rows(base.get_submodule(name), selected), _rows(donor.get_submodule(name), selected)
+        for base_part, donor_part in zip(mine, theirs, strict=True):
+            if base_part is not None and donor_part is not None:
+                resemblance.add_(name, base_part, donor_part)
+    resemblance.warn(notes, stacklevel=2)
 
 
 @skip_init_on_device
@@ -226,18 +210,6 @@ def _rows(module: nn.Module, index: torch.Tensor) -> tuple[torch.Tensor, torch.T
     )
 
 
-def _check_structure(base: nn.Module, donor: nn.Module) -> None:
-    mine, theirs = _shapes(base), _shapes(donor)
-    differing = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
-    if differing:
-        name = differing[0]
-        module = name.rpartition(".")[0]
-        raise ActValueError(
-            f"{module}: donor has {_in_words(theirs.get(name), name)}, the base has {_in_words(mine.get(name), name)} "
-            f"(donor: {_name(donor)}; {len(differing)} of {len({**mine, **theirs})} tensors differ)"
-        )
-
-
 def _shapes(model: nn.Module) -> dict[str, list[int]]:
     """Parameter names and shapes as they are without adapters."""
     shapes = {}
@@ -249,35 +221,5 @@ def _shapes(model: nn.Module) -> dict[str, list[int]]:
     return shapes
 
 
-def _in_words(shape: list[int] | None, name: str) -> str:
-    return f"no {name.rpartition('.')[2]}" if shape is None else f"{name.rpartition('.')[2]} {shape}"
-
-
 def _name(model: nn.Module) -> str:
     return getattr(model, "name_or_path", "") or type(model).__name__
-
-
-def _check_configs(base: Any, donor: Any) -> list[str]:
-    """Compare two transformers configurations; what differs harmlessly comes back in words."""
-    mine, theirs = base.get_text_config(), donor.get_text_config()
-    name = getattr(donor, "_name_or_path", "") or "donor"
-    for key, what in (("model_type", "architecture"), ("vocab_size", "vocabulary size")):
-        if getattr(mine, key, None) != getattr(theirs, key, None):
-            raise ActValueError(
-                f"{key}: the donor's {what} is {getattr(theirs, key, None)}, the base's {getattr(mine, key, None)} "
-                f"(donor: {name}; take a relative of the base)"
-            )
-    notes = []
-    for key, read in (("rope_theta", _rope_theta), ("max_position_embeddings", _max_positions)):
-        if read(mine) != read(theirs):
-            notes.append(f"{key} is {read(theirs)} in the donor and {read(mine)} in the base")
-    return notes
-
-
-def _rope_theta(config: Any) -> Any:
-    parameters = getattr(config, "rope_parameters", None) or {}
-    return parameters.get("rope_theta", getattr(config, "rope_theta", None))
-
-
-def _max_positions(config: Any) -> Any:
-    return getattr(config, "max_position_embeddings", None)

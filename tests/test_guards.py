@@ -14,6 +14,7 @@ PACKAGE = ROOT / "act_peft"
 # A module may import those in the lines above its own, and its own package.
 ORDER = [
     "errors",
+    "choices",
     "channels",
     "names",
     "tensorfile",
@@ -30,6 +31,7 @@ ORDER = [
     "config",
     "arithmetic",
     "layers",
+    "lineage",
     "transfer",
     "plan",
     "changes",
