@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -133,6 +135,12 @@ def test_overwrite_replaces(folder, capsys):
     way = ["select", str(folder / "scores.safetensors"), "--density", "0.1"]
     assert main([*way, "--output", str(folder / "mask.safetensors"), "--overwrite"]) == 0
     assert "ChannelMask(" in capsys.readouterr().out
+
+
+def test_a_reader_that_has_seen_enough_is_no_failure(folder):
+    script = f"{sys.executable} -W ignore -m act_peft inspect {folder / 'scores.safetensors'} | head -n 1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "kind: channel scores\n", "")
 
 
 @pytest.mark.parametrize("command", [["select"], ["merge", "--base", "x"], ["nonsense"], []])
