@@ -52,3 +52,32 @@ def scaled_difference(donor: torch.Tensor, base: torch.Tensor, scale: float) -> 
     """`scale * (donor - base)` in `wide_dtype` of both, on the device of `base`; any equal shapes."""
     wide = wide_dtype(donor.dtype, base.dtype)
     return scale * (donor.to(base.device, wide) - base.to(wide))
+
+
+def factors(rows: torch.Tensor, max_rank: int | None) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Two factors of a delta's rows: exact ones, or beyond `max_rank` the best of that rank.
+
+    Args:
+        rows: `[K, I]`, finite.
+        max_rank: from 1 on, or None.
+
+    Returns:
+        `left` `[K, r]` and `right` `[r, I]` in the dtype of `rows`, and |rows - left right| / |rows| in the Frobenius
+        norm, from the singular values that are left out.
+    """
+    count, width = rows.shape
+    if max_rank is None or count <= max_rank:
+        return torch.eye(count, dtype=rows.dtype), rows, 0.0
+    if width <= max_rank:
+        return rows, torch.eye(width, dtype=rows.dtype), 0.0
+    u, s, vh = torch.linalg.svd(rows.to(wide_dtype(rows.dtype)), full_matrices=False)
+    squares = s.double().square()
+    total = float(squares.sum())
+    error = (float(squares[max_rank:].sum()) / total) ** 0.5 if total else 0.0
+    right = s[:max_rank, None] * vh[:max_rank]
+    return u[:, :max_rank].to(rows.dtype), right.to(rows.dtype), error
+
+
+def factor_rank(count: int, width: int, max_rank: int | None) -> int:
+    """Rank of the factors that `factors` gives."""
+    return count if max_rank is None or count <= max_rank else min(max_rank, width)

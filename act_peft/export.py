@@ -26,7 +26,7 @@ from peft import LoraConfig
 from torch import nn
 
 from act_peft.adapterfile import TENSORS, AdapterFolder
-from act_peft.arithmetic import wide_dtype
+from act_peft.arithmetic import factor_rank, factors
 from act_peft.changes import OUTER, AdapterChanges, ModuleChange, changes_in_folder, changes_in_model
 from act_peft.channels import ChannelKind
 from act_peft.checkpoint import Checkpoint
@@ -200,7 +200,7 @@ def _make_plan(source: AdapterChanges, choice: Biases, *, max_rank: int | None, 
             f"{_listed(unfit)}: biases='lora_bias' is for linear layers, and PEFT allows no embedding beside it "
             "(merge the adapter with merge_checkpoint, or pass biases='modules_to_save')"
         )
-    ranks = {m.name: _rank(m.index.numel(), m.width, max_rank) for m in factored}
+    ranks = {m.name: factor_rank(m.index.numel(), m.width, max_rank) for m in factored}
     top = max(ranks.values())
     if uniform_rank:
         ranks = dict.fromkeys(ranks, top)
@@ -286,35 +286,6 @@ def _factor_part(module: ModuleChange, rank: int, max_rank: int | None, lora_bia
         return made, error
 
     return _Part(infos, make, module.name)
-
-
-def factors(rows: torch.Tensor, max_rank: int | None) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Two factors of a delta's rows: exact ones, or beyond `max_rank` the best of that rank.
-
-    Args:
-        rows: `[K, I]`, finite.
-        max_rank: from 1 on, or None.
-
-    Returns:
-        `left` `[K, r]` and `right` `[r, I]` in the dtype of `rows`, and |rows - left right| / |rows| in the Frobenius
-        norm, from the singular values that are left out.
-    """
-    count, width = rows.shape
-    if max_rank is None or count <= max_rank:
-        return torch.eye(count, dtype=rows.dtype), rows, 0.0
-    if width <= max_rank:
-        return rows, torch.eye(width, dtype=rows.dtype), 0.0
-    u, s, vh = torch.linalg.svd(rows.to(wide_dtype(rows.dtype)), full_matrices=False)
-    squares = s.double().square()
-    total = float(squares.sum())
-    error = (float(squares[max_rank:].sum()) / total) ** 0.5 if total else 0.0
-    right = s[:max_rank, None] * vh[:max_rank]
-    return u[:, :max_rank].to(rows.dtype), right.to(rows.dtype), error
-
-
-def _rank(count: int, width: int, max_rank: int | None) -> int:
-    """Rank of the factors that `factors` gives."""
-    return count if max_rank is None or count <= max_rank else min(max_rank, width)
 
 
 def _tensor_part(key: str, tensor: torch.Tensor) -> _Part:

@@ -21,8 +21,9 @@ from transformers import AutoModelForCausalLM
 
 import act_peft.export
 from act_peft import ActConfig, ActLoadError, ActTypeError, ActValueError, export_lora
+from act_peft.arithmetic import factors
 from act_peft.channels import ChannelKind
-from act_peft.export import Biases, factors
+from act_peft.export import Biases
 from act_peft.layers import ActLayer
 from act_peft.masks import ChannelMask
 
