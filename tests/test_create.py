@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoints import SHARD_SIZE, save_relatives
 from tiny_models import batch, build
 from transformers import AutoModelForCausalLM
+from unfit_donors import UNFIT_DONORS, with_value
 
 from act_peft import ActConfig, ActTypeError, ActValueError, ActWarning, ChannelMask, create_adapter
 
@@ -96,46 +97,9 @@ def refused(folder, match, error=ActValueError, mask=None, output="out", donor="
     assert sorted(os.listdir(folder)) == before
 
 
-def with_value(model, value):
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight.fill_(value)
-    return model
-
-
-def with_bias():
-    return build("llama", attention_bias=True)
-
-
-DONORS = {
-    "another shape": (
-        lambda: build("llama", intermediate_size=32),
-        r"mlp\.gate_proj: donor has weight \[32, 16\], the base has weight \[24, 16\] .* tensors differ",
-    ),
-    "fewer layers": (
-        lambda: build("llama", num_hidden_layers=1),
-        r"model\.layers\.1\..*: donor has no weight, the base has weight",
-    ),
-    "more layers": (
-        lambda: build("llama", num_hidden_layers=3),
-        r"model\.layers\.2\..*: donor has weight .*, the base has no weight",
-    ),
-    "biases": (with_bias, r"_proj: donor has bias \[\d+\], the base has no bias"),
-    "another vocabulary": (
-        lambda: build("llama", vocab_size=50),
-        "vocab_size: the donor's vocabulary size is 50, the base's 48",
-    ),
-    "another architecture": (
-        lambda: build("qwen2"),
-        "model_type: the donor's architecture is qwen2, the base's llama",
-    ),
-    "NaN": (lambda: with_value(build("llama"), float("nan")), r"up_proj: the donor's selected weights hold NaN"),
-    "infinity": (lambda: with_value(build("llama"), float("inf")), r"up_proj: the donor's selected weights hold NaN"),
-}
-
-
-@pytest.mark.parametrize("what", DONORS)
+@pytest.mark.parametrize("what", UNFIT_DONORS)
 def test_donors_that_do_not_fit_are_refused(what, tmp_path):
-    make, match = DONORS[what]
+    make, match = UNFIT_DONORS[what]
     save_relatives(tmp_path, "llama")
     shutil.rmtree(tmp_path / "donor")
     make().save_pretrained(tmp_path / "donor", max_shard_size=SHARD_SIZE)

@@ -9,6 +9,7 @@ import torch
 from peft import get_peft_model
 from tiny_models import batch, build, build_relatives, random_mask, state_bytes
 from torch import nn
+from unfit_donors import UNFIT_DONORS
 
 from act_peft import ActConfig, ActTypeError, ActValueError, ActWarning, initialize_from_donor
 from act_peft.channels import channel_kind
@@ -87,53 +88,15 @@ def refused(model, donor, match, error=ActValueError, **settings):
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
-def with_nan(model, value):
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight.fill_(value)
-    return model
-
-
-DONORS = {
-    "another shape": (
-        lambda: build("llama", intermediate_size=32),
-        r"mlp\.gate_proj: donor has weight \[32, 16\], the base has weight \[24, 16\] .* tensors differ",
-    ),
-    "fewer layers": (
-        lambda: build("llama", num_hidden_layers=1),
-        r"model\.layers\.1\..*: donor has no weight, the base has weight",
-    ),
-    "more layers": (
-        lambda: build("llama", num_hidden_layers=3),
-        r"model\.layers\.2\..*: donor has weight .*, the base has no weight",
-    ),
-    "another vocabulary": (
-        lambda: build("llama", vocab_size=50),
-        "vocab_size: the donor's vocabulary size is 50, the base's 48",
-    ),
-    "another architecture": (
-        lambda: build("qwen2"),
-        "model_type: the donor's architecture is qwen2, the base's llama",
-    ),
-    "NaN": (
-        lambda: with_nan(build("llama"), float("nan")),
-        r"layers\.1\.mlp\.up_proj: the donor's selected weights hold NaN",
-    ),
-    "infinity": (
-        lambda: with_nan(build("llama"), float("inf")),
-        r"layers\.1\.mlp\.up_proj: the donor's selected weights hold NaN",
-    ),
-}
-
-
-@pytest.mark.parametrize("what", DONORS)
+@pytest.mark.parametrize("what", UNFIT_DONORS)
 def test_donors_that_do_not_fit_are_refused(what):
-    make, match = DONORS[what]
+    make, match = UNFIT_DONORS[what]
     refused(adapted(build("llama")), make(), match)
 
 
-@pytest.mark.parametrize("what", DONORS)
+@pytest.mark.parametrize("what", UNFIT_DONORS)
 def test_a_configuration_with_a_donor_that_does_not_fit_leaves_the_base_alone(what, tmp_path):
-    make, match = DONORS[what]
+    make, match = UNFIT_DONORS[what]
     make().save_pretrained(tmp_path)
     base = build("llama")
     before, structure = state_bytes(base), [n for n, _ in base.named_modules()]
