@@ -5,32 +5,36 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+from act_peft.arithmetic import scaled_channels
 from act_peft.checkpoint import read_json
 from act_peft.errors import ActLoadError, ActValueError
 from act_peft.folders import file_in
+from act_peft.locations import local_folder
 from act_peft.shards import Shard
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
+_ALL = slice(None)
 _OUTER = "base_model.model."
-_PARTS = ("act_delta_index", "act_delta_weight", "act_delta_bias")
+_PARTS = ("act_delta_index", "act_delta_weight", "act_delta_bias", "act_delta_channel_scale")
 
 
 @dataclass(frozen=True)
 class ModuleDelta:
-    """What an adapter holds for one module: channels int64 `[K]`, ascending, and where its deltas are."""
+    """What an adapter holds for one module: channels int64 `[K]`, ascending, and where its deltas are.
+
+    `scales` are the learned ones, float `[K]`, that the rows are multiplied with; None where the rows are the deltas.
+    """
 
     index: torch.Tensor
     weight: str
     weight_shape: tuple[int, ...]
     bias: str | None
+    scales: torch.Tensor | None
 
 
 class AdapterFolder:
@@ -38,6 +42,7 @@ class AdapterFolder:
 
     Args:
         location: a folder or Hub id.
+        revision: revision on the Hub; left aside for a folder.
 
     Attributes:
         location: what the user named.
@@ -50,9 +55,10 @@ class AdapterFolder:
         ActLoadError: tensors that no ACT adapter has.
     """
 
-    def __init__(self, location: str | os.PathLike[str]) -> None:
+    def __init__(self, location: str | os.PathLike[str], *, revision: str | None = None) -> None:
         self.location = os.fspath(location)
-        self.folder = _local_folder(self.location)
+        files = [CONFIG, TENSORS]
+        self.folder = local_folder(location, expected=f"an adapter ({CONFIG})", files=files, revision=revision)
         self.config = read_json(self.folder, CONFIG)
         if self.config.get("peft_type") != "ACT":
             raise ActValueError(
@@ -83,6 +89,18 @@ class AdapterFolder:
         entry = self._recorded.get(module)
         found = entry.get("base") if isinstance(entry, dict) else None
         return found if isinstance(found, str) else None
+
+    def scaled(self, module: str, rows: torch.Tensor, dim: int, channels: slice | torch.Tensor = _ALL) -> torch.Tensor:
+        """Rows that were read, times the learned scales of their channels; as they are, where the adapter has none.
+
+        Args:
+            module: name of the module.
+            rows: of its `act_delta_weight` or `act_delta_bias`, channels along `dim`.
+            dim: axis of the channels.
+            channels: which of the selected channels they are, a slice or int64 `[n]`; all by default.
+        """
+        scales = self.modules[module].scales
+        return rows if scales is None else scaled_channels(rows, scales[channels], dim)
 
     def _read_modules(self) -> dict[str, ModuleDelta]:
         parts: dict[str, dict[str, str]] = {}
@@ -120,17 +138,18 @@ class AdapterFolder:
                 raise ActLoadError(f"{where}: {part} is {tensor.dtype}, expected a floating point dtype")
         if bias is not None and bias.shape != tuple(index.shape):
             raise ActLoadError(f"{where}: act_delta_bias has {list(bias.shape)}, expected {list(index.shape)}")
-        return ModuleDelta(index, keys["act_delta_weight"], weight.shape, keys.get("act_delta_bias"))
+        scales = (
+            self._read_scales(where, keys["act_delta_channel_scale"], index)
+            if "act_delta_channel_scale" in keys
+            else None
+        )
+        return ModuleDelta(index, keys["act_delta_weight"], weight.shape, keys.get("act_delta_bias"), scales)
 
-
-def _local_folder(location: str) -> Path:
-    if os.path.isdir(location):
-        return Path(location)
-    if os.path.lexists(location):
-        raise ActValueError(f"{location}: got a file, expected the adapter's folder (with {CONFIG})")
-    try:
-        return Path(snapshot_download(location, allow_patterns=[CONFIG, TENSORS]))
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
-        raise ActValueError(
-            f"{location}: no such adapter, expected a folder or a Hub id ({str(error)[:200]})"
-        ) from error
+    def _read_scales(self, where: str, key: str, index: torch.Tensor) -> torch.Tensor:
+        info = self.shard.info(key)
+        if not info.is_plain or info.shape != tuple(index.shape):
+            raise ActLoadError(
+                f"{where}: act_delta_channel_scale is {info.dtype} {list(info.shape)}, expected floating point "
+                f"numbers of shape {list(index.shape)}"
+            )
+        return self.shard.tensor(key)

@@ -48,10 +48,23 @@ def merged_rows(
     return total.to(original.dtype)
 
 
-def scaled_difference(donor: torch.Tensor, base: torch.Tensor, scale: float) -> torch.Tensor:
-    """`scale * (donor - base)` in `wide_dtype` of both, on the device of `base`; any equal shapes."""
-    wide = wide_dtype(donor.dtype, base.dtype)
-    return scale * (donor.to(base.device, wide) - base.to(wide))
+def wide_difference(donor: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """`donor - base` in `wide_dtype` of both, a new tensor on the device of `base`; any equal shapes."""
+    return donor.to(base.device, wide_dtype(donor.dtype, base.dtype), copy=True).sub_(base)
+
+
+def scaled_channels(rows: torch.Tensor, scales: torch.Tensor, dim: int) -> torch.Tensor:
+    """Every channel times its scale, in `wide_dtype` of both.
+
+    Args:
+        rows: K along axis `dim`.
+        scales: `[K]`.
+        dim: axis of the channels.
+    """
+    wide = wide_dtype(rows.dtype, scales.dtype)
+    shape = [1] * rows.dim()
+    shape[dim] = -1
+    return rows.to(wide) * scales.to(wide).view(shape)
 
 
 def factors(rows: torch.Tensor, max_rank: int | None) -> tuple[torch.Tensor, torch.Tensor, float]:

@@ -13,7 +13,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from act_peft.adapterfile import AdapterFolder, ModuleDelta
-from act_peft.arithmetic import merged_rows
+from act_peft.arithmetic import merged_rows, wide_dtype
 from act_peft.channels import ChannelKind
 from act_peft.checkpoint import Checkpoint
 from act_peft.config import ActConfig
@@ -38,6 +38,7 @@ class ModuleChange:
         width: I; V for an embedding, 1 for a norm.
         dtype: dtype of the delta.
         rows: reads the delta of the weight, scaled, `[K, I]`.
+        has_bias: whether the module has a bias.
         bias: the delta of the bias, scaled, `[K]`; None where there is none or it is zero.
         whole_infos: "weight", "bias" -> dtype and shape of the module's whole parameters.
         whole: reads one of these with the delta applied, rounded once.
@@ -50,6 +51,7 @@ class ModuleChange:
     width: int
     dtype: torch.dtype
     rows: Callable[[], torch.Tensor]
+    has_bias: bool
     bias: torch.Tensor | None
     whole_infos: Callable[[], Mapping[str, tuple[torch.dtype, tuple[int, ...]]]]
     whole: Callable[[str], torch.Tensor]
@@ -107,18 +109,17 @@ def changes_in_model(model: nn.Module, adapter_name: str) -> AdapterChanges:
 def _from_layer(name: str, layer: ActLayer, adapter_name: str) -> ModuleChange:
     scale = layer.act_delta_scale[adapter_name]
     index = layer.act_delta_index[adapter_name].cpu()
-    weight = layer.act_delta_weight[adapter_name].detach()
+    weight = layer.act_delta_weight[adapter_name]
     plain = layer.get_base_layer()
 
-    def rows() -> torch.Tensor:
-        return _as_rows(layer.act_delta_weight[adapter_name].detach().cpu() * scale, layer.kind)
+    def read(part: str) -> torch.Tensor:
+        return layer.delta(adapter_name, part).detach().cpu()
 
     def whole(part: str) -> torch.Tensor:
         everything = layer.original_rows(torch.arange(layer.num_channels))
         original = cast(torch.Tensor, getattr(everything, part)).cpu()
-        delta = getattr(layer, f"act_delta_{part}")[adapter_name].detach().cpu()
         dim = layer.kind.channel_dim if part == "weight" else 0
-        return merged_rows(original, everything.index.cpu(), [(index, delta, scale)], dim=dim)
+        return merged_rows(original, everything.index.cpu(), [(index, read(part), scale)], dim=dim)
 
     return ModuleChange(
         name=name,
@@ -126,9 +127,10 @@ def _from_layer(name: str, layer: ActLayer, adapter_name: str) -> ModuleChange:
         num_channels=layer.num_channels,
         index=index,
         width=weight.numel() // index.numel(),
-        dtype=weight.dtype,
-        rows=rows,
-        bias=_nonzero(layer.act_delta_bias[adapter_name].detach().cpu() * scale) if layer.has_bias else None,
+        dtype=layer.delta_dtype(adapter_name),
+        rows=lambda: _as_rows(read("weight") * scale, layer.kind),
+        has_bias=layer.has_bias,
+        bias=_nonzero(read("bias") * scale) if layer.has_bias else None,
         whole_infos=lambda: {n: (p.dtype, tuple(p.shape)) for n, p in plain.named_parameters()},
         whole=whole,
     )
@@ -191,6 +193,7 @@ def _from_file(
             f"{where}: act_delta_weight has {list(delta.weight_shape)}, expected that of a {kind.value} with {count} "
             "channels (the file is damaged)"
         )
+    dtype = DTYPES[folder.shard.info(delta.weight).dtype]
     shapes = {"weight": (*delta.weight_shape[:dim], num_channels, *delta.weight_shape[dim + 1 :])}
     deltas = {"weight": delta.weight}
     if delta.bias is not None:
@@ -209,11 +212,15 @@ def _from_file(
             infos[part] = (DTYPES[info.dtype], shape)
         return infos
 
+    def read(part: str) -> torch.Tensor:
+        return folder.scaled(name, folder.shard.tensor(deltas[part]), dim if part == "weight" else 0)
+
     def whole(part: str) -> torch.Tensor:
         checkpoint, change = cast(Any, base)
         original = checkpoint.tensor(key_for(f"{name}.{part}", change))
-        scaled = (delta.index, folder.shard.tensor(deltas[part]), 1.0)
-        return merged_rows(original, torch.arange(num_channels), [scaled], dim=dim if part == "weight" else 0)
+        return merged_rows(
+            original, torch.arange(num_channels), [(delta.index, read(part), 1.0)], dim=dim if part == "weight" else 0
+        )
 
     return ModuleChange(
         name=name,
@@ -221,9 +228,10 @@ def _from_file(
         num_channels=num_channels,
         index=delta.index,
         width=1 if kind.is_norm else delta.weight_shape[1 - dim],
-        dtype=DTYPES[folder.shard.info(delta.weight).dtype],
-        rows=lambda: _as_rows(folder.shard.tensor(delta.weight), kind),
-        bias=None if delta.bias is None else _nonzero(folder.shard.tensor(delta.bias)),
+        dtype=dtype if delta.scales is None else wide_dtype(dtype, delta.scales.dtype),
+        rows=lambda: _as_rows(read("weight"), kind),
+        has_bias=delta.bias is not None,
+        bias=None if delta.bias is None else _nonzero(read("bias")),
         whole_infos=whole_infos,
         whole=whole,
     )

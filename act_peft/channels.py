@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 from enum import Enum
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -80,13 +80,15 @@ def norm_epsilon(module: nn.Module) -> float:
 def channel_kind(module: nn.Module) -> ChannelKind | None:
     """The kind of `module`, or None where its outputs are not channels of a plain weight.
 
-    A module with a quantised (not floating point) weight has no kind: its rows cannot be read or written.
+    A linear layer may have a quantised weight (`is_quantised`): its outputs are channels all the same.
     """
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+    if not isinstance(weight, torch.Tensor):
         return None
     if isinstance(module, nn.Linear):
         return ChannelKind.LINEAR
+    if not weight.is_floating_point():
+        return None
     if isinstance(module, Conv1D):
         return ChannelKind.CONV1D
     if isinstance(module, nn.Embedding):
@@ -96,14 +98,40 @@ def channel_kind(module: nn.Module) -> ChannelKind | None:
     return _norm_kind(module)
 
 
+def is_quantised(module: nn.Module) -> bool:
+    """Whether the weight of `module` holds codes instead of the values that it computes with.
+
+    True for bitsandbytes, torchao and 8 bit floating point weights; their rows cannot be read or written in place.
+    """
+    weight: Any = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        return False
+    if not weight.is_floating_point() or weight.element_size() == 1:
+        return True
+    # bitsandbytes may store codes in a floating point dtype, torchao's tensors look like what they stand for.
+    return type(weight).__name__ == "Params4bit" or type(weight).__module__.startswith("torchao.")
+
+
+def features(module: nn.Module) -> tuple[int, int]:
+    """Number of inputs I and of channels C of a module that has a `channel_kind`; C and C for a norm.
+
+    Raises:
+        ActTypeError: the module has none.
+    """
+    kind = kind_of(module)
+    if kind is ChannelKind.LINEAR and is_quantised(module):
+        return cast(int, module.in_features), cast(int, module.out_features)
+    shape = weight_of(module).shape
+    return int(shape[0 if kind.is_norm else 1 - kind.channel_dim]), int(shape[kind.channel_dim])
+
+
 def num_channels(module: nn.Module) -> int:
     """Number of channels C of a module that has a `channel_kind`.
 
     Raises:
         ActTypeError: the module has none.
     """
-    kind = kind_of(module)
-    return int(weight_of(module).shape[kind.channel_dim])
+    return features(module)[1]
 
 
 def kind_of(module: nn.Module) -> ChannelKind:

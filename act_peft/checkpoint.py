@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,11 +11,12 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from act_peft.errors import ActValueError
 from act_peft.folders import file_in
+from act_peft.locations import is_local, local_folder
 from act_peft.shards import DTYPES, Shard, TensorInfo
 
 SINGLE = "model.safetensors"
@@ -35,7 +35,6 @@ SMALL_FILES = (
     "NOTICE*",
 )
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 
 class Checkpoint:
@@ -69,22 +68,9 @@ class Checkpoint:
             ActValueError: nothing there, pickled weights only, a missing or damaged file, a link that leaves the
                 folder.
         """
-        name = os.fspath(location)
-        if os.path.isdir(name):
-            return cls(name, Path(name))
-        if os.path.lexists(name):
-            raise ActValueError(f"{name}: got a file, expected a folder with a checkpoint, or a Hub id")
-        if not _HUB_ID.fullmatch(name):
-            raise ActValueError(
-                f"{name}: no such folder, expected one with a checkpoint, or a Hub id (check the path)"
-            )
-        try:
-            folder = snapshot_download(name, revision=revision, allow_patterns=list(SMALL_FILES))
-        except (OSError, HfHubHTTPError, HFValidationError) as error:
-            raise ActValueError(
-                f"{name}: cannot be opened, expected a folder with a checkpoint, or a Hub id ({str(error)[:300]})"
-            ) from error
-        return cls(name, Path(folder), repository=(name, Path(folder).name))
+        folder = local_folder(location, expected="a checkpoint", files=SMALL_FILES, revision=revision)
+        repository = None if is_local(location) else (os.fspath(location), folder.name)
+        return cls(os.fspath(location), folder, repository=repository)
 
     def close(self) -> None:
         """Close all files; closing twice is harmless."""

@@ -7,20 +7,21 @@ import math
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
+from peft.utils.other import EMBEDDING_LAYER_NAMES
 from safetensors import SafetensorError, safe_open
 
 from act_peft.card import write_model_card
 from act_peft.channels import ChannelKind
+from act_peft.choices import member_of
 from act_peft.errors import ActLoadError, ActTypeError, ActValueError, ActWarning
 from act_peft.masks import ChannelMask, checked_indices
-
-TRAINABLE = ("deltas",)  # what `trainable` may be in this version
+from act_peft.trainable import Trainable
 
 
 @dataclass
@@ -46,7 +47,9 @@ class ActConfig(PeftConfig):
         layers_to_transform: only modules in the layers of these numbers.
         layers_pattern: name of the list of layers that `layers_to_transform` counts in.
         init_weights: True: the deltas start at zero (or at the donor's difference); False: random, for tests.
-        trainable: what trains; `"deltas"`, the selected rows.
+        trainable: what trains. `"deltas"`: the selected rows. `"scales"`: one scale per channel, which starts at
+            `transfer_scale`, on the donor's frozen difference. `"both"`: the scales and the rows that they multiply.
+            See `ScaleSparsityCallback` and `prune_channels`.
         density: selected channels / all channels of the mask; filled in by the library.
         adapted_modules: module name -> kind, number of channels, number of selected ones, fingerprint of their base
             rows; filled in by the library.
@@ -88,7 +91,7 @@ class ActConfig(PeftConfig):
     init_weights: bool = field(
         default=True, metadata={"help": "Zero (or the donor's difference) if True, random otherwise (for tests)."}
     )
-    trainable: str = field(default="deltas", metadata={"help": "What trains: 'deltas', the selected rows."})
+    trainable: str = field(default="deltas", metadata={"help": "'deltas' (the selected rows), 'scales' or 'both'."})
     density: float | None = field(
         default=None, metadata={"help": "Share of the channels that is selected; filled in by the library."}
     )
@@ -100,6 +103,7 @@ class ActConfig(PeftConfig):
         super().__post_init__()
         # PEFT hands over `peft_type` when it builds a config from a file, and users do not. What a file says is a
         # record: the donor and the mask that it names are never opened.
+        self._named_targets: set[str] | None = None
         self._from_file = vars(self)["peft_type"] is not None and not isinstance(self.channels, ChannelMask)
         self.peft_type = PeftType("ACT")
         if isinstance(self.target_modules, list):
@@ -110,10 +114,7 @@ class ActConfig(PeftConfig):
             self.channels = _checked_channels(self.channels)
         if not isinstance(self.transfer_scale, (int, float)) or not math.isfinite(self.transfer_scale):
             raise ActValueError(f"transfer_scale: got {self.transfer_scale!r}, expected a finite number")
-        if self.trainable not in TRAINABLE:
-            raise ActValueError(
-                f"trainable: got {self.trainable!r}, expected one of {', '.join(map(repr, TRAINABLE))} in this version"
-            )
+        self.trainable = member_of(Trainable, self.trainable, "trainable").value
         _check_record(self.adapted_modules)
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ActValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")
@@ -127,10 +128,33 @@ class ActConfig(PeftConfig):
         """Whether this config was read from an adapter's folder rather than written by the user."""
         return self._from_file
 
+    @property
+    def chosen_targets(self) -> set[str] | str | None:
+        """`target_modules` as the user chose them; None where `name_targets` filled them in."""
+        return None if self.target_modules == self._named_targets else cast(Any, self.target_modules)
+
+    def name_targets(self, names: Iterable[str]) -> None:
+        """Fill in `target_modules`, where the user chose none, for tools that read them from the configuration.
+
+        PEFT's `convert_to_lora` does. It would also save a whole embedding whose name it finds there, so modules at
+        the top of a model that are called as embeddings usually are (`lm_head`) are left out.
+
+        Args:
+            names: the modules that have an adapter.
+        """
+        if self.chosen_targets is None:
+            self.target_modules = self._named_targets = set(names) - set(EMBEDDING_LAYER_NAMES)
+
+    def forget_named_targets(self) -> None:
+        """Undo `name_targets`: PEFT would shorten a long list of names, which then looks like a choice of the user."""
+        self.target_modules = self.chosen_targets
+        self._named_targets = None
+
     def to_dict(self) -> dict[str, Any]:
         """The configuration as a dict of plain values, without the channel indices."""
-        names = [f.name for f in fields(self) if f.name != "channels"]
-        return {"channels": None, **{name: copy.deepcopy(getattr(self, name)) for name in names}}
+        names = [f.name for f in fields(self) if f.name not in ("channels", "target_modules")]
+        plain = {name: copy.deepcopy(getattr(self, name)) for name in names}
+        return {"channels": None, "target_modules": copy.copy(self.chosen_targets), **plain}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json` and, beside an adapter's tensors, the model card.
@@ -143,7 +167,7 @@ class ActConfig(PeftConfig):
             ActValueError: if there is a file of this name.
         """
         config = copy.copy(self)
-        config.target_modules = _sorted_if_set(self.target_modules)
+        config.target_modules = _sorted_if_set(self.chosen_targets)
         config.exclude_modules = _sorted_if_set(self.exclude_modules)
         if os.path.isfile(save_directory):
             raise ActValueError(f"{save_directory}: got a file, expected a folder to save the adapter in")

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from peft import PeftModelForCausalLM
@@ -16,19 +14,22 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from act_peft.arithmetic import scaled_difference, wide_dtype
+from act_peft.arithmetic import wide_dtype
 from act_peft.channels import kind_of
 from act_peft.checkpoint import Checkpoint
 from act_peft.config import ActConfig, module_record
+from act_peft.donors import open_donor
 from act_peft.errors import ActValueError
 from act_peft.fingerprint import fingerprint
 from act_peft.folders import check_output, check_room, new_folder
-from act_peft.layers.base import PREFIX
-from act_peft.lineage import Resemblance, check_configs, check_shapes
+from act_peft.layers.deltas import PREFIX
+from act_peft.layers.rows import ChannelRows
+from act_peft.locations import is_local
 from act_peft.masks import ChannelMask
-from act_peft.names import key_for, prefix_change
+from act_peft.parameters import Parameters, vocabulary_parameters
 from act_peft.plan import plan_channels
 from act_peft.skeleton import build_skeleton, load_config, tied_weights
+from act_peft.transfer import Transfer
 
 
 def create_adapter(
@@ -53,7 +54,7 @@ def create_adapter(
 
     Args:
         base: folder or Hub id of the base's checkpoint, in safetensors.
-        donor: folder or Hub id of the donor's.
+        donor: folder or Hub id of the donor's; or of a LoRA or ACT adapter of the base.
         mask: the selected channels, as in `ActConfig(channels=...)`.
         output_dir: the folder to write. It appears whole or not at all.
         transfer_scale: λ.
@@ -61,11 +62,12 @@ def create_adapter(
 
     Raises:
         ActValueError, ActTypeError: no or damaged checkpoint; channels that do not fit the base; a donor of another
-            architecture, vocabulary or shape, or with selected weights that are not finite or quantised; an output
-            that exists or lies inside an input; no room on the disk. Nothing is written then.
+            architecture or shape, or with selected weights that are not finite or quantised; an output that exists or
+            lies inside an input; no room on the disk. Nothing is written then.
 
     Warns:
-        ActWarning: once, if rotary base or context length differ or the weights look unrelated.
+        ActWarning: once, if vocabulary (channels beyond the common tokens are left out), rotary base or context length
+            differ or the weights look unrelated.
     """
     output = Path(os.path.abspath(output_dir))
     settings = ActConfig(
@@ -75,24 +77,39 @@ def create_adapter(
         task_type="CAUSAL_LM",
         inference_mode=True,
     )
-    with Checkpoint.open(base) as mine, Checkpoint.open(donor) as theirs:
-        check_output(output, [mine.folder, theirs.folder], overwrite=overwrite)
-        base_config, donor_config = load_config(mine), load_config(theirs)
-        notes = check_configs(base_config, donor_config)
-        skeleton = build_skeleton(base_config)
-        parameters = {n: list(p.shape) for n, p in skeleton.named_parameters(remove_duplicate=False)}
-        keys = _find_keys(mine, parameters, tied_weights(base_config))
-        donor_keys = _find_keys(theirs, parameters, tied_weights(donor_config))
+    with Checkpoint.open(base) as checkpoint:
+        inputs = [checkpoint.folder, *([Path(donor)] if is_local(donor) else [])]
+        check_output(output, inputs, overwrite=overwrite)
+        config = load_config(checkpoint)
+        skeleton = build_skeleton(config)
+        shapes = {n: tuple(p.shape) for n, p in skeleton.named_parameters(remove_duplicate=False)}
+        parameters = Parameters(checkpoint, list(shapes), tied=tied_weights(config))
         indices = plan_channels(settings, skeleton, None)
-        _check_shapes(skeleton, mine, keys, theirs, donor_keys, targets=indices)
-        tensors, settings.adapted_modules, resemblance = _transfer(
-            skeleton, indices, mine, keys, theirs, donor_keys, settings
-        )
+        kinds = {name: kind_of(skeleton.get_submodule(name)) for name in indices}
+        _check_shapes(checkpoint, parameters, shapes, needed=indices)
+        axes = {name: kind.channel_dim for name, kind in kinds.items()}
+        vocabulary = vocabulary_parameters(skeleton)
+        opened = open_donor(donor, parameters, axes=axes, config=config, vocabulary=vocabulary)
+        with Transfer(parameters, opened, axes) as transfer:
+            indices = transfer.common(indices)
+            tensors: dict[str, torch.Tensor] = {}
+            records = {}
+            for name, rows, deltas in transfer.deltas(indices, transfer_scale=transfer_scale):
+                prefix = f"base_model.model.{name}.{PREFIX}"
+                tensors |= {f"{prefix}{part}": delta for part, delta in _in_file_dtype(rows, deltas)}
+                tensors[f"{prefix}index"] = rows.index
+                records[name] = module_record(
+                    kinds[name],
+                    selected=rows.index.numel(),
+                    channels=shapes[f"{name}.weight"][axes[name]],
+                    base=fingerprint(rows.weight, rows.bias),
+                )
+            transfer.warn(stacklevel=2)
+    settings.adapted_modules = records
     settings.base_model_name_or_path = skeleton.name_or_path
     if isinstance(settings.channels, ChannelMask):
         selected = sum(index.numel() for index in indices.values())
         settings.density = selected / sum(settings.channels.num_channels.values())
-    resemblance.warn(notes, stacklevel=2)
     check_room(output, sum(t.numel() * t.element_size() for t in tensors.values()) + (1 << 20))
     with new_folder(output) as folder:
         _CardWriter(skeleton, settings).create_or_update_model_card(str(folder))
@@ -117,102 +134,24 @@ class _CardWriter(PeftModelForCausalLM):
         return self.base_model.model
 
 
-def _find_keys(checkpoint: Checkpoint, names: Iterable[str], tied: Mapping[str, str]) -> dict[str, str]:
-    """Parameter name -> key in the checkpoint, for those that it has; tied ones have the key of their partner."""
-    names = list(names)
-    change = prefix_change(names, checkpoint.names)
-    keys = {name: key for name in names if (key := key_for(name, change)) in checkpoint}
-    for one, other in [*tied.items(), *((b, a) for a, b in tied.items())]:
-        if one in names and one not in keys and other in keys:
-            keys[one] = keys[other]
-    return keys
-
-
 def _check_shapes(
-    skeleton: PreTrainedModel,
-    base: Checkpoint,
-    base_keys: Mapping[str, str],
-    donor: Checkpoint,
-    donor_keys: Mapping[str, str],
-    *,
-    targets: Mapping[str, torch.Tensor],
+    base: Checkpoint, parameters: Parameters, shapes: Mapping[str, tuple[int, ...]], *, needed: Iterable[str]
 ) -> None:
-    """Check that base, its configuration and the donor have the same tensors."""
-    parameters = {n: list(p.shape) for n, p in skeleton.named_parameters(remove_duplicate=False)}
-    mine = {name: list(base.shape(key)) for name, key in base_keys.items()}
-    theirs = {name: list(donor.shape(key)) for name, key in donor_keys.items()}
-    for name in parameters:
-        if name not in mine and name.rpartition(".")[0] in targets:
+    """Check that the base has the tensors that its configuration promises."""
+    modules = set(needed)
+    for name, shape in shapes.items():
+        if name not in parameters and name.rpartition(".")[0] in modules:
             base.file_of(name)  # raises, and says what is missing
-        if name in mine and mine[name] != parameters[name]:
+        if name in parameters and parameters.shape(name) != shape:
             raise ActValueError(
-                f"{base.location}: {base_keys[name]} has shape {mine[name]}, expected {parameters[name]} by its "
-                "config.json (the checkpoint is damaged)"
+                f"{base.location}: {parameters.keys[name]} has shape {list(parameters.shape(name))}, expected "
+                f"{list(shape)} by its config.json (the checkpoint is damaged)"
             )
-    theirs |= _surplus(donor, parameters, donor_keys)
-    check_shapes(mine, theirs, donor_name=str(donor.location))
 
 
-def _surplus(donor: Checkpoint, parameters: Mapping[str, Any], donor_keys: Mapping[str, str]) -> dict[str, list[int]]:
-    """Weights and biases of the donor that the base should have too: more layers, a bias where it has none.
-
-    Other surplus tensors (buffers of old versions, the other parts of a multimodal model) do not matter.
-    """
-    old, new = prefix_change(list(parameters), donor.names)
-    used = set(donor_keys.values())
-    modules = {re.sub(r"\.\d+\.", ".#.", name.rpartition(".")[0]) for name in parameters}
-    surplus = {}
-    for key in donor.names:
-        if key in used or not key.startswith(new):
-            continue
-        name = old + key.removeprefix(new)
-        module, _, part = name.rpartition(".")
-        if part in ("weight", "bias") and re.sub(r"\.\d+\.", ".#.", module) in modules and name not in parameters:
-            surplus[name] = list(donor.shape(key))
-    return surplus
-
-
-def _transfer(
-    skeleton: PreTrainedModel,
-    indices: Mapping[str, torch.Tensor],
-    base: Checkpoint,
-    base_keys: Mapping[str, str],
-    donor: Checkpoint,
-    donor_keys: Mapping[str, str],
-    settings: ActConfig,
-) -> tuple[dict[str, torch.Tensor], dict[str, Any], Resemblance]:
-    """The adapter's tensors, what its configuration records, and how alike the selected weights are."""
-    tensors: dict[str, torch.Tensor] = {}
-    records: dict[str, Any] = {}
-    resemblance = Resemblance()
-    for name, index in indices.items():
-        kind = kind_of(skeleton.get_submodule(name))
-        rows = {}
-        for part, dim in (("weight", kind.channel_dim), ("bias", 0)):
-            parameter = f"{name}.{part}"
-            if parameter not in base_keys:
-                continue
-            mine = _plain_rows(base, base_keys[parameter], index, dim)
-            theirs = _plain_rows(donor, donor_keys[parameter], index, dim)
-            resemblance.add_(name, mine, theirs)
-            delta = scaled_difference(theirs, mine, settings.transfer_scale)
-            tensors[f"base_model.model.{name}.{PREFIX}{part}"] = delta.to(wide_dtype(mine.dtype)).contiguous()
-            rows[part] = mine
-        tensors[f"base_model.model.{name}.{PREFIX}index"] = index
-        records[name] = module_record(
-            kind,
-            selected=index.numel(),
-            channels=base.shape(base_keys[f"{name}.weight"])[kind.channel_dim],
-            base=fingerprint(rows["weight"], rows.get("bias")),
-        )
-    return tensors, records, resemblance
-
-
-def _plain_rows(checkpoint: Checkpoint, key: str, index: torch.Tensor, dim: int) -> torch.Tensor:
-    info = checkpoint.info(key)
-    if not info.is_plain:
-        raise ActValueError(
-            f"{checkpoint.location}: {key} is {info.dtype}, expected F64, F32, F16 or BF16 (the checkpoint is "
-            "quantised: take the original one)"
-        )
-    return checkpoint.rows(key, index, dim)
+def _in_file_dtype(base: ChannelRows, deltas: ChannelRows) -> Iterator[tuple[str, torch.Tensor]]:
+    """The deltas as an adapter saves them: in float32, or in the dtype of a wider base."""
+    for part in ("weight", "bias"):
+        rows, delta = getattr(base, part), getattr(deltas, part)
+        if delta is not None:
+            yield part, delta.to(wide_dtype(rows.dtype)).contiguous()

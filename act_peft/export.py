@@ -9,7 +9,6 @@ The folder is written tensor by tensor, so the factors are never in memory toget
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,7 +32,7 @@ from act_peft.checkpoint import Checkpoint
 from act_peft.choices import member_of
 from act_peft.errors import ActTypeError, ActValueError
 from act_peft.folders import check_output, check_room, new_folder
-from act_peft.shards import DTYPES
+from act_peft.tensorstream import size_of, write_tensors
 
 _NAMED = 8  # modules that a message names
 _SLACK = 1 << 20  # bytes kept free for configuration and card
@@ -137,7 +136,7 @@ def export_lora(
             )
         check_output(output, source.inputs, overwrite=overwrite)
         plan = _make_plan(source, choice, max_rank=max_rank, uniform_rank=uniform_rank)
-        check_room(output, sum(_size(*info) for part in plan.parts for info in part.infos.values()) + _SLACK)
+        check_room(output, size_of(_infos(plan.parts)) + _SLACK)
         with new_folder(output) as beside:
             errors = _write_tensors(beside / TENSORS, plan.parts)
             plan.config.save_pretrained(str(beside))
@@ -307,40 +306,23 @@ def _finite(module: ModuleChange, tensor: torch.Tensor) -> torch.Tensor:
 # -------------------------------------------------------------------------------------------------------- writing ---
 
 
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-def _size(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    size = dtype.itemsize
-    for length in shape:
-        size *= length
-    return size
-
-
-def _header(parts: Sequence[_Part]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for part in parts:
-        for key, (dtype, shape) in part.infos.items():
-            start, end = end, end + _size(dtype, shape)
-            header[key] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
 def _write_tensors(path: Path, parts: Sequence[_Part]) -> dict[str, float]:
     """Write a safetensors file part by part; returns module name -> error of its factors."""
     errors = {}
-    with open(path, "xb") as file:
-        file.write(_header(parts))
+
+    def tensors() -> Iterator[torch.Tensor]:
         for part in parts:
-            tensors, error = part.make()
-            for tensor in tensors:
-                file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            made, error = part.make()
             if part.module is not None:
                 errors[part.module] = error
+            yield from made
+
+    write_tensors(path, _infos(parts), tensors())
     return errors
+
+
+def _infos(parts: Sequence[_Part]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    return {key: info for part in parts for key, info in part.infos.items()}
 
 
 def _write_card(folder: Path, source: AdapterChanges, plan: _Plan, errors: Mapping[str, float]) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from act_peft.errors import ActValueError, ActWarning
+from act_peft.errors import ActValueError
 
 RELATED = 0.5  # cosine of the selected weights: relatives stay above 0.9, models of different ancestors are near 0
+
+_SAMPLE = 1 << 16  # values of a module that the cosine looks at
 
 
 def check_configs(base: Any, donor: Any) -> list[str]:
@@ -25,17 +27,19 @@ def check_configs(base: Any, donor: Any) -> list[str]:
         What differs harmlessly, in words.
 
     Raises:
-        ActValueError: another architecture or vocabulary.
+        ActValueError: another architecture.
     """
     mine, theirs = base.get_text_config(), donor.get_text_config()
     name = getattr(donor, "_name_or_path", "") or "donor"
-    for key, what in (("model_type", "architecture"), ("vocab_size", "vocabulary size")):
-        if getattr(mine, key, None) != getattr(theirs, key, None):
+    notes = []
+    if mine.model_type != theirs.model_type:
+        if mine is base and theirs is donor:
             raise ActValueError(
-                f"{key}: the donor's {what} is {getattr(theirs, key, None)}, the base's {getattr(mine, key, None)} "
+                f"model_type: the donor's architecture is {theirs.model_type}, the base's {mine.model_type} "
                 f"(donor: {name}; take a relative of the base)"
             )
-    notes = []
+        # The text part of a multimodal model has a type of its own; the shapes tell whether it is the same model.
+        notes.append(f"the donor is a {theirs.model_type}, the base a {mine.model_type}")
     for key, read in (("rope_theta", _rope_theta), ("max_position_embeddings", _max_positions)):
         if read(mine) != read(theirs):
             notes.append(f"{key} is {read(theirs)} in the donor and {read(mine)} in the base")
@@ -51,19 +55,43 @@ def _max_positions(config: Any) -> Any:
     return getattr(config, "max_position_embeddings", None)
 
 
-def check_shapes(base: Mapping[str, Sequence[int]], donor: Mapping[str, Sequence[int]], *, donor_name: str) -> None:
+def check_shapes(
+    base: Mapping[str, Sequence[int]],
+    donor: Mapping[str, Sequence[int]],
+    *,
+    donor_name: str,
+    needed: Collection[str] = (),
+    vocabulary: Collection[str] = (),
+) -> None:
     """Compare the shapes of all parameters.
+
+    A module that has no counterpart of any number (a head, the parts of a multimodal model that see) may be missing on
+    either side; a layer of a list of layers may not.
 
     Args:
         base: parameter name -> shape.
         donor: the same of the donor.
         donor_name: for messages.
+        needed: names that the donor must have.
+        vocabulary: names whose first axis may have another length.
 
     Raises:
         ActValueError: naming the first module that differs and both shapes.
     """
     names = {**base, **donor}
-    differing = [name for name in names if base.get(name) != donor.get(name)]
+    base_modules, donor_modules = ({_unnumbered_module(name) for name in shapes} for shapes in (base, donor))
+
+    def differs(name: str) -> bool:
+        mine, theirs = base.get(name), donor.get(name)
+        if mine is None:
+            return _unnumbered_module(name) in base_modules
+        if theirs is None:
+            return name in needed or _unnumbered_module(name) in donor_modules
+        return list(mine if name not in vocabulary else mine[1:]) != list(
+            theirs if name not in vocabulary else theirs[1:]
+        )
+
+    differing = [name for name in names if differs(name)]
     if differing:
         name = differing[0]
         module = name.rpartition(".")[0]
@@ -71,6 +99,11 @@ def check_shapes(base: Mapping[str, Sequence[int]], donor: Mapping[str, Sequence
             f"{module}: donor has {_in_words(donor.get(name), name)}, the base has {_in_words(base.get(name), name)} "
             f"(donor: {donor_name}; {len(differing)} of {len(names)} tensors differ)"
         )
+
+
+def _unnumbered_module(parameter: str) -> str:
+    """The module of a parameter, without the numbers of layers."""
+    return re.sub(r"(^|\.)\d+(?=\.)", r"\1#", parameter).rpartition(".")[0]
 
 
 def _in_words(shape: Sequence[int] | None, name: str) -> str:
@@ -83,45 +116,37 @@ class Resemblance:
     def __init__(self) -> None:
         self._dot = self._base = self._donor = 0.0
 
-    def add_(self, name: str, base: torch.Tensor, donor: torch.Tensor) -> None:
+    def add_(self, name: str, base: torch.Tensor, difference: torch.Tensor) -> None:
         """Count the selected weight or bias of a module; only matrices take part in the cosine.
 
         Args:
             name: the module, for messages.
             base: its selected values in the base, any shape.
-            donor: the same of the donor.
+            difference: donor minus base, of the same shape.
 
         Raises:
-            ActValueError: a value of the donor is not finite.
+            ActValueError: a value is not finite.
         """
-        mine, theirs = (tensor.to("cpu", torch.float32).flatten() for tensor in (base, donor))
-        square = float(theirs @ theirs)
-        if not math.isfinite(square) and not torch.isfinite(donor).all():  # the sum is the quicker question
+        # A sum is the quicker question; it also overflows where finite values are large.
+        if not torch.isfinite(difference.sum()) and not torch.isfinite(difference).all():
+            whose = "donor" if torch.isfinite(base).all() else "base"
             raise ActValueError(
-                f"{name}: the donor's selected weights hold NaN or infinity, expected finite numbers "
-                "(the donor's checkpoint is broken)"
+                f"{name}: the {whose}'s selected weights hold NaN or infinity, expected finite numbers "
+                f"(the {whose}'s checkpoint is broken)"
             )
-        if donor.dim() == 2:
+        if difference.dim() == 2:
+            every = -(-difference.numel() // _SAMPLE)
+            mine, change = (tensor.flatten()[::every].to("cpu", torch.float32) for tensor in (base, difference))
+            theirs = mine + change
             self._dot += float(mine @ theirs)
             self._base += float(mine @ mine)
-            self._donor += square
+            self._donor += float(theirs @ theirs)
 
-    def warn(self, notes: Sequence[str], *, stacklevel: int) -> None:
-        """Say once what differs: the notes of `check_configs`, and weights that look unrelated.
-
-        Args:
-            notes: in words.
-            stacklevel: as in `warnings.warn`, counted from the caller.
-
-        Warns:
-            ActWarning: if there is anything to say.
-        """
-        notes = list(notes)
+    def notes(self) -> list[str]:
+        """What there is to say of the cosine, in words: nothing, or that the weights look unrelated."""
         related = math.sqrt(self._base * self._donor)
-        if related and self._dot / related < RELATED:
-            notes.append(
-                f"the selected weights have a cosine of {self._dot / related:.2f}, as if the models had no common "
-                "ancestor"
-            )
-        if notes:
-            warnings.warn(f"donor and base differ: {'; '.join(notes)}", ActWarning, stacklevel=stacklevel + 1)
+        if not related or self._dot / related >= RELATED:
+            return []
+        return [
+            f"the selected weights have a cosine of {self._dot / related:.2f}, as if the models had no common ancestor"
+        ]

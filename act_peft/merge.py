@@ -1,7 +1,7 @@
 """Merging on disk: ACT adapters into a full checkpoint, at about the cost of copying it.
 
-The files of the base are copied as they are, then the changed rows are written into the copies in place. No model is
-built, and no more than some megabytes of it are in memory.
+Every file of the base is mapped and written once, from its beginning to its end, with the changed rows between those
+that stay. No model is built, and no more than some megabytes of it are in memory.
 """
 
 from __future__ import annotations
@@ -17,24 +17,25 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import torch
 
 from act_peft.adapterfile import AdapterFolder, ModuleDelta
 from act_peft.arithmetic import ScaledDelta, merged_rows
 from act_peft.checkpoint import INDEX, SMALL_FILES, Checkpoint, read_json
-from act_peft.errors import ActLoadError, ActTypeError, ActValueError, ActWarning
+from act_peft.errors import ActLoadError, ActValueError, ActWarning
 from act_peft.fingerprint import Fingerprint
 from act_peft.folders import check_output, check_room, copy_file, file_in, new_folder
+from act_peft.gather import GatheringWriter
 from act_peft.names import key_for, prefix_change
-from act_peft.shards import TensorInfo, header_with, write_block, write_rows
+from act_peft.shards import Shard, header_with
 from act_peft.skeleton import load_config, tied_weights
+from act_peft.weighting import weighted_adapters
 
 _LEFT_OUT = ("*.index.json", "trainer_state.json", "adapter_config.json", "all_results.json", "*_results.json")
 _TEMPLATES = "additional_chat_templates"
-_SMALL_ROW = 64  # bytes; a tensor with shorter rows is rewritten as a whole, as are columns
-_COPIES = 1
+_SMALL_ROW = 64  # bytes; a tensor with shorter rows is copied before it is written, as are columns
+_WORKERS = 2  # files at a time: more of them wait for the same disk
 _SLACK = 1 << 20  # bytes kept free beyond what is written
 
 
@@ -77,8 +78,8 @@ def merge_checkpoint(
     with ExitStack() as stack:
         checkpoint = stack.enter_context(Checkpoint.open(base))
         sources = [
-            _Source(stack.enter_context(AdapterFolder(location)), weight)
-            for location, weight in _ordered(adapters, weights)
+            _Source(stack.enter_context(AdapterFolder(one.location)), one.weight)
+            for one in sorted(weighted_adapters(adapters, weights), key=lambda one: one.name)
         ]
         check_output(output, [checkpoint.folder, *(s.adapter.folder for s in sources)], overwrite=overwrite)
         plan = _make_plan(checkpoint, sources)
@@ -87,16 +88,15 @@ def merge_checkpoint(
         needed = sum(checkpoint.shard(file).size for file in checkpoint.files)
         needed += sum(file_in(checkpoint.folder, name).stat().st_size for name in small)
         check_room(output, needed + sum(info.stop - info.start for info in grown) + _SLACK)
-        # The kernel copies the next files while the rows of one are computed and written.
-        with new_folder(output) as folder, ThreadPoolExecutor(_COPIES) as pool:
-            copies = [pool.submit(_copy, checkpoint, plan, file, folder / file) for file in checkpoint.files]
+        with new_folder(output) as folder:
             for name in small:
                 (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(file_in(checkpoint.folder, name), folder / name)
             if plan.untied:
                 _write_untied(checkpoint, plan, folder)
-            for file, copied in zip(checkpoint.files, copies, strict=True):
-                _write_changes(checkpoint, plan, file, folder / file, copied.result())
+            with ThreadPoolExecutor(_WORKERS) as pool:
+                for _ in pool.map(lambda file: _write_file(checkpoint, plan, file, folder / file), checkpoint.files):
+                    pass  # an error ends the wait, and what has not begun is cancelled
             for source in sources:
                 note = _compare_base(checkpoint, source, plan)
                 if note:
@@ -117,6 +117,7 @@ class _Part:
     """What one adapter adds to one tensor."""
 
     source: _Source
+    module: str
     index: torch.Tensor
     key: str
     seen: Fingerprint | None = None
@@ -141,38 +142,6 @@ class _Plan:
     modules: dict[str, tuple[str, str | None]] = field(default_factory=dict)
 
 
-def _ordered(adapters: Any, weights: Any) -> Iterator[tuple[str, float]]:
-    """Locations and weights in the order in which the adapters are added."""
-    if isinstance(adapters, Mapping):
-        named = [(str(name), os.fspath(location)) for name, location in adapters.items()]
-    else:
-        listed = [adapters] if isinstance(adapters, (str, os.PathLike)) else adapters
-        if not isinstance(listed, Sequence) or not all(isinstance(one, (str, os.PathLike)) for one in listed):
-            raise ActTypeError(f"adapters: got {str(adapters)[:80]}, expected a folder or Hub id, or a list of them")
-        named = [(os.path.basename(os.path.normpath(one)), os.fspath(one)) for one in listed]
-    if not named:
-        raise ActValueError("adapters: got none, expected at least one adapter")
-    if weights is None:
-        factors = [1.0] * len(named)
-    elif isinstance(weights, Mapping):
-        if set(weights) != {name for name, _ in named}:
-            raise ActValueError(
-                f"weights: got {sorted(map(str, weights))}, expected one for each of {[name for name, _ in named]}"
-            )
-        factors = [weights[name] for name, _ in named]
-    else:
-        factors = list(weights) if isinstance(weights, Sequence) else [weights]
-    if len(factors) != len(named):
-        raise ActValueError(f"weights: got {len(factors)}, expected one for each of the {len(named)} adapters")
-    for factor in factors:
-        if isinstance(factor, bool) or not isinstance(factor, (int, float)):
-            raise ActTypeError(f"weights: got {factor!r:.80}, expected numbers")
-        if not math.isfinite(factor):
-            raise ActValueError(f"weights: got {factor}, expected finite numbers")
-    order = sorted(range(len(named)), key=lambda i: named[i][0])
-    return iter([(named[i][1], float(factors[i])) for i in order])
-
-
 def _make_plan(checkpoint: Checkpoint, sources: Sequence[_Source]) -> _Plan:
     """Find the tensor of every module of the adapters and check that they fit."""
     modules = {module: None for source in sources for module in source.adapter.modules}
@@ -195,14 +164,15 @@ def _make_plan(checkpoint: Checkpoint, sources: Sequence[_Source]) -> _Plan:
         bias = key_for(f"{module}.bias", change)
         _check_bias(checkpoint, module, bias, parts)
         if bias in checkpoint:
-            plan.changes[bias] = _Change(bias, 0, index, [_Part(s, d.index, d.bias) for s, d in parts if d.bias])
+            biases = [_Part(s, module, d.index, d.bias) for s, d in parts if d.bias]
+            plan.changes[bias] = _Change(bias, 0, index, biases)
         plan.modules[module] = (written, bias if bias in checkpoint else None)
     return plan
 
 
 def _weight_part(source: _Source, delta: ModuleDelta, module: str) -> _Part:
     recorded = source.adapter.recorded_base(module)
-    return _Part(source, delta.index, delta.weight, None if recorded is None else Fingerprint())
+    return _Part(source, module, delta.index, delta.weight, None if recorded is None else Fingerprint())
 
 
 def _tied_pairs(checkpoint: Checkpoint, names: Sequence[str]) -> dict[str, str]:
@@ -283,63 +253,59 @@ def _compare_base(checkpoint: Checkpoint, source: _Source, plan: _Plan) -> str |
 # -------------------------------------------------------------------------------------------------------- writing ---
 
 
-def _new_in(checkpoint: Checkpoint, plan: _Plan, file: str) -> dict[str, str]:
-    """New keys of a file with the tensors that they start as."""
-    return {key: source for key, source in plan.untied.items() if checkpoint.file_of(source) == file}
-
-
-def _copy(checkpoint: Checkpoint, plan: _Plan, file: str, target: Path) -> Mapping[str, TensorInfo]:
-    """Copy a file, with room for new tensors if it gets some; where everything lies in the copy."""
+def _write_file(checkpoint: Checkpoint, plan: _Plan, file: str, target: Path) -> None:
+    """Write one file of the result from its beginning to its end: what changes, and what lies between as it is."""
     shard = checkpoint.shard(file)
-    new = _new_in(checkpoint, plan, file)
-    if not new:
+    new = {key: source for key, source in plan.untied.items() if checkpoint.file_of(source) == file}
+    changed = [key for key in plan.changes if key in checkpoint and checkpoint.file_of(key) == file]
+    if not changed and not new:
         copy_file(shard.path, target)
-        return shard.tensors
-    head, places = header_with(shard, new)
-    copy_file(shard.path, target, offset=shard.data_start, head=head)
-    return places
-
-
-def _write_changes(
-    checkpoint: Checkpoint, plan: _Plan, file: str, target: Path, places: Mapping[str, TensorInfo]
-) -> None:
-    """Write the changed rows and the new tensors of one file into its copy."""
-    new = _new_in(checkpoint, plan, file)
-    here = {key for key in plan.changes if key in new or (key in checkpoint and checkpoint.file_of(key) == file)}
-    if not here and not new:
         return
-    shard = checkpoint.shard(file)
-    with open(target, "r+b", buffering=0) as out:
-        for key in new.keys() - here:
-            for first, stop in places[key].blocks():
-                write_block(out, places[key], first, shard.block(new[key], first, stop))
-        for key in here:
-            _write_change(checkpoint, plan.changes[key], out, places[key], whole=key in new)
+    with GatheringWriter(target) as out:
+        position = 0
+        if new:
+            out.write(header_with(shard, new))
+            position = shard.data_start
+        for key in sorted(changed, key=lambda key: shard.info(key).start):
+            info = shard.info(key)
+            _write_bytes(out, shard, position, info.start)
+            _write_tensor(out, shard, key, plan.changes[key])
+            position = info.stop
+        _write_bytes(out, shard, position, shard.size)
+        for key, source in new.items():
+            _write_tensor(out, shard, source, plan.changes.get(key))
 
 
-def _write_change(checkpoint: Checkpoint, change: _Change, out: BinaryIO, place: TensorInfo, *, whole: bool) -> None:
-    """Write one tensor's merged rows, or columns, range by range along its first axis; `whole`: the other rows too."""
-    shard = checkpoint.shard(checkpoint.file_of(change.original))
-    for first, stop in place.blocks():
-        if change.dim == 1:
-            index = change.index
-        else:
-            i, j = torch.searchsorted(change.index, torch.tensor([first, stop])).tolist()
-            index = change.index[i:j]
-        if not index.numel() and not whole:
+def _write_bytes(out: GatheringWriter, shard: Shard, start: int, stop: int) -> None:
+    for piece in shard.pieces(start, stop):
+        out.write(piece)
+
+
+def _write_tensor(out: GatheringWriter, shard: Shard, key: str, change: _Change | None) -> None:
+    """Write a tensor with the merged rows, or columns, in it, range by range along its first axis."""
+    info = shard.info(key)
+    for first, stop in info.blocks():
+        block = shard.view(key, first, stop)
+        index = _channels_between(change, first, stop) if change is not None else None
+        if change is None or index is None or not index.numel():
+            out.write(block)
             continue
-        parts = list(_deltas_between(change, first, stop))
-        if change.dim == 0 and place.row_bytes > _SMALL_ROW and not whole:
-            original = shard.rows(change.original, index)  # [K, ...]
-            _note_seen(change, index, original)
-            write_rows(out, place, index, merged_rows(original, index, parts, dim=0))
-            continue
-        block = shard.block(change.original, first, stop)
         local = index if change.dim == 1 else index - first
         original = block.index_select(change.dim, local)
         _note_seen(change, index, original)
-        block.index_copy_(change.dim, local, merged_rows(original, index, parts, dim=change.dim))
-        write_block(out, place, first, block)
+        merged = merged_rows(original, index, _deltas_between(change, first, stop), dim=change.dim)
+        if change.dim == 0 and info.row_bytes > _SMALL_ROW:
+            out.write_with_rows(block, local, merged)
+        else:
+            out.write(block.index_copy(change.dim, local, merged))
+
+
+def _channels_between(change: _Change, first: int, stop: int) -> torch.Tensor:
+    """The channels of a range along the first axis."""
+    if change.dim == 1:
+        return change.index
+    i, j = torch.searchsorted(change.index, torch.tensor([first, stop])).tolist()
+    return change.index[i:j]
 
 
 def _note_seen(change: _Change, index: torch.Tensor, original: torch.Tensor) -> None:
@@ -356,12 +322,13 @@ def _note_seen(change: _Change, index: torch.Tensor, original: torch.Tensor) -> 
 def _deltas_between(change: _Change, first: int, stop: int) -> Iterator[ScaledDelta]:
     """Each adapter's channels and deltas that lie between two entries of the first axis."""
     for part in change.parts:
-        shard = part.source.adapter.shard
-        if change.dim == 1:
-            yield part.index, shard.view(part.key, first, stop), part.source.weight
-            continue
-        i, j = torch.searchsorted(part.index, torch.tensor([first, stop])).tolist()
-        yield part.index[i:j], shard.view(part.key, i, j), part.source.weight
+        adapter = part.source.adapter
+        channels, entries = slice(None), slice(first, stop)
+        if change.dim == 0:
+            i, j = torch.searchsorted(part.index, torch.tensor([first, stop])).tolist()
+            channels = entries = slice(i, j)
+        rows = adapter.shard.view(part.key, entries.start, entries.stop)
+        yield part.index[channels], adapter.scaled(part.module, rows, change.dim, channels), part.source.weight
 
 
 def _small_files(folder: Path) -> list[str]:

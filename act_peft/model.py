@@ -13,14 +13,20 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from act_peft.channels import kind_of
+from act_peft.combination import CombinationType, MajoritySign, make_rule
+from act_peft.combine import add_combined
 from act_peft.config import ActConfig
 from act_peft.errors import ActLoadError, ActValueError, ActWarning
-from act_peft.layers import LAYER_CLASSES, ActLayer, Linear
-from act_peft.layers.base import PREFIX
+from act_peft.layers import LAYER_CLASSES, ActLayer, Linear, remove_adapter
+from act_peft.layers.deltas import PREFIX
+from act_peft.layers.rows import ChannelRows
 from act_peft.layers.state import check_adapter_state
 from act_peft.masks import ChannelMask
-from act_peft.plan import InjectionPlan, is_targeted, output_head, plan_channels, record, shared_weights
-from act_peft.transfer import check_donor, fill_deltas, load_donor
+from act_peft.mixed_batches import adapter_per_sample
+from act_peft.parameters import output_head
+from act_peft.plan import InjectionPlan, is_targeted, plan_channels, record, shared_weights
+from act_peft.trainable import Trainable
+from act_peft.transfer import donor_for_model, fill_deltas
 
 # PEFT before 0.21 has no hook between reading an adapter and dropping mismatched tensors.
 PEFT_ASKS_BEFORE_LOADING = hasattr(BaseTuner, "_remap_adapter_state_dict_for_load")
@@ -63,10 +69,13 @@ class ActModel(BaseTuner):
         """
         config = self.peft_config[adapter_name]
         indices = plan_channels(config, model, state_dict)
-        donor = None
+        deltas = None
         if config.donor is not None and config.channels is not None and not config.from_file:
-            donor = load_donor(config.donor, like=model, revision=config.donor_revision)
-            check_donor(model, donor, indices)
+            with donor_for_model(model, config.donor, indices, revision=config.donor_revision) as transfer:
+                indices = transfer.common(indices)
+                scale = 1.0 if Trainable(config.trainable).has_scales else config.transfer_scale
+                deltas = {n: d for n, _, d in transfer.deltas(indices, transfer_scale=scale)}
+                transfer.warn(stacklevel=2)
         self._plan = InjectionPlan(
             indices=indices,
             # Placeholders of tensors that a state dict will bring are created where PEFT creates those of the deltas.
@@ -84,21 +93,24 @@ class ActModel(BaseTuner):
                 state_dict=state_dict,
             )
             if config.channels is not None and state_dict is None:
-                self._fill(config, model, adapter_name, donor)
+                self._fill(config, model, adapter_name, deltas)
         except BaseException:
             self._withdraw(model, adapter_name, trainable)
             raise
         finally:
             del self._plan
+        config.name_targets(indices)
         if config.channels is None or state_dict is not None:
             self._awaiting = {**self._awaiting, adapter_name: trainable}
 
-    def _fill(self, config: ActConfig, model: nn.Module, adapter_name: str, donor: nn.Module | None) -> None:
+    def _fill(
+        self, config: ActConfig, model: nn.Module, adapter_name: str, deltas: dict[str, ChannelRows] | None
+    ) -> None:
         """Give a new adapter its deltas and its configuration the record of what it holds."""
         indices = self._plan.indices
         layers: dict[str, Any] = {name: model.get_submodule(name) for name in indices}
-        if donor is not None:
-            fill_deltas(layers, donor, transfer_scale=config.transfer_scale, adapter_name=adapter_name, index=indices)
+        if deltas is not None:
+            fill_deltas(layers, deltas, adapter_name=adapter_name)
         config.adapted_modules = {name: record(layer, indices[name]) for name, layer in layers.items()}
         if isinstance(config.channels, ChannelMask):
             selected = sum(index.numel() for index in indices.values())
@@ -109,7 +121,8 @@ class ActModel(BaseTuner):
         return is_targeted(peft_config, key)
 
     def _prepare_adapter_config(self, peft_config: ActConfig, model_config: dict[str, Any]) -> ActConfig:
-        return peft_config  # which modules are meant follows from the channels
+        peft_config.forget_named_targets()  # which modules are meant follows from the channels
+        return peft_config
 
     def _create_and_replace(
         self,
@@ -128,6 +141,8 @@ class ActModel(BaseTuner):
             index=index,
             init_weights=peft_config.init_weights,
             inference_mode=peft_config.inference_mode,
+            trainable=Trainable(peft_config.trainable),
+            transfer_scale=peft_config.transfer_scale,
         )
         if layer is not target:
             if adapter_name not in self.active_adapters:
@@ -153,18 +168,15 @@ class ActModel(BaseTuner):
 
         Modules without any adapter are unwrapped, and `trainable` parameters train again if no adapter is left.
         """
-        for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, ActLayer)]:
-            for container in (*layer.adapter_layer_names, *layer.other_param_names):
-                if adapter_name in getattr(layer, container):
-                    del getattr(layer, container)[adapter_name]
-            if not layer.act_delta_index:
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, layer.base_layer)
+        for name in [name for name, module in model.named_modules() if isinstance(module, ActLayer)]:
+            remove_adapter(model, name, adapter_name)
         if not any(isinstance(module, ActLayer) for module in model.modules()):
             for parameter in trainable:
                 parameter.requires_grad_(True)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        if not Trainable(self.peft_config[adapter_name].trainable).trains_rows:
+            return  # the scales are float32 and the frozen difference stays as its two models are
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
         if not autocast_adapter_dtype:
             for layer in self._layers(adapter_name).values():
@@ -193,13 +205,13 @@ class ActModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        # PEFT calls this around every forward and drops `adapter_names` afterwards, whether or not anybody read it.
-        if kwargs.get("adapter_names") is not None:
-            raise ActValueError(
-                "adapter_names: got an adapter per sample, which ACT does not support in this version "
-                "(activate adapters for the whole batch with model.set_adapter)"
-            )
-        yield
+        # PEFT calls this around every forward and `generate`, and drops `adapter_names` itself afterwards.
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        with adapter_per_sample(self.model, names, adapters=self.peft_config, settings=kwargs):
+            yield
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Multiply the contribution of one adapter by `scale` (1.0: as trained), merged or not. Not saved.
@@ -215,6 +227,44 @@ class ActModel(BaseTuner):
             raise ActValueError(f"set_scale: got adapter {adapter!r}, expected one of {sorted(self.peft_config)}")
         for layer in self._layers(adapter).values():
             layer.set_scale(adapter, scale)
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str | CombinationType = CombinationType.LINEAR,
+        *,
+        density: float | None = None,
+        majority_sign_method: str | MajoritySign = MajoritySign.TOTAL,
+    ) -> None:
+        """Combine adapters of this model into a new one with the channels of all of them.
+
+            delta[i] = Σ weight * scale * delta_adapter[i]      over the adapters that have channel i       ("linear")
+
+        With that default the new adapter alone does what its parts do together, each with `set_scale(adapter, weight *
+        scale)`, up to rounding. A channel of one adapter alone gets weight * scale * delta whatever the type; the
+        type decides about shared channels, see `CombinationType`, and `act_peft.combine`, which does the same with
+        saved adapters. As in LoRA, the current factor of `set_scale` counts, and the new adapter is not activated and
+        does not train before it is; its deltas are float32, or wider if a part's are. Merged adapters are unmerged
+        first, with PEFT's warning, as whenever an adapter is added.
+
+        Args:
+            adapters: names of adapters of this model, all with channel deltas only.
+            weights: a finite factor for each, of any sign.
+            adapter_name: name of the new adapter.
+            combination_type: a `CombinationType` or its value. LoRA's `"cat"` and `"svd"` types are refused: they
+                combine factors, and rows have none.
+            density: share of the values of shared channels that the pruning types keep, in (0, 1]; only for those.
+            majority_sign_method: `"total"` or `"frequency"`, for `"ties"` and `"dare_ties"`.
+
+        Raises:
+            ActValueError: no such adapter, a name that is taken, settings that do not go together, deltas that are
+                not finite, modules that an adapter saves as a whole. The model is as it was then.
+            ActTypeError: names, weights or a density of another type.
+        """
+        rule = make_rule(combination_type, density=density, majority_sign_method=majority_sign_method)
+        add_combined(self, adapters, weights, adapter_name, rule)
 
     # -------------------------------------------------------------------------------------------------- merging ---
 

@@ -7,6 +7,8 @@ from collections.abc import Collection, Container, Iterator
 
 from act_peft.errors import ActTypeError
 
+_LAYER_NUMBER = re.compile(r"(^|\.)\d+\.")
+
 Patterns = str | Collection[str] | None
 
 
@@ -55,7 +57,7 @@ def prefix_change(names: Collection[str], keys: Collection[str]) -> tuple[str, s
 
     Checkpoints of one architecture differ in what stands before `layers.0. ...`: nothing (a base model without head),
     `model.` (with head), `model.language_model.` or `language_model.model.` (inside a multimodal model). The deepest
-    name decides; if several places of a checkpoint hold a tensor of that name, the one that holds most of the model.
+    names decide; if several places of a checkpoint hold tensors of these names, the one that holds most of the model.
 
     Args:
         names: parameter names of the model.
@@ -65,20 +67,42 @@ def prefix_change(names: Collection[str], keys: Collection[str]) -> tuple[str, s
         `(old, new)` for `key_for`; `("", "")` if nothing has to change or nothing fits.
     """
     known = set(keys)
-    anchor = max(names, key=lambda name: (name.count("."), name), default="")
-    if anchor in known or not anchor:
+    if all(name in known for name in names):
         return "", ""
-    head, _, tail = anchor.partition(".")
-    changes = [("", key.removesuffix(anchor)) for key in known if key.endswith("." + anchor)]
-    if tail and not changes:
-        changes = [(head + ".", key.removesuffix(tail)) for key in known if _is_suffix(tail, key)]
-    if not changes:
-        return "", ""
+    changes = {change for anchor in _anchors(names) for change in _changes(anchor, known)}
     text = re.compile("language|text|decoder|model")  # what wrappers call the part that reads text
     return max(
-        sorted(changes),
-        key=lambda change: (sum(key_for(name, change) in known for name in names), bool(text.search(change[1]))),
+        [("", ""), *sorted(changes)],
+        key=lambda change: (
+            sum(key_for(name, change) in known for name in names),
+            change == ("", ""),
+            bool(text.search(change[1])),
+        ),
     )
+
+
+def _anchors(names: Collection[str]) -> Iterator[str]:
+    """The deepest name of every part of a model: a multimodal one has several lists of layers."""
+    parts: dict[str, str] = {}
+    for name in names:
+        numbered = _LAYER_NUMBER.search(name)
+        part = name[: numbered.start()] if numbered else ""
+        parts[part] = max(parts.get(part, ""), name, key=lambda n: (n.count("."), n))
+    return iter(parts.values())
+
+
+def _changes(anchor: str, keys: Collection[str]) -> list[tuple[str, str]]:
+    """Prefix changes under which a name becomes a key; those that take the fewest parts of the name away."""
+    tail = anchor
+    while tail:
+        old = anchor[: len(anchor) - len(tail)]
+        found = [(old, key[: len(key) - len(tail)]) for key in keys if key != anchor and _is_suffix(tail, key)]
+        if found:
+            return found
+        tail = tail.partition(".")[2]
+        if "." not in tail or (_LAYER_NUMBER.search(anchor) and not _LAYER_NUMBER.search(tail)):
+            break  # without the module's name or the layer's number any tensor would do
+    return []
 
 
 def key_for(name: str, change: tuple[str, str]) -> str:

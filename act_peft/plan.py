@@ -17,7 +17,7 @@ from act_peft.config import ActConfig, module_record
 from act_peft.errors import ActTypeError, ActValueError
 from act_peft.fingerprint import fingerprint
 from act_peft.layers import ActLayer
-from act_peft.layers.base import PREFIX, unknown_index
+from act_peft.layers.deltas import PREFIX, unknown_index
 from act_peft.masks import ChannelMask, checked_indices
 from act_peft.names import matching_key, suffixes
 
@@ -69,11 +69,10 @@ def plan_channels(
             "(for example ActConfig(channels=localize(base, donor, dataloader).top(0.05)))"
         )
     channels = resolved_channels(config)
-    if config.target_modules is None:
+    if config.chosen_targets is None:
         _check_names(channels, model)
     _maybe_include_all_linear_layers(config, model)
     stored = None if state_dict is None else _stored_counts(state_dict)
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
     indices = {}
     for name, module in model.named_modules():
         if stored is not None:
@@ -82,13 +81,14 @@ def plan_channels(
         index = _index_for(name, config, channels, stored, module) if name and targeted else None
         if index is None:
             continue
-        if model_type in MAMBA_TYPES and name.rpartition(".")[2] in FUSED_MAMBA_MODULES:
+        reader = _reader_of_weights(name, model)
+        if reader is not None:
             raise ActValueError(
-                f"{name}: cannot be adapted in a {model_type} model, whose fused kernel reads its weight directly "
+                f"{name}: cannot be adapted in {reader}, which reads its weight instead of calling it "
                 f"(leave it out with exclude_modules=[{name.rpartition('.')[2]!r}])"
             )
         indices[name] = index
-    if not indices and config.target_modules is None:
+    if not indices and config.chosen_targets is None:
         raise ActValueError(
             "channels: no channel of a module that may be adapted is selected, expected at least one "
             "(a higher density, or other exclude_modules)"
@@ -96,11 +96,25 @@ def plan_channels(
     return indices
 
 
+def _reader_of_weights(name: str, model: nn.Module) -> str | None:
+    """What runs a module without calling it, so that a delta would be ignored; None where the module is called."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    parent_name, _, own = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    if model_type in MAMBA_TYPES and own in FUSED_MAMBA_MODULES:
+        return f"the fused kernel of a {model_type} model"
+    if isinstance(parent, nn.MultiheadAttention):
+        return "nn.MultiheadAttention"
+    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+        return "the fast path of nn.TransformerEncoderLayer (torch.backends.mha.set_fastpath_enabled(False) ends that)"
+    return None
+
+
 def is_targeted(config: ActConfig, name: str) -> Any:
     """Whether a module gets an adapter; what PEFT's own check returns, narrowed to modules with selected channels."""
     channels = resolved_channels(config)
     entry = matching_key(name, channels)
-    if config.target_modules is None:
+    if config.chosen_targets is None:
         if entry is None or (config.layers_to_transform is not None and "." not in name):
             return False
         # `target_modules` itself stays None, because PEFT saves a whole embedding whose name it finds there. The last
@@ -116,6 +130,14 @@ def is_targeted(config: ActConfig, name: str) -> Any:
 def _check_names(channels: Mapping[str, Any], model: nn.Module) -> None:
     known = {suffix for name, _ in model.named_modules() for suffix in suffixes(name)}
     unknown = [key for key in channels if key not in known]
+    for name, parameter in model.named_parameters() if unknown else ():
+        if unknown[0] in suffixes(name):
+            owner = model.get_submodule(name.rpartition(".")[0])
+            raise ActTypeError(
+                f"channels: {name} is a parameter {list(parameter.shape)} of {type(owner).__name__}, expected the "
+                "name of a Linear, Conv1D, Embedding or norm module (fused experts are none: leave them out, or train "
+                "them with LoraConfig(target_parameters=...))"
+            )
     if unknown:
         raise ActValueError(
             f"channels: {unknown[0]!r} matches no module of {type(model).__name__}, expected names of its modules "
@@ -172,13 +194,17 @@ def _index_for(
 
 
 def _count_channels(name: str, module: nn.Module) -> int:
-    plain = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    plain = _plain(module)
     if channel_kind(plain) is None:
         raise ActTypeError(
-            f"{name}: {type(plain).__name__} is not supported, expected Linear, Conv1D, Embedding or a norm with a "
-            f"floating point weight (leave it out with exclude_modules=[{name!r}])"
+            f"{name}: {type(plain).__name__} is not supported, expected Linear (quantised or not), Conv1D, Embedding "
+            f"or a norm (leave it out with exclude_modules=[{name!r}])"
         )
     return num_channels(plain)
+
+
+def _plain(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def _placeholder(name: str, num_selected: int, count: int) -> torch.Tensor:
@@ -191,9 +217,8 @@ def _placeholder(name: str, num_selected: int, count: int) -> torch.Tensor:
 
 def record(layer: ActLayer, index: torch.Tensor) -> dict[str, Any]:
     """What an adapter's configuration says about one module."""
-    weight = layer.get_base_layer().weight
     base = None
-    if weight.device.type != "meta" and weight.is_floating_point():
+    if layer.get_base_layer().weight.device.type != "meta" and not layer.is_quantised:
         rows = layer.original_rows(index)
         base = fingerprint(rows.weight, rows.bias)
     return module_record(layer.kind, selected=index.numel(), channels=layer.num_channels, base=base)
@@ -208,14 +233,3 @@ def shared_weights(model: nn.Module) -> set[int]:
         if weight is not None:
             (shared if id(weight) in seen else seen).add(id(weight))
     return shared
-
-
-def output_head(model: nn.Module) -> nn.Module | None:
-    """The model's output embedding, if it has one."""
-    getter = getattr(model, "get_output_embeddings", None)
-    if getter is None:
-        return None
-    try:
-        return getter()
-    except (AttributeError, NotImplementedError):  # transformers models without an output layer
-        return None

@@ -1,4 +1,4 @@
-"""Figures: how the scores are distributed, and what the models can do. Needs matplotlib (optional)."""
+"""Figures: the distribution of scores, what models can do, what settings cost. Needs matplotlib (optional)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib.util
 import os
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ import torch
 from act_peft.choices import member_of
 from act_peft.errors import ActError, ActValueError
 from act_peft.scores import ChannelScores, Scope
+from act_peft.sweep_result import Measurement, SweepResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -131,6 +132,25 @@ def plot_demo(
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.25))
     _draw_scores(left, scores, density, member_of(Scope, scope, "scope"), Grouping.KIND)
     _draw_accuracies(right, accuracies)
+    _save(figure, path)
+
+
+def plot_sweep(result: SweepResult, path: str | os.PathLike[str]) -> None:
+    """Draw every setting of a sweep: accuracy on what is kept to the right, on the ability upwards.
+
+    One line for each density, along the transfer scales; base, donor, Pareto front and recommendation are marked. With
+    several skills to keep, their mean is drawn.
+
+    Args:
+        result: From `sweep`.
+        path: The PNG to write, whole or not at all.
+
+    Raises:
+        ActError: If matplotlib is not installed.
+        ActValueError: If the folder does not exist.
+    """
+    figure = _figure(7.2, 5.2)
+    _draw_sweep(figure.subplots(), result)
     _save(figure, path)
 
 
@@ -297,6 +317,47 @@ def _draw_accuracies(axes: Axes, accuracies: Mapping[str, Mapping[str, float]]) 
     axes.legend(fontsize=9, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.1))
     _style(axes, "What the models can do")
     axes.tick_params(axis="x", length=0, labelsize=10)
+
+
+def _draw_sweep(axes: Axes, result: SweepResult) -> None:
+    from matplotlib import colormaps
+
+    def draw(rows: Sequence[Measurement], *style: str, **look: Any) -> None:
+        axes.plot([row.keep_accuracy for row in rows], [row.ability.accuracy for row in rows], *style, **look)
+
+    densities = list(result.masks)
+    gradient = colormaps["viridis"].resampled(len(densities) + 1)  # the last colour is too light
+    draw(result.front, "-", color=_FAINT, linewidth=7, solid_capstyle="round", label="Pareto front", zorder=1)
+    for number, density in enumerate(densities):
+        rows = [row for row in result.rows if row.density == density]
+        look: Any = {"color": gradient(number), "markersize": 4.5, "linewidth": 1.2}
+        draw([result.base, *rows], "-o", label=f"density {density:.3g}", **look)
+    draw([result.base], "s", color=_INK, markersize=8, label="base")
+    if result.donor is not None:
+        draw([result.donor], "D", color=_INK, markersize=7, label="donor")
+    best = result.recommended
+    if best is not None:
+        name = f"recommended: density {best.density:.3g}, scale {best.transfer_scale:.3g}"
+        draw([best], "o", color=_COLOURS[0], markersize=13, markerfacecolor="none", markeredgewidth=2, label=name)
+    if len(result.base.keep) == 1:  # with several skills, the limit is one of each and not of their mean
+        limit = result.base.keep_accuracy - result.max_drop
+        axes.axvline(limit, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
+        axes.annotate(
+            "most that may be lost",
+            (limit, 0.015),
+            xycoords=axes.get_xaxis_transform(),
+            xytext=(-4, 0),
+            textcoords="offset points",
+            fontsize=9,
+            color=_INK,
+            ha="right",
+        )
+    axes.grid(color=_FAINT, linewidth=0.8)
+    mean = "mean " if len(result.base.keep) > 1 else ""
+    axes.set_xlabel(f"{mean}token accuracy on what is kept: {', '.join(result.base.keep)}", color=_INK)
+    axes.set_ylabel("token accuracy on the ability", color=_INK)
+    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    _style(axes, "What each density and transfer scale gives and costs")
 
 
 def _save(figure: Any, path: str | os.PathLike[str]) -> None:

@@ -10,10 +10,12 @@ import json
 import math
 import mmap
 import os
+import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +44,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 _MAX_DIMS = 8
 _MAX_ELEMENTS = 2**40  # a tensor of one terabyte and more; also bounds the shapes of empty tensors
-_HAS_PWRITE = hasattr(os, "pwrite")
+_MADV_POPULATE_READ = 22  # the number in every architecture's Linux headers; Python has no name for it yet
 _WINDOW = 32 << 20  # bytes of a tensor that are mapped, or rewritten, at a time
 
 
@@ -146,7 +148,7 @@ class Shard:
         for a, b in info.blocks():
             a, b = max(a, first), min(b, stop)
             if a < b:
-                out[a - first : b - first] = self._rows_between(info, a, b)
+                out[a - first : b - first] = self._rows_between(info, a, b, whole=True)
         return self._result(shape, info, out)
 
     def view(self, name: str, first: int, stop: int) -> torch.Tensor:
@@ -156,7 +158,17 @@ class Shard:
             ActValueError: if the range leaves the tensor.
         """
         info = self._checked_range(name, first, stop)
-        return self._result((stop - first, *info.shape[1:]), info, self._rows_between(info, first, stop))
+        raw = self._rows_between(info, first, stop, whole=True)
+        return self._result((stop - first, *info.shape[1:]), info, raw)
+
+    def pieces(self, start: int, stop: int) -> Iterator[memoryview]:
+        """The bytes `start` to `stop` of the file, as mappings of some megabytes each; for use at once.
+
+        Raises:
+            ActValueError: if the file has become shorter.
+        """
+        for first in range(start, stop, _WINDOW):
+            yield self._map_bytes(first, min(first + _WINDOW, stop), whole=True).data
 
     def rows(self, name: str, index: torch.Tensor, dim: int = 0) -> torch.Tensor:
         """A copy of some rows (`dim` 0) or columns (`dim` 1) of a tensor.
@@ -181,9 +193,12 @@ class Shard:
         out = np.empty(shape, _raw_dtype(info))
         if index.numel():
             where = index.numpy()
+            if dim == 0:
+                self._fetch(info, where)
             for a, b in info.blocks():
                 if dim == 1:
-                    np.take(self._rows_between(info, a, b), where, axis=1, out=out[a:b], mode="clip")
+                    window = self._rows_between(info, a, b, whole=True)
+                    np.take(window, where, axis=1, out=out[a:b], mode="clip")
                     continue
                 i, j = np.searchsorted(where, (a, b))
                 if i < j:
@@ -216,15 +231,34 @@ class Shard:
                 f"ones in [0, {info.shape[dim]})"
             )
 
-    def _rows_between(self, info: TensorInfo, first: int, stop: int) -> np.ndarray:
+    def _rows_between(self, info: TensorInfo, first: int, stop: int, *, whole: bool = False) -> np.ndarray:
         width = info.row_bytes
-        mapped = self._map(info.start + first * width, info.start + stop * width, info)
+        mapped = self._map(info.start + first * width, info.start + stop * width, info, whole=whole)
         return mapped.reshape(stop - first, *info.shape[1:])
 
-    def _map(self, start: int, stop: int, info: TensorInfo) -> np.ndarray:
+    def _fetch(self, info: TensorInfo, where: np.ndarray) -> None:
+        """Ask for all rows before the first is read: page by page the disk would be waited for each time."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        file, width = self._file.fileno(), info.row_bytes
+        breaks = np.flatnonzero(where[1:] != where[:-1] + 1) + 1
+        starts = where[np.concatenate(([0], breaks))]
+        stops = where[np.concatenate((breaks, [len(where)])) - 1] + 1
+        for place, length in zip(
+            (info.start + starts * width).tolist(), ((stops - starts) * width).tolist(), strict=True
+        ):
+            os.posix_fadvise(file, place, length, os.POSIX_FADV_WILLNEED)
+
+    def _map(self, start: int, stop: int, info: TensorInfo, *, whole: bool = False) -> np.ndarray:
+        """A private view of some bytes of a tensor; `whole`: all of them will be read."""
+        raw = self._map_bytes(start, stop, whole=whole)
+        aligned = raw if start % _itemsize(info) == 0 else raw.copy()
+        return aligned.view(_raw_dtype(info))
+
+    def _map_bytes(self, start: int, stop: int, *, whole: bool) -> np.ndarray:
         """A private view of some bytes of the file; they are unmapped when the last view is gone."""
         if start == stop:
-            return np.empty(0, _raw_dtype(info))
+            return np.empty(0, np.uint8)
         offset = start - start % mmap.ALLOCATIONGRANULARITY
         try:
             mapped = mmap.mmap(self._file.fileno(), stop - offset, access=mmap.ACCESS_COPY, offset=offset)
@@ -233,9 +267,12 @@ class Shard:
                 f"{self.path}: bytes {start} to {stop} cannot be read ({error}), expected the file of {self.size} "
                 "bytes that was opened (it was changed in the meantime)"
             ) from error
-        raw = np.frombuffer(mapped, np.uint8, count=stop - start, offset=start - offset)
-        aligned = raw if start % _itemsize(info) == 0 else raw.copy()
-        return aligned.view(_raw_dtype(info))
+        if whole and sys.platform == "linux":
+            with suppress(OSError):  # before Linux 5.14; then each page is mapped when it is read
+                mapped.madvise(_MADV_POPULATE_READ)
+        elif not whole and hasattr(mmap, "MADV_RANDOM"):
+            mapped.madvise(mmap.MADV_RANDOM)  # otherwise the system reads 128 KB around every row
+        return np.frombuffer(mapped, np.uint8, count=stop - start, offset=start - offset)
 
     def _result(self, shape: tuple[int, ...], info: TensorInfo, raw: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(raw.view(_INTEGERS[_itemsize(info)])).view(DTYPES[info.dtype]).reshape(shape)
@@ -252,57 +289,12 @@ def _raw_dtype(info: TensorInfo) -> Any:
     return _INTEGERS[_itemsize(info)]
 
 
-def write_rows(file: BinaryIO, info: TensorInfo, index: torch.Tensor, rows: torch.Tensor) -> None:
-    """Overwrite rows of a tensor in place; neighbouring ones in one go.
-
-    Args:
-        file: open for reading and writing, unbuffered.
-        info: the tensor's place in `file`.
-        index: int64 `[K]`, ascending, inside the tensor.
-        rows: `[K, ...]` in the tensor's dtype.
-    """
-    data = _bytes_of(rows)
-    width = info.row_bytes
-    where = index.numpy()
-    breaks = np.flatnonzero(np.diff(where) != 1) + 1
-    starts = np.concatenate(([0], breaks))
-    stops = np.concatenate((breaks, [len(where)]))
-    offsets = info.start + where[starts] * width
-    for first, stop, offset in zip(
-        *((starts * width).tolist(), (stops * width).tolist(), offsets.tolist()), strict=True
-    ):
-        _write_at(file, offset, data[first:stop])
-
-
-def write_block(file: BinaryIO, info: TensorInfo, first: int, rows: torch.Tensor) -> None:
-    """Overwrite the entries of a tensor from `first` on along its first axis; `rows` is contiguous, `[n, ...]`."""
-    _write_at(file, info.start + first * info.row_bytes, _bytes_of(rows))
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize]
-    return tensor.contiguous().view(integers).numpy().reshape(-1).data.cast("B")
-
-
-def _write_at(file: BinaryIO, offset: int, data: memoryview) -> None:
-    written = 0
-    while written < len(data):  # once, but for a disk that fills up and data of gigabytes
-        if _HAS_PWRITE:
-            written += os.pwrite(file.fileno(), data[written:] if written else data, offset + written)
-        else:
-            file.seek(offset + written)
-            written += file.write(data[written:])
-
-
-def header_with(shard: Shard, like: Mapping[str, str]) -> tuple[bytes, dict[str, TensorInfo]]:
-    """The header of a file that has some tensors more, at its end, and the places of all its tensors.
+def header_with(shard: Shard, like: Mapping[str, str]) -> bytes:
+    """The bytes that stand before the data of a file that has some tensors more, at its end.
 
     Args:
         shard: the file as it is.
         like: name of a new tensor -> the tensor whose dtype and shape it has.
-
-    Returns:
-        The bytes that stand before the data, and name -> place in the new file.
     """
     places = dict(shard.tensors)
     end = shard.size
@@ -316,9 +308,7 @@ def header_with(shard: Shard, like: Mapping[str, str]) -> tuple[bytes, dict[str,
         header[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": offsets}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    moved = 8 + len(text) - shard.data_start
-    new = {n: replace(info, start=info.start + moved, stop=info.stop + moved) for n, info in places.items()}
-    return len(text).to_bytes(8, "little") + text, new
+    return len(text).to_bytes(8, "little") + text
 
 
 def _read_header(path: Path, file: Any, size: int) -> tuple[dict[str, Any], int]:

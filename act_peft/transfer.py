@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from types import TracebackType
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.integrations import skip_init_on_device
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from act_peft.channels import kind_of, weight_of
-from act_peft.errors import ActTypeError, ActValueError
+from act_peft.channels import is_quantised, kind_of
+from act_peft.donors import Donor, open_donor
+from act_peft.errors import ActValueError, ActWarning
 from act_peft.layers import ActLayer
-from act_peft.lineage import Resemblance, check_configs, check_shapes
+from act_peft.layers.rows import ChannelRows
+from act_peft.lineage import Resemblance
+from act_peft.parameters import ModelTensors, Parameters, vocabulary_parameters
+from act_peft.trainable import Trainable
 
 
 def initialize_from_donor(
@@ -32,19 +38,24 @@ def initialize_from_donor(
         delta[i, :] = λ * (W_donor[i, :] - W_base[i, :])          for every selected channel i
 
     (arXiv 2601.09398, the transfer step), the same for the elements of biases and norms. What the deltas held before
-    is replaced.
+    is replaced. With learned scales the delta becomes the difference itself, and every scale starts again at λ.
 
     Args:
         model: a `PeftModel` with an ACT adapter, or a model that an ACT adapter was injected into.
-        donor: a model in memory, or the folder or Hub id of one.
+        donor: a model in memory; or the folder or Hub id of a checkpoint, or of a LoRA or ACT adapter of the same
+            base, of which only the selected channels are read.
         transfer_scale: λ; by default the one of the adapter's configuration.
         adapter_name: name of the adapter.
 
     Raises:
         ActValueError: if the model has no such adapter, the adapter is merged, λ is not finite, or the donor's
-            modules, shapes, vocabulary or architecture differ from the base's, or its selected weights are not
-            finite. Nothing is changed then.
+            modules, shapes or architecture differ from the base's, or its selected weights are not finite. Nothing
+            is changed then.
         ActTypeError: if `donor` is neither a module nor a name.
+
+    Warns:
+        ActWarning: once, if vocabulary (tokens that the donor lacks get no delta), rotary base or context length
+            differ, or the weights look unrelated.
     """
     layers = adapter_layers(model, adapter_name)
     config = cast(Any, model).peft_config[adapter_name]
@@ -56,17 +67,18 @@ def initialize_from_donor(
         raise ActValueError(
             f"{merged[0]}: adapter {adapter_name!r} is merged, expected an unmerged one (unmerge first)"
         )
-    base = base_model(model)
-    if isinstance(donor, nn.Module):
-        source, name = donor, getattr(donor, "name_or_path", "") or None
-    elif isinstance(donor, (str, os.PathLike)):
-        source, name = load_donor(os.fspath(donor), like=base), os.fspath(donor)
-    else:
-        raise ActTypeError(f"donor: got {type(donor).__name__}, expected a model, or the folder or Hub id of one")
     index = {name: layer.act_delta_index[adapter_name] for name, layer in layers.items()}
-    check_donor(base, source, index)
-    fill_deltas(layers, source, transfer_scale=scale, adapter_name=adapter_name, index=index)
-    config.transfer_scale, config.donor = float(scale), name
+    with donor_for_model(base_model(model), donor, index) as transfer:
+        learned = Trainable(config.trainable).has_scales
+        deltas = {name: d for name, _, d in transfer.deltas(index, transfer_scale=1.0 if learned else scale)}
+        transfer.warn(stacklevel=2)
+    fill_deltas(layers, deltas, adapter_name=adapter_name)
+    if learned:
+        with torch.no_grad():
+            for layer in layers.values():
+                layer.act_delta_channel_scale[adapter_name].fill_(scale)
+    named = getattr(donor, "name_or_path", "") or None if isinstance(donor, nn.Module) else os.fspath(donor)
+    config.transfer_scale, config.donor = float(scale), named
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -95,131 +107,147 @@ def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, ActLayer]:
     return layers
 
 
-@skip_init_on_device  # inside `low_cpu_mem_usage` the donor would be loaded to nowhere
-def load_donor(donor: str, *, like: nn.Module, revision: str | None = None) -> PreTrainedModel:
-    """Load a donor as the same class of model as the base, in the dtype of its checkpoint, on the CPU.
-
-    Only safetensors are read, no remote code is run.
+class Transfer:
+    """A donor, checked against the base, and what it gives; a context manager that closes the donor.
 
     Args:
-        donor: folder or Hub id.
-        like: the base.
-        revision: revision on the Hub.
-
-    Raises:
-        ActValueError: if the donor cannot be loaded, has another architecture, or lacks tensors.
+        base: the parameters of the base.
+        donor: the donor.
+        axes: module -> axis of its channels.
     """
-    if not isinstance(like, PreTrainedModel):
-        raise ActValueError(
-            f"donor {donor!r}: the base is a {type(like).__name__}, expected a transformers model "
-            "(load the donor yourself and pass it to initialize_from_donor)"
-        )
-    if os.path.isfile(donor):
-        raise ActValueError(f"donor {donor!r}: got a file, expected a folder with a checkpoint, or a Hub id")
-    try:
-        donor_config = AutoConfig.from_pretrained(donor, revision=revision)
-    except (OSError, ValueError) as error:
-        raise ActValueError(
-            f"donor {donor!r}: cannot be opened, expected a folder with a checkpoint, or a Hub id ({error})"
-        ) from error
-    check_configs(like.config, donor_config)
-    try:
-        model, info = type(like).from_pretrained(
-            donor, revision=revision, dtype="auto", use_safetensors=True, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ActValueError(f"donor {donor!r}: cannot be loaded ({error})") from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise ActValueError(
-            f"donor {donor!r}: {missing[0]} is missing in the checkpoint ({len(missing)} tensors are), "
-            f"expected a full checkpoint of a {type(like).__name__}"
-        )
-    return model
+
+    def __init__(self, base: Parameters, donor: Donor, axes: Mapping[str, int]) -> None:
+        self._base, self._donor, self._axes = base, donor, axes
+        self._notes = list(donor.notes)
+        self._resemblance = Resemblance()
+
+    def __enter__(self) -> Transfer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._donor.close()
+
+    def common(self, index: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The selected channels without those beyond the common vocabulary.
+
+        Args:
+            index: module -> selected channels, int64 `[K]`.
+
+        Raises:
+            ActValueError: nothing is left of a module.
+        """
+        kept = dict(index)
+        for name, channels in index.items():
+            limit = self._donor.common_channels(name) if self._axes[name] == 0 else None
+            if limit is None or int(channels[-1]) < limit:
+                continue
+            kept[name] = channels[channels < limit]
+            dropped = channels.numel() - kept[name].numel()
+            if not kept[name].numel():
+                raise ActValueError(
+                    f"{name}: all {dropped} selected channels lie beyond the {limit} tokens that donor and base have "
+                    f"in common, expected others (leave it out with exclude_modules=[{name!r}])"
+                )
+            self._notes.append(f"{name}: {dropped} selected channels beyond the common vocabulary are left out")
+        return kept
+
+    def deltas(
+        self, index: Mapping[str, torch.Tensor], *, transfer_scale: float
+    ) -> Iterator[tuple[str, ChannelRows, ChannelRows]]:
+        """Module by module: its name, the base's selected channels, and their deltas.
+
+            delta = transfer_scale * (donor - base)          in float32 or wider
+
+        Args:
+            index: module -> selected channels, int64 `[K]`, ascending.
+            transfer_scale: λ.
+
+        Raises:
+            ActValueError: values that are not finite, or quantised.
+        """
+        for name, channels in index.items():
+            channels = channels.cpu()
+            base: dict[str, torch.Tensor | None] = {"weight": None, "bias": None}
+            deltas = dict(base)
+            for part, dim in (("weight", self._axes[name]), ("bias", 0)):
+                if f"{name}.{part}" not in self._base:
+                    continue
+                mine = self._base.rows(f"{name}.{part}", channels, dim)
+                difference = self._donor.difference(name, part, channels, dim, mine)
+                self._resemblance.add_(name, mine, difference)
+                base[part], deltas[part] = mine, difference.mul_(transfer_scale)
+            yield (
+                name,
+                ChannelRows(channels, cast(torch.Tensor, base["weight"]), base["bias"]),
+                ChannelRows(channels, cast(torch.Tensor, deltas["weight"]), deltas["bias"]),
+            )
+
+    def warn(self, *, stacklevel: int) -> None:
+        """Say once what differs between donor and base; to be called after `deltas`.
+
+        Args:
+            stacklevel: as in `warnings.warn`, counted from the caller.
+
+        Warns:
+            ActWarning: if there is anything to say.
+        """
+        notes = self._notes if self._donor.is_adapter else [*self._notes, *self._resemblance.notes()]
+        if notes:
+            warnings.warn(f"donor and base differ: {'; '.join(notes)}", ActWarning, stacklevel=stacklevel + 1)
 
 
-def check_donor(base: nn.Module, donor: nn.Module, index: Mapping[str, torch.Tensor]) -> None:
-    """Check that the selected channels can move from the donor to the base.
+def donor_for_model(
+    base: nn.Module,
+    donor: nn.Module | str | os.PathLike[str],
+    modules: Iterable[str],
+    *,
+    revision: str | None = None,
+) -> Transfer:
+    """The transfer from a donor to a model in memory.
 
     Args:
         base: the base model, with or without adapters in it.
-        donor: the donor.
-        index: module name -> selected channels, int64 `[K]`.
+        donor: as in `open_donor`.
+        modules: names of the modules that channels will move to.
+        revision: revision of the donor on the Hub.
 
     Raises:
-        ActValueError: naming the first module that differs and both shapes; for another vocabulary or architecture;
-            for values that are not finite.
-
-    Warns:
-        ActWarning: once, if rotary base or context length differ or the weights look unrelated.
+        ActTypeError, ActValueError: as `open_donor`; ActValueError if one of the modules is quantised.
     """
-    notes = []
-    if isinstance(base, PreTrainedModel) and isinstance(donor, PreTrainedModel):
-        notes = check_configs(base.config, donor.config)
-    check_shapes(_shapes(base), _shapes(donor), donor_name=_name(donor))
-    resemblance = Resemblance()
-    for name, selected in index.items():
-        mine, theirs = _rows(base.get_submodule(name), selected), _rows(donor.get_submodule(name), selected)
-        for base_part, donor_part in zip(mine, theirs, strict=True):
-            if base_part is not None and donor_part is not None:
-                resemblance.add_(name, base_part, donor_part)
-    resemblance.warn(notes, stacklevel=2)
+    plain = {name: _plain(base.get_submodule(name)) for name in modules}
+    quantised = [name for name, module in plain.items() if is_quantised(module)]
+    if quantised:
+        raise ActValueError(
+            f"{quantised[0]}: is quantised, expected the base's own values, which the donor's difference is taken "
+            f"from ({len(quantised)} of {len(plain)} modules are quantised; make the adapter from the original "
+            "checkpoint with create_adapter and load it here with PeftModel.from_pretrained)"
+        )
+    tensors = ModelTensors(base)
+    parameters = Parameters(tensors, tensors.names)
+    axes = {name: kind_of(module).channel_dim for name, module in plain.items()}
+    config = base.config if isinstance(base, PreTrainedModel) else None
+    vocabulary = vocabulary_parameters(base)
+    opened = open_donor(donor, parameters, axes=axes, config=config, vocabulary=vocabulary, revision=revision)
+    return Transfer(parameters, opened, axes)
 
 
-@skip_init_on_device
-def fill_deltas(
-    layers: Mapping[str, ActLayer],
-    donor: nn.Module,
-    *,
-    transfer_scale: float,
-    adapter_name: str,
-    index: Mapping[str, torch.Tensor],
-) -> None:
-    """Write `transfer_scale * (donor - base)` of the selected channels into the deltas. Check the donor first."""
+def _plain(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+@skip_init_on_device  # inside `low_cpu_mem_usage` the deltas would be created on the meta device
+def fill_deltas(layers: Mapping[str, ActLayer], deltas: dict[str, ChannelRows], *, adapter_name: str) -> None:
+    """Write deltas into the layers, and let go of each when it is written."""
     with torch.no_grad():
         for name, layer in layers.items():
-            theirs = _rows(donor.get_submodule(name), index[name])
-            mine = layer.original_rows(index[name])
-            for container, donor_part, base_part in (
-                (layer.act_delta_weight, theirs[0], mine.weight),
-                (layer.act_delta_bias, theirs[1], mine.bias),
-            ):
-                if donor_part is None or base_part is None:
+            rows = deltas.pop(name)
+            for container, delta in ((layer.act_delta_weight, rows.weight), (layer.act_delta_bias, rows.bias)):
+                if delta is None:
                     continue
-                wide = torch.promote_types(torch.promote_types(donor_part.dtype, base_part.dtype), torch.float32)
-                difference = donor_part.to(base_part.device, wide) - base_part.to(wide)
-                delta = transfer_scale * difference
-                if container[adapter_name].device.type == "meta":
-                    parameter = container[adapter_name]
+                parameter = container[adapter_name]
+                if parameter.device.type == "meta":
                     container[adapter_name] = nn.Parameter(delta.to(parameter.dtype), parameter.requires_grad)
                 else:
-                    container[adapter_name].copy_(delta)
-
-
-def _rows(module: nn.Module, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight and bias of some channels of a module, adapted or not."""
-    if isinstance(module, ActLayer):
-        rows = module.original_rows(index)
-        return rows.weight, rows.bias
-    weight = weight_of(module)
-    index = index.to(weight.device)
-    bias: Any = getattr(module, "bias", None)
-    return (
-        weight.detach().index_select(kind_of(module).channel_dim, index),
-        None if bias is None else bias.detach().index_select(0, index),
-    )
-
-
-def _shapes(model: nn.Module) -> dict[str, list[int]]:
-    """Parameter names and shapes as they are without adapters."""
-    shapes = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if "act_delta_" in name or "modules_to_save." in name or "token_adapter." in name:
-            continue
-        plain = name.replace(".base_layer.", ".").replace(".original_module.", ".")
-        shapes[plain] = list(parameter.shape)
-    return shapes
-
-
-def _name(model: nn.Module) -> str:
-    return getattr(model, "name_or_path", "") or type(model).__name__
+                    parameter.copy_(delta)

@@ -10,7 +10,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from tiny_checkpoints import change_adapter, save_adapter
 from tiny_models import build, random_mask
 
-from act_peft import ActLoadError, ActValueError, adapterfile
+from act_peft import ActLoadError, ActValueError, locations
 from act_peft.adapterfile import AdapterFolder
 
 HEAD = "base_model.model.lm_head."
@@ -87,16 +87,16 @@ def test_a_damaged_record_is_no_record(tmp_path):
 def test_the_hub_is_asked_for_what_is_no_folder(tmp_path, monkeypatch):
     save_adapter(tmp_path / "adapter")
 
-    def download(name, *, allow_patterns):
+    def download(name, *, revision, allow_patterns):
         if name != "org/name":
             raise LocalEntryNotFoundError("no such thing")
         return str(tmp_path / "adapter")
 
-    monkeypatch.setattr(adapterfile, "snapshot_download", download)
+    monkeypatch.setattr(locations, "snapshot_download", download)
     with AdapterFolder("org/name") as adapter:
         assert "lm_head" in adapter.modules
-    with pytest.raises(ActValueError, match="org/other: no such adapter, expected a folder or a Hub id"):
+    with pytest.raises(ActValueError, match=r"org/other: cannot be opened, .* an adapter .* or a Hub id"):
         AdapterFolder("org/other")
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ActValueError, match="got a file, expected the adapter's folder"):
+    with pytest.raises(ActValueError, match="got a file, expected a folder with an adapter"):
         AdapterFolder(tmp_path / "file")

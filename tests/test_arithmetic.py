@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import DTYPES
 
-from act_peft.arithmetic import merged_rows, scaled_difference, wide_dtype
+from act_peft.arithmetic import merged_rows, wide_difference, wide_dtype
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -35,6 +35,6 @@ def test_merged_rows_add_one_by_one_and_round_once(dtype, dim):
 
 def test_the_difference_is_wide():
     donor, base = torch.tensor([1.0], dtype=torch.bfloat16), torch.tensor([1.0078125], dtype=torch.bfloat16)
-    assert torch.equal(scaled_difference(donor, base, 0.5), torch.tensor([-0.00390625]))
+    assert torch.equal(wide_difference(donor, base), torch.tensor([-0.0078125]))
     assert wide_dtype(torch.bfloat16) == torch.float32
     assert wide_dtype(torch.float16, torch.float64) == torch.float64

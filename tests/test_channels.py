@@ -9,7 +9,15 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 from transformers.pytorch_utils import Conv1D
 
-from act_peft.channels import ChannelKind, channel_kind, norm_epsilon, normalize, num_channels
+from act_peft.channels import (
+    ChannelKind,
+    channel_kind,
+    features,
+    is_quantised,
+    norm_epsilon,
+    normalize,
+    num_channels,
+)
 from act_peft.errors import ActTypeError
 
 KINDS = [
@@ -89,10 +97,48 @@ def test_no_kind(build):
         num_channels(module)
 
 
-def test_a_quantised_weight_has_no_channels():
+class CodesOfTorchao(torch.Tensor):
+    __module__ = "torchao.quantization"
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        torch.zeros(8, 1, dtype=torch.uint8),  # packed
+        torch.zeros(5, 3, dtype=torch.int8),
+        torch.zeros(5, 3).to(torch.float8_e4m3fn),
+        torch.zeros(5, 3).as_subclass(CodesOfTorchao),
+    ],
+    ids=["packed", "int8", "float8", "torchao"],
+)
+def test_a_linear_layer_with_a_quantised_weight_has_its_outputs_as_channels(weight):
     module = nn.Linear(3, 5)
-    module.weight = nn.Parameter(torch.zeros(5, 3, dtype=torch.int8), requires_grad=False)
+    assert not is_quantised(module)
+    module.weight = nn.Parameter(weight, requires_grad=False)
+    assert is_quantised(module)
+    assert channel_kind(module) is ChannelKind.LINEAR
+    assert features(module) == (3, 5)
+    assert num_channels(module) == 5
+
+
+def test_other_modules_with_a_quantised_weight_have_no_channels():
+    module = nn.Embedding(4, 3)
+    module.weight = nn.Parameter(torch.zeros(4, 3, dtype=torch.int8), requires_grad=False)
     assert channel_kind(module) is None
+    assert not is_quantised(nn.ReLU())
+
+
+@pytest.mark.parametrize(
+    ("build", "expected"),
+    [
+        (lambda: nn.Linear(3, 5), (3, 5)),
+        (lambda: Conv1D(5, 3), (3, 5)),
+        (lambda: nn.Embedding(3, 5), (3, 5)),
+        (lambda: nn.LayerNorm(5), (5, 5)),
+    ],
+)
+def test_features(build, expected):
+    assert features(build()) == expected
 
 
 def fresh_norm():

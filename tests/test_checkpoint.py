@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoints import save_relatives, write_shard
 from tiny_models import build
 
-from act_peft import ActValueError, checkpoint
+from act_peft import ActValueError, checkpoint, locations
 from act_peft.checkpoint import INDEX, SINGLE, Checkpoint
 from act_peft.names import key_for, prefix_change
 
@@ -59,7 +59,7 @@ def refused(folder, match, read=lambda c: [c.tensor(name) for name in c.names]):
 
 
 def test_folders_without_a_checkpoint_are_refused(tmp_path):
-    refused(tmp_path / "nowhere", "nowhere: no such folder")
+    refused(tmp_path / "nowhere", "nowhere: cannot be opened, expected a folder with a checkpoint, .*no such folder")
     refused(tmp_path, "has neither model.safetensors nor model.safetensors.index.json")
     (tmp_path / "file").write_text("x")
     refused(tmp_path / "file", "got a file, expected a folder")
@@ -161,7 +161,7 @@ class Hub:
 def test_the_hub_is_asked_only_for_what_is_read(tmp_path, monkeypatch, shards):
     save_relatives(tmp_path, "llama", shards=shards)
     hub = Hub(tmp_path, tmp_path / "base")
-    monkeypatch.setattr(checkpoint, "snapshot_download", hub.snapshot_download)
+    monkeypatch.setattr(locations, "snapshot_download", hub.snapshot_download)
     monkeypatch.setattr(checkpoint, "hf_hub_download", hub.hf_hub_download)
     monkeypatch.chdir(tmp_path / "donor")
     with Checkpoint.open("org/name", revision="main") as opened:

@@ -8,8 +8,10 @@ import pickle
 
 import pytest
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, get_peft_model
 from peft.utils import PeftType
+from safetensors.torch import load_file
+from tiny_models import build
 
 from act_peft import ActConfig, ActTypeError, ActValueError, ActWarning, ChannelMask
 
@@ -46,7 +48,7 @@ def test_channels_of_any_kind_become_sorted_lists(channels):
         ({"transfer_scale": float("inf")}, ActValueError, "transfer_scale: got inf"),
         ({"transfer_scale": "much"}, ActValueError, "transfer_scale: got 'much'"),
         ({"trainable": "all"}, ActValueError, "trainable: got 'all', expected one of 'deltas'"),
-        ({"trainable": "scales"}, ActValueError, "trainable: got 'scales', expected one of 'deltas' in this version"),
+        ({"trainable": "rows"}, ActValueError, "trainable: got 'rows', expected one of 'deltas', 'scales', 'both'"),
         ({"donor_revision": "main"}, ActValueError, "donor_revision: given without a donor"),
         ({"target_modules": "lin", "layers_to_transform": [0]}, ActValueError, "cannot be used when `target_modules`"),
         ({"layers_pattern": "layers"}, ActValueError, "`layers_to_transform` must also be specified"),
@@ -114,3 +116,16 @@ def test_pickled_tensors_are_worth_a_warning(tmp_path):
     torch.save({}, tmp_path / "adapter_model.bin")
     with pytest.warns(ActWarning, match="the adapter is pickled"):
         ActConfig.from_pretrained(tmp_path)
+
+
+def test_the_modules_that_follow_from_the_channels_are_named_but_not_written(tmp_path):
+    config = ActConfig(channels={"up_proj": [1], "lm_head": [2]})
+    model = get_peft_model(build("llama"), config)
+    # PEFT would save the whole output layer if it found its name here.
+    assert config.target_modules == {f"model.layers.{i}.mlp.up_proj" for i in (0, 1)}
+    assert config.chosen_targets is None
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] is None
+    assert not any("base_layer" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    again = get_peft_model(build("llama"), config)  # the same configuration for another model
+    assert type(again.get_base_model().lm_head).__module__.startswith("act_peft")

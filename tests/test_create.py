@@ -152,7 +152,7 @@ def test_a_base_that_is_not_what_its_configuration_says_is_refused(tmp_path):
     save_file({**tensors, key: tensors[key][:5]}, path)
     refused(tmp_path, rf"{key} has shape \[5, 16\], expected \[24, 16\] by its config.json")
     save_file({**tensors, key: tensors[key].to(torch.int8)}, path)
-    refused(tmp_path, f"{key} is I8, expected F64, F32, F16 or BF16 .*take the original one")
+    refused(tmp_path, f"{key} is torch.int8, expected float64, float32, float16 or bfloat16 .*take the original one")
 
 
 CONFIGS = {
@@ -181,6 +181,6 @@ def test_only_the_selected_rows_are_read(tmp_path, monkeypatch):
     save_relatives(tmp_path, "llama")
     read = []
     real = Shard._map
-    monkeypatch.setattr(Shard, "_map", lambda self, a, b, info: read.append(b - a) or real(self, a, b, info))
+    monkeypatch.setattr(Shard, "_map", lambda self, *a, **k: read.append(a[1] - a[0]) or real(self, *a, **k))
     create_adapter(tmp_path / "base", tmp_path / "donor", {"up_proj": [3, 4]}, tmp_path / "out")
     assert sum(read) == 2 * 2 * 2 * 16 * 4  # two models, two layers, two rows of 16 floats

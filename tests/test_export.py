@@ -639,11 +639,12 @@ def test_the_same_adapter_gives_the_same_bytes(saved, tmp_path):
     ("family", "modules"), [("llama", ["q_proj", "down_proj"]), ("qwen2", ["q_proj"]), ("gpt2", ["c_fc", "c_attn"])]
 )
 @pytest.mark.parametrize("rank", [4, 0.999999])
-def test_peft_converts_linear_layers(family, modules, rank, tmp_path):
+@pytest.mark.parametrize("named", [False, True])
+def test_peft_converts_linear_layers(family, modules, rank, named, tmp_path):
     base = build(family)
     fresh = copy.deepcopy(base)
-    # PEFT writes the modules of the LoRA adapter into the `target_modules` of this configuration.
-    model = adapted(base, channels={name: [0, 3, 7, 9] for name in modules}, target_modules=modules)
+    targets = modules if named else None
+    model = adapted(base, channels={name: [0, 3, 7, 9] for name in modules}, target_modules=targets)
     assert model.supports_lora_conversion()
     save_as_lora(tmp_path / "lora", model, rank=rank)
     loaded = PeftModel.from_pretrained(fresh, tmp_path / "lora").eval()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from act_peft import ActValueError
+from act_peft import ActValueError, folders
 from act_peft.folders import check_output, check_room, copy_file, file_in, new_folder
 
 
@@ -68,9 +71,6 @@ def test_copies_are_equal(tmp_path, monkeypatch, kernel):
         monkeypatch.setattr(os, "copy_file_range", lambda a, b, n: (n := next(calls)) and real(a, b, n))
     copy_file(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b").read_bytes() == (tmp_path / "a").read_bytes()
-    if kernel != "stops":
-        copy_file(tmp_path / "a", tmp_path / "c", offset=10, head=b"head")
-        assert (tmp_path / "c").read_bytes() == b"head" + (tmp_path / "a").read_bytes()[10:]
 
 
 @pytest.mark.parametrize("error", [28, 18])
@@ -137,6 +137,77 @@ def test_a_new_folder_appears_at_the_end(tmp_path):
         assert (output / "a").exists()
     assert os.listdir(tmp_path) == ["out [x]"]
     assert os.listdir(output) == ["b"]
+
+
+@pytest.fixture(params=["at once", "one after the other"])
+def _exchange(request, monkeypatch):
+    if request.param == "at once":
+        if not sys.platform.startswith("linux"):
+            pytest.skip("only Linux exchanges names in one step")
+        monkeypatch.setattr(os, "rename", lambda *_: pytest.fail("this was to happen in one step"))
+    else:
+        monkeypatch.setattr(folders, "_exchange_at_once", lambda *_: False)
+
+
+@pytest.mark.usefixtures("_exchange")
+def test_an_older_folder_is_replaced(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a").write_text("old")
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "b").write_text("new")
+        assert (tmp_path / "out" / "a").read_text() == "old"
+    assert os.listdir(tmp_path) == ["out"]
+    assert os.listdir(tmp_path / "out") == ["b"]
+
+
+def test_an_older_folder_comes_back_where_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a").write_text("old")
+    rename, calls = os.rename, iter("ab")
+    monkeypatch.setattr(folders, "_exchange_at_once", lambda *_: False)
+
+    def second_fails(a, b):
+        if next(calls, None) == "b":
+            raise OSError(5, "refused")
+        rename(a, b)
+
+    monkeypatch.setattr(os, "rename", second_fails)
+    with pytest.raises(ActValueError, match=r"cannot be written .*refused"), new_folder(tmp_path / "out"):
+        pass
+    assert os.listdir(tmp_path) == ["out"]
+    assert (tmp_path / "out" / "a").read_text() == "old"
+
+
+@pytest.mark.parametrize("renames", [1, 2])
+def test_killed_between_two_renames_the_older_folder_is_not_lost(tmp_path, renames):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "a").write_text("old")
+    code = """
+import os, pathlib, signal, sys
+from act_peft import folders
+
+folders._exchange_at_once = lambda *_: False
+rename, calls = os.rename, []
+
+def counted(a, b):
+    rename(a, b)
+    calls.append(a)
+    if len(calls) == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+os.rename = counted
+with folders.new_folder(pathlib.Path(sys.argv[1])) as folder:
+    (folder / "a").write_text("new")
+"""
+    child = subprocess.run([sys.executable, "-c", code, str(output), str(renames)], check=False, capture_output=True)
+    assert child.returncode == -signal.SIGKILL
+    before = "old" if renames == 1 else "new"
+    assert output.exists() == (renames == 2)
+    with pytest.raises(ValueError, match="stop"):
+        fail_inside(output, ValueError("stop"))
+    assert os.listdir(tmp_path) == ["out"]
+    assert (output / "a").read_text() == before
 
 
 def fail_inside(output: Path, error: BaseException) -> None:

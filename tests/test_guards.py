@@ -15,13 +15,19 @@ PACKAGE = ROOT / "act_peft"
 ORDER = [
     "errors",
     "choices",
+    "trainable",
+    "weighting",
     "channels",
     "names",
     "tensorfile",
     "folders",
+    "locations",
     "shards",
+    "gather",
+    "tensorstream",
     "checkpoint",
     "skeleton",
+    "arithmetic",
     "adapterfile",
     "masks",
     "scores",
@@ -29,17 +35,29 @@ ORDER = [
     "fingerprint",
     "card",
     "config",
-    "arithmetic",
+    "combination",
+    "conflicts",
     "layers",
+    "mixed_batches",
+    "parameters",
     "lineage",
+    "donors",
     "transfer",
     "plan",
+    "scales",
     "changes",
+    "union",
+    "samebase",
+    "combine",
     "export",
     "merge",
     "create",
     "model",
     "registration",
+    "heldout",
+    "rowmoves",
+    "sweep_result",
+    "sweep",
     "plots",
     "demo",
     "cli",
@@ -72,9 +90,9 @@ def test_imports_point_one_way():
         assert imported_parts(path) <= allowed, path
 
 
-def test_localize_knows_nothing_of_peft():
+def test_one_file_of_localize_knows_peft():
     files = [*(PACKAGE / "localize").rglob("*.py"), *(PACKAGE / f"{n}.py" for n in ("masks", "scores", "channels"))]
-    for path in files:
+    for path in set(files) - {PACKAGE / "localize" / "adapters.py"}:
         assert not re.search(r"^\s*(import|from) peft", path.read_text(), re.MULTILINE), path
 
 

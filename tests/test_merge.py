@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
+from killed_runs import contents, slow_runs
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import save_adapter, save_relatives
 from tiny_models import batch, build, random_mask, state_bytes
 from transformers import AutoModelForCausalLM
 
+import act_peft
 from act_peft import ActLoadError, ActTypeError, ActValueError, ActWarning, merge, merge_checkpoint, shards
 
 TIED = "Model with `tie_word_embeddings=True`|Input and output embeddings are no longer tied"
@@ -210,7 +208,7 @@ def test_a_full_disk_is_noticed_before_and_while_writing(folders, monkeypatch):
     def full(*_args, **_settings):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(merge, "write_rows", full)
+    monkeypatch.setattr(merge.GatheringWriter, "write_with_rows", full)
     refused(folders, "cannot be written .*No space left on device")
 
 
@@ -278,54 +276,67 @@ def test_another_base_is_worth_a_warning(folders):
     refused(folders, "was made for a base with other weights", ActWarning, base=folders / "donor")
 
 
-# Imports once, then forks a slowed merge for every line that it reads.
-CHILD = """
-import os, sys, time
-from act_peft import merge
-
-def slow(function):
-    return lambda *arguments, **settings: (time.sleep(0.03), function(*arguments, **settings))
-
-merge.write_rows, merge.copy_file = slow(merge.write_rows), slow(merge.copy_file)
-print("ready", flush=True)
-for line in sys.stdin:
-    child = os.fork()
-    if not child:
-        merge.merge_checkpoint(*sys.argv[1:])
-        os._exit(0)
-    print(child, flush=True)
-    os.waitpid(child, 0)
-"""
+@pytest.fixture(scope="module")
+def run():
+    with slow_runs() as function:
+        yield function
 
 
-def test_killed_at_any_moment_it_leaves_nothing_or_everything(folders):
+def test_killed_at_any_moment_it_leaves_nothing_or_everything(folders, run):
     merge_checkpoint(folders / "base", folders / "a", folders / "expected")
-    expected = {path.name: path.read_bytes() for path in (folders / "expected").iterdir()}
+    expected = contents(folders / "expected")
     output = folders / "place" / "out"
     output.parent.mkdir()
-    arguments = [folders / "base", folders / "a", output]
+    arguments = [str(folders / "base"), str(folders / "a"), str(output)]
     moments = random.Random(0)
     outcomes = []
-    with subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", CHILD, *map(str, arguments)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as parent:
-        assert parent.stdout.readline() == "ready\n"
-        for _ in range(16):
-            print("go", file=parent.stdin, flush=True)
-            child = int(parent.stdout.readline())
-            while not outcomes and not os.listdir(output.parent):  # the first one dies in the middle for certain
-                time.sleep(0.001)
-            time.sleep(0 if not outcomes else moments.uniform(0.0, 0.7))
-            with contextlib.suppress(ProcessLookupError):  # it was quicker
-                os.kill(child, signal.SIGKILL)
-            outcomes.append(output.exists())
-            if output.exists():
-                assert {path.name: path.read_bytes() for path in output.iterdir()} == expected
-                shutil.rmtree(output)
+
+    def moment():
+        while not outcomes and not os.listdir(output.parent):  # the first one dies in the middle for certain
+            time.sleep(0.001)
+        time.sleep(0 if not outcomes else moments.uniform(0.0, 0.4))
+
+    for _ in range(12):
+        run(f"act_peft.merge_checkpoint(*{arguments})", moment)
+        outcomes.append(output.exists())
+        if output.exists():
+            assert contents(output) == expected
+            shutil.rmtree(output)
     assert not outcomes[0]
     merge_checkpoint(*arguments)
     assert os.listdir(output.parent) == ["out"]
-    assert {path.name: path.read_bytes() for path in output.iterdir()} == expected
+    assert contents(output) == expected
+
+
+@pytest.mark.parametrize("job", ["merge_checkpoint", "create_adapter"])
+def test_killed_at_any_moment_of_replacing_it_leaves_the_older_or_the_newer_result(folders, run, job):
+    inputs = {"merge_checkpoint": ("base", "a"), "create_adapter": ("base", "donor", "mask")}[job]
+    other = {"merge_checkpoint": {"weights": [2.0]}, "create_adapter": {"transfer_scale": 0.9}}[job]
+    arguments = [str(folders / name) for name in inputs]
+    make = getattr(act_peft, job)
+    make(*arguments, folders / "older", **other)
+    make(*arguments, folders / "newer")
+    older, newer = contents(folders / "older"), contents(folders / "newer")
+    assert older != newer
+    output = folders / "place" / "out"
+    statement = f"act_peft.{job}(*{arguments}, {str(output)!r}, overwrite=True)"
+
+    def whole():
+        while contents(output) != newer:
+            time.sleep(0.001)
+
+    shutil.copytree(folders / "older", output)
+    longest = run(statement, whole)
+    moments = random.Random(0)
+    outcomes = []
+    for n in range(10):
+        shutil.rmtree(output)
+        shutil.copytree(folders / "older", output)
+        run(statement, lambda n=n: time.sleep((n + moments.random()) / 7 * longest))
+        found = contents(output)
+        assert found in (older, newer)
+        outcomes.append(found == newer)
+    assert not outcomes[0]
+    make(*arguments, output, overwrite=True)
+    assert os.listdir(output.parent) == ["out"]
+    assert contents(output) == newer

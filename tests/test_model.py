@@ -91,7 +91,10 @@ def test_the_fused_weights_of_mamba_are_refused():
 
     model = MambaForCausalLM(MambaConfig(vocab_size=16, hidden_size=8, num_hidden_layers=1, state_size=4))
     assert_refused(
-        model, ActConfig(channels={"out_proj": [0]}), ActValueError, "out_proj: cannot be adapted in a mamba model"
+        model,
+        ActConfig(channels={"out_proj": [0]}),
+        ActValueError,
+        "out_proj: cannot be adapted in the fused kernel of a mamba model",
     )
 
 
@@ -183,6 +186,19 @@ def test_modules_without_selected_channels_are_not_wrapped():
     assert adapted_names(tuned) == {"lm_head"}
 
 
+def test_one_configuration_serves_several_models_and_adapters(tmp_path):
+    base = build("llama")
+    config = ActConfig(channels=random_mask(base, 0.3), init_weights=False)
+    get_peft_model(copy.deepcopy(base), config)
+    model = get_peft_model(copy.deepcopy(base), config)
+    model.add_adapter("more", config)
+    model.save_pretrained(tmp_path)
+    for folder, name in ((tmp_path, "default"), (tmp_path / "more", "more")):
+        model.set_adapter(name)
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), folder)
+        assert torch.equal(loaded(batch()).logits, model(batch()).logits), name
+
+
 def test_only_deltas_of_selected_channels_train():
     model = build("qwen2")
     mask = random_mask(model, 0.2)
@@ -271,13 +287,6 @@ def two_adapters():
     model = build("qwen2")
     tuned = get_peft_model(model, ActConfig(channels=random_mask(model, 0.2), init_weights=False))
     return tuned.eval()
-
-
-def test_a_different_adapter_per_sample_is_refused():
-    tuned = two_adapters()
-    for call in (tuned, tuned.generate):
-        with pytest.raises(ActValueError, match="adapter_names: got an adapter per sample"):
-            call(input_ids=batch(), adapter_names=["default", "__base__"])
 
 
 @pytest.mark.parametrize("merged", [False, True])

@@ -6,9 +6,11 @@ import struct
 import pytest
 import torch
 
-from act_peft import ActError, ActValueError, ChannelScores, plots
-from act_peft.plots import check_matplotlib, group_scores, plot_accuracies, plot_demo, plot_scores
-from act_peft.scores import Scope
+from act_peft import ActError, ActValueError, ChannelMask, ChannelScores, plots
+from act_peft.heldout import SkillResult
+from act_peft.plots import check_matplotlib, group_scores, plot_accuracies, plot_demo, plot_scores, plot_sweep
+from act_peft.scores import Normalization, Scope
+from act_peft.sweep_result import Measurement, SweepResult, SweepRow
 
 ACCURACIES = {
     "base": {"Spanish": 0.0, "German": 0.9},
@@ -168,6 +170,55 @@ class TestAccuracyFigure:
         assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("accuracies.png", b"old")]
 
 
+def make_sweep(skills=("German",), *, gain=0.2, donor=True):
+    def results(ability, keep):
+        return SkillResult(1.0, ability), {name: SkillResult(1.0, keep) for name in skills}
+
+    rows = [
+        SweepRow(*results(0.5 + gain * density + 0.1 * scale, 0.95 - 0.1 * scale), density, scale, 10)
+        for density in (0.1, 0.2)
+        for scale in (0.3, 0.6, 1.0)
+    ]
+    masks = {density: ChannelMask({"m": [0]}, {"m": 10}) for density in (0.1, 0.2)}
+    base = SweepRow(*results(0.5, 0.95), 0.0, 0.0, 0)
+    own = Measurement(*results(1.0, 0.4)) if donor else None
+    return SweepResult(tuple(rows), base, own, 0.07, Scope.GLOBAL, Normalization.NONE, masks)
+
+
+class TestSweepFigure:
+    def drawn(self, result):
+        axes = plots._figure(7, 5).subplots()
+        plots._draw_sweep(axes, result)
+        return axes, {line.get_label(): line for line in axes.lines}
+
+    def test_writes_a_png(self, tmp_path):
+        plot_sweep(make_sweep(), tmp_path / "sweep.png")
+        width, height = png_size(tmp_path / "sweep.png")
+        assert width > height > 300
+        assert [p.name for p in tmp_path.iterdir()] == ["sweep.png"]
+
+    def test_lines_are_the_numbers(self):
+        result = make_sweep()
+        axes, lines = self.drawn(result)
+        points = [(row.keep_accuracy, row.ability.accuracy) for row in (result.base, *result.rows)]
+        assert list(zip(*lines["density 0.2"].get_data(), strict=True)) == [points[0], *points[4:]]
+        assert list(zip(*lines["base"].get_data(), strict=True)) == points[:1]
+        assert list(zip(*lines["donor"].get_data(), strict=True)) == [(0.4, 1.0)]
+        front = [(row.keep_accuracy, row.ability.accuracy) for row in result.front]
+        assert list(zip(*lines["Pareto front"].get_data(), strict=True)) == front
+        assert list(zip(*lines["recommended: density 0.2, scale 0.6"].get_data(), strict=True)) == [points[5]]
+        assert [line.get_xdata() for line in axes.lines if list(line.get_ydata()) == [0, 1]] == [
+            [pytest.approx(0.88), pytest.approx(0.88)]
+        ]
+        assert axes.get_xlabel() == "token accuracy on what is kept: German"
+
+    def test_several_skills_no_donor_and_no_recommendation(self):
+        axes, lines = self.drawn(make_sweep(("German", "English"), gain=-10, donor=False))
+        assert {"base", "Pareto front", "density 0.1", "density 0.2"} == {n for n in lines if not n.startswith("_")}
+        assert [line for line in axes.lines if list(line.get_ydata()) == [0, 1]] == []
+        assert axes.get_xlabel() == "mean token accuracy on what is kept: German, English"
+
+
 def test_demo_figure(tmp_path):
     plot_demo(make_scores(), ACCURACIES, tmp_path / "demo.png", density=0.2, scope="module")
     width, height = png_size(tmp_path / "demo.png")
@@ -181,6 +232,7 @@ def test_demo_figure(tmp_path):
         lambda: plot_scores(make_scores(), "unused.png"),
         lambda: plot_accuracies(ACCURACIES, "unused.png"),
         lambda: plot_demo(make_scores(), ACCURACIES, "unused.png", density=0.1),
+        lambda: plot_sweep(make_sweep(), "unused.png"),
     ],
 )
 def test_without_matplotlib(monkeypatch, call):

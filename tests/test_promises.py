@@ -150,7 +150,7 @@ def test_loading_opens_neither_donor_nor_mask_and_runs_nothing(tmp_path, monkeyp
     def forbidden(*args, **kwargs):
         raise AssertionError(f"called with {args}")
 
-    monkeypatch.setattr("act_peft.model.load_donor", forbidden)
+    monkeypatch.setattr("act_peft.model.donor_for_model", forbidden)
     monkeypatch.setattr("torch.load", forbidden)
     monkeypatch.setattr("act_peft.plan.ChannelMask.load", forbidden)
     loaded = PeftModel.from_pretrained(fresh, tmp_path / "adapter")
@@ -168,7 +168,7 @@ def test_a_hostile_configuration_makes_nothing_open(tmp_path, monkeypatch):
     def forbidden(*args, **kwargs):
         raise AssertionError(f"called with {args}")
 
-    monkeypatch.setattr("act_peft.model.load_donor", forbidden)
+    monkeypatch.setattr("act_peft.model.donor_for_model", forbidden)
     monkeypatch.setattr("act_peft.plan.ChannelMask.load", forbidden)
     with pytest.raises(ValueError, match=r"channels: got the path .* read from a file, which is never opened"):
         PeftModel.from_pretrained(fresh, tmp_path)

@@ -8,7 +8,7 @@ import torch
 
 from act_peft import tensorfile
 from act_peft.errors import ActTypeError, ActValueError
-from act_peft.scores import ChannelScores, Normalization, Scope
+from act_peft.scores import ChannelScores, Normalization, Scope, ScoreKind
 
 # 10 tokens; scores z: 4 1 3 1, a: 1 5, m: 0.1 0.2 0.3 0.4
 SUMS = {
@@ -252,3 +252,125 @@ def test_wrong_content_is_refused(tmp_path, values, num_tokens, message):
     tensorfile.write(tmp_path / "f", "channel scores", 1, {"m": values}, {"modules": ["m"], "num_tokens": num_tokens})
     with pytest.raises(ActValueError, match=message):
         ChannelScores.load(tmp_path / "f")
+
+
+class TestKinds:
+    def test_weights_have_no_tokens(self):
+        scores = ChannelScores({"m": torch.tensor([2.0, 1.0])}, 0, kind="weight")
+        assert scores.kind is ScoreKind.WEIGHT
+        assert scores.num_tokens == 0
+        assert scores["m"].tolist() == [2, 1]
+        assert repr(scores) == "ChannelScores(2 channels in 1 modules, 0 tokens, by weight)"
+        with pytest.raises(ActValueError, match=r"num_tokens: got 3, expected 0 \(scores by weights see no tokens\)"):
+            ChannelScores(SUMS, 3, kind="weight")
+
+    def test_attributions_may_be_negative(self):
+        scores = ChannelScores({"m": torch.tensor([-4.0, 6.0, 0.0]), "n": torch.tensor([-2.0])}, 2, kind="attribution")
+        assert scores["m"].tolist() == [-2, 3, 0]
+        assert chosen(scores.top(0.75)) == {"m": [1, 2], "n": [0]}
+        assert chosen(scores.top(0.75, normalize="rms")) == {"m": [0, 1, 2], "n": []}  # -0.96 above -1
+        for values in (torch.tensor([-1.0]), torch.tensor([float("nan")])):
+            with pytest.raises(ActValueError, match=r"m: got .* for channel 0, expected finite sums of absolute"):
+                ChannelScores({"m": values}, 1)
+        with pytest.raises(ActValueError, match=r"m: got nan for channel 0, expected finite sums \(1 of 1"):
+            ChannelScores({"m": torch.tensor([float("nan")])}, 1, kind="attribution")
+
+    def test_unknown_kind(self):
+        with pytest.raises(ActValueError, match=r"kind: got 'loss', expected one of 'activation', 'weight'"):
+            ChannelScores(SUMS, 1, kind="loss")
+
+    def test_only_the_same_kind_is_pooled(self, scores):
+        attributions = ChannelScores(SUMS, 10, kind="attribution")
+        assert attributions != scores
+        assert (attributions + attributions).kind is ScoreKind.ATTRIBUTION
+        with pytest.raises(ActValueError, match=r"got scores by activation on the left and by attribution on the rig"):
+            scores + attributions
+        weights = ChannelScores(SUMS, 0, kind="weight")
+        with pytest.raises(ActValueError, match=r"got scores by weight on the left and by weight .* do not depend on"):
+            weights + weights
+
+
+class TestComparable:
+    @pytest.fixture
+    def partial(self):
+        """Scores whose module z has four channels, of which two are comparable."""
+        return ChannelScores({**SUMS, "z": torch.tensor([40.0, 0, 0, 0])}, 10, num_comparable={"z": 2, "a": 2})
+
+    def test_what_is_not_comparable_is_never_selected(self, partial):
+        assert dict(partial.num_comparable) == {"z": 2, "a": 2, "m": 4}
+        for options in ({}, {"scope": "module"}, {"normalize": "rms"}):
+            mask = partial.top(1.0, **options)
+            assert chosen(mask) == {"z": [0, 1], "a": [0, 1], "m": [0, 1, 2, 3]}
+            assert dict(mask.num_channels) == {"z": 4, "a": 2, "m": 4}
+        assert partial.top(0.5).num_selected == 4  # of 8
+        assert partial.top(0.5, scope="module")["z"].tolist() == [0]
+
+    def test_the_mean_square_is_that_of_the_comparable(self):
+        values = torch.tensor([3.0, 1.0])
+        short = ChannelScores({"z": values, "m": torch.tensor([3.0, 2.0])}, 1)
+        padded = ChannelScores(
+            {"z": torch.cat((values, torch.zeros(90))), "m": torch.tensor([3.0, 2.0])}, 1, num_comparable={"z": 2}
+        )
+        for k in range(5):
+            assert chosen(padded.top(k / 4, normalize="rms")) == chosen(short.top(k / 4, normalize="rms"))
+
+    def test_pooling_and_equality(self, partial, scores):
+        assert partial != ChannelScores({name: partial[name] * 10 for name in partial}, 10)
+        assert dict((partial + partial).num_comparable) == dict(partial.num_comparable)
+        with pytest.raises(ActValueError, match=r"z: got 2 channels on the left and 4 channels on the right"):
+            partial + scores
+
+    @pytest.mark.parametrize(
+        ("counts", "error", "message"),
+        [
+            ({"q": 1}, ActValueError, r"q: num_comparable has it, expected one of the modules of the scores"),
+            ({"z": 1.0}, ActTypeError, r"z: got 1.0 as number of comparable channels, expected an int"),
+            ({"z": 0}, ActValueError, r"z: got 0 comparable channels, expected 1 to 4, its number of channels"),
+            ({"z": 5}, ActValueError, r"z: got 5 comparable channels, expected 1 to 4"),
+            ({"z": 3}, ActValueError, r"z: got a score other than 0 for a channel after the 3 comparable ones"),
+        ],
+    )
+    def test_wrong_counts(self, counts, error, message):
+        with pytest.raises(error, match=message):
+            ChannelScores(SUMS, 10, num_comparable=counts)
+
+
+class TestSecondVersion:
+    @pytest.fixture
+    def scores(self):
+        return ChannelScores({"m": torch.tensor([-1.0, 2.0, 0.0])}, 5, kind="attribution", num_comparable={"m": 2})
+
+    def test_saves_and_loads(self, scores, tmp_path):
+        scores.save(tmp_path / "f")
+        assert ChannelScores.load(tmp_path / "f") == scores
+        with pytest.raises(ActValueError, match=r"got version 2 of kind 'channel scores', expected at most 1"):
+            tensorfile.read(tmp_path / "f", "channel scores", 1)
+
+    def test_the_file_is_pinned(self, scores, tmp_path):
+        scores.save(tmp_path / "f")
+        _, metadata = tensorfile.read(tmp_path / "f", "channel scores", 2)
+        assert metadata == {
+            "modules": ["m"],
+            "num_tokens": 5,
+            "score": "attribution",
+            "num_comparable": {"m": 2},
+        }
+        assert (
+            hashlib.sha256((tmp_path / "f").read_bytes()).hexdigest()
+            == "08dbf68596978b187ba263d0f3ad5f22a07aa26d4752e4a26c25133a832d7943"
+        )
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"num_comparable": 3}, r"f: num_comparable: got 3, expected an object of counts"),
+            ({"num_comparable": {"m": "1"}}, r"f: m: got '1' as number of comparable channels"),
+            ({"score": "loss"}, r"f: kind: got 'loss', expected one of"),
+            ({"score": "activation"}, r"f: m: got -1.0 for channel 0"),
+        ],
+    )
+    def test_wrong_content_is_refused(self, changes, message, tmp_path):
+        metadata = {"modules": ["m"], "num_tokens": 1, "score": "attribution", "num_comparable": {}}
+        tensorfile.write(tmp_path / "f", "channel scores", 2, {"m": torch.tensor([-1.0])}, {**metadata, **changes})
+        with pytest.raises(ActValueError, match=message):
+            ChannelScores.load(tmp_path / "f")

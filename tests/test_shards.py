@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import mmap
+import os
+import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +17,7 @@ from tiny_checkpoints import write_shard
 
 from act_peft import ActTypeError, ActValueError
 from act_peft import shards as module
-from act_peft.shards import Shard, header_with, write_block, write_rows
+from act_peft.shards import Shard, header_with
 
 
 @pytest.fixture
@@ -70,6 +75,25 @@ def test_what_is_handed_out_is_a_copy(path, tensors):
         assert torch.equal(shard.tensor("matrix"), tensors["matrix"])
         kept = shard.tensor("matrix")
     assert torch.equal(kept, tensors["matrix"])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux says what it reads from the disk")
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_rows_cost_their_pages_and_not_their_neighbours(tmp_path, in_memory):
+    matrix = torch.arange(4096 * 512, dtype=torch.float32).reshape(4096, 512)  # 8 MB, rows of 2 KB
+    index = torch.cat([torch.arange(20, 4096, 200), torch.tensor([4094, 4095])])
+    save_file({"matrix": matrix}, tmp_path / "t")
+
+    def bytes_from_disk():
+        return int(re.search(r"^read_bytes: (\d+)", Path("/proc/self/io").read_text(), re.MULTILINE)[1])
+
+    with Shard(tmp_path / "t") as shard, open(tmp_path / "t", "rb") as file:
+        os.fsync(file)
+        if not in_memory:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        before = bytes_from_disk()
+        assert torch.equal(shard.rows("matrix", index), matrix[index])
+        assert bytes_from_disk() - before <= len(index) * 2 * mmap.PAGESIZE
 
 
 def test_an_unaligned_header_is_read(tmp_path):
@@ -164,34 +188,19 @@ def test_a_missing_file_and_one_that_shrinks_are_refused(path):
             shard.tensor("matrix")
 
 
-@pytest.mark.parametrize("index", [[0], [3, 4, 5], [0, 2, 3, 39], list(range(40))])
-def test_written_rows_are_the_only_change(path, tensors, index):
-    rows = torch.arange(len(index) * 6, dtype=torch.float32).reshape(-1, 6)
+@pytest.mark.usefixtures("_window")
+@pytest.mark.parametrize(("start", "stop"), [(0, 7), (3, 1000), (5, 5)])
+def test_pieces_are_the_bytes_of_the_file(path, start, stop):
     with Shard(path) as shard:
-        info = shard.info("matrix")
-    with open(path, "r+b", buffering=0) as file:
-        write_rows(file, info, torch.tensor(index), rows)
-        write_block(file, info, 10, tensors["matrix"][10:12]) if 10 not in index else None
-    with safe_open(path, "pt") as file:
-        expected = tensors["matrix"].clone()
-        expected[index] = rows
-        assert torch.equal(file.get_tensor("matrix"), expected)
-        assert torch.equal(file.get_tensor("half"), tensors["half"])
-
-
-def test_writing_works_without_pwrite(path, tensors, monkeypatch):
-    monkeypatch.setattr(module, "_HAS_PWRITE", False)
-    test_written_rows_are_the_only_change(path, tensors, [1, 2, 5])
+        assert b"".join(shard.pieces(start, stop)) == path.read_bytes()[start:stop]
 
 
 def test_a_header_with_one_more_tensor_makes_a_file_that_the_library_reads(path, tensors):
     with Shard(path) as shard:
-        head, places = header_with(shard, {"a new one, named ü": "half"})
+        head = header_with(shard, {"a new one, named ü": "half"})
         data = path.read_bytes()[shard.data_start :]
-    info = places["a new one, named ü"]
     assert len(head) % 8 == 0
-    assert info.start == len(head) + len(data)
-    path.write_bytes(head + data + bytes(info.stop - info.start))
+    path.write_bytes(head + data + bytes(7 * 5 * 2))
     with safe_open(path, "pt") as file:
         assert file.metadata() == {"format": "pt"}
         assert torch.equal(file.get_tensor("half"), tensors["half"])

@@ -7,9 +7,9 @@ import copy
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from tiny_data import FORMATS, build_tokenizer, prompt_completion
+from tiny_data import FORMATS, build_tokenizer, prompt_completion, training_settings
 from tiny_models import batch, build, build_relatives, random_mask, state_bytes
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from act_peft import ActConfig, localize
 from act_peft.channels import channel_kind
@@ -21,29 +21,10 @@ pytestmark = [
 ]
 
 
-def settings(folder, **changes):
-    defaults = {
-        "output_dir": str(folder),
-        "max_steps": 3,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
-        "max_length": 48,
-        "seed": 0,
-    }
-    return SFTConfig(**{**defaults, **changes})
-
-
 def train(model, dataset, folder, *, peft_config=None, resume=None, **changes):
     trainer = SFTTrainer(
         model,
-        args=settings(folder, **changes),
+        args=training_settings(folder, **changes),
         train_dataset=dataset,
         processing_class=build_tokenizer(),
         peft_config=peft_config,
@@ -160,7 +141,7 @@ def test_an_adapted_output_layer_trains_as_its_dense_counterpart(tmp_path):
     model = get_peft_model(base, ActConfig(channels={"lm_head": [3, 5, 8]}, init_weights=False, task_type="CAUSAL_LM"))
     ids = batch()
     trainer = SFTTrainer(
-        model, args=settings(tmp_path), train_dataset=prompt_completion(), processing_class=build_tokenizer()
+        model, args=training_settings(tmp_path), train_dataset=prompt_completion(), processing_class=build_tokenizer()
     )
     fused = model(input_ids=ids, labels=ids, fused_lm_head=True).loss
     fused.backward()
@@ -182,7 +163,7 @@ def test_the_whole_way_from_two_models_to_a_merged_one(tmp_path):
     original = copy.deepcopy(base)
     donor.save_pretrained(tmp_path / "donor")
     tokenizing = SFTTrainer(
-        base, args=settings(tmp_path), train_dataset=prompt_completion(), processing_class=build_tokenizer()
+        base, args=training_settings(tmp_path), train_dataset=prompt_completion(), processing_class=build_tokenizer()
     )
     scores = localize(base, donor, tokenizing.get_train_dataloader())
     mask = scores.top(0.05)

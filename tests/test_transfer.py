@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny_models import batch, build, build_relatives, random_mask, state_bytes
 from torch import nn
 from unfit_donors import UNFIT_DONORS
@@ -100,8 +101,7 @@ def test_a_configuration_with_a_donor_that_does_not_fit_leaves_the_base_alone(wh
     make().save_pretrained(tmp_path)
     base = build("llama")
     before, structure = state_bytes(base), [n for n, _ in base.named_modules()]
-    # transformers notices other shapes while loading
-    with pytest.raises(ActValueError, match=f"{match}|cannot be loaded|is missing in the checkpoint"):
+    with pytest.raises(ActValueError, match=match):
         adapted(base, donor=str(tmp_path))
     assert state_bytes(base) == before
     assert [n for n, _ in base.named_modules()] == structure
@@ -115,7 +115,7 @@ def test_other_bad_input_is_refused(tmp_path):
     refused(model, donor, "transfer_scale: got inf, expected a finite number", transfer_scale=float("inf"))
     refused(model, 3, "donor: got int, expected a model", ActTypeError)
     refused(model, str(tmp_path / "nowhere"), "cannot be opened, expected a folder with a checkpoint, or a Hub id")
-    refused(model, str(tmp_path), "cannot be opened, expected a folder")
+    refused(model, str(tmp_path), "has neither model.safetensors nor .*, expected a folder with a checkpoint")
     (tmp_path / "file").write_text("x")
     refused(model, str(tmp_path / "file"), "got a file, expected a folder")
     model.merge_adapter()
@@ -123,14 +123,12 @@ def test_other_bad_input_is_refused(tmp_path):
 
 
 def test_a_checkpoint_without_all_tensors_is_refused(tmp_path):
-    from safetensors.torch import load_file, save_file
-
     base, donor = build_relatives("llama")
     donor.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors.pop("model.layers.0.mlp.up_proj.weight")
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    refused(adapted(base), str(tmp_path), "up_proj.weight is missing in the checkpoint")
+    refused(adapted(base), str(tmp_path), r"layers\.0\.mlp\.up_proj: donor has no weight, the base has weight")
 
 
 def test_pickled_donors_are_not_read(tmp_path):
@@ -138,15 +136,17 @@ def test_pickled_donors_are_not_read(tmp_path):
     donor.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     torch.save(donor.state_dict(), tmp_path / "pytorch_model.bin")
-    refused(adapted(base), str(tmp_path), "cannot be loaded")
+    refused(adapted(base), str(tmp_path), r"got pickled weights \(pytorch_model.bin\), expected safetensors")
 
 
-def test_a_donor_by_name_needs_a_transformers_base():
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_the_base_may_be_any_module(tmp_path, on_disk):
+    torch.manual_seed(0)
     model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), ActConfig(channels={"0": [1]}))
-    refused(model, "somebody/model", "the base is a Sequential, expected a transformers model")
     donor = nn.Sequential(nn.Linear(4, 3))
+    save_file(donor.state_dict(), tmp_path / "model.safetensors")
     with pytest.warns(ActWarning, match="no common ancestor"):
-        initialize_from_donor(model, donor, transfer_scale=1.0)
+        initialize_from_donor(model, str(tmp_path) if on_disk else donor, transfer_scale=1.0)
     delta = model.base_model.model[0].act_delta_weight["default"]
     torch.testing.assert_close(delta[0].detach(), donor[0].weight[1].detach() - model.base_model.model[0].weight[1])
 

@@ -6,6 +6,7 @@ from datasets import Dataset
 from tiny_models import VOCABULARY
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from trl import SFTConfig
 
 WORDS = [
     "one",
@@ -76,3 +77,23 @@ FORMATS = {
     "conversational, assistant only": (conversational, {"assistant_only_loss": True}),
     "plain text": (plain_text, {}),
 }
+
+
+def training_settings(folder, **changes: object) -> SFTConfig:
+    """Three quiet steps on the CPU."""
+    defaults = {
+        "output_dir": str(folder),
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "max_length": 48,
+        "seed": 0,
+    }
+    return SFTConfig(**{**defaults, **changes})

@@ -32,10 +32,6 @@ UNFIT_DONORS = {
         lambda: build("llama", attention_bias=True),
         r"_proj: donor has bias \[\d+\], the base has no bias",
     ),
-    "another vocabulary": (
-        lambda: build("llama", vocab_size=50),
-        "vocab_size: the donor's vocabulary size is 50, the base's 48",
-    ),
     "another architecture": (
         lambda: build("qwen2"),
         "model_type: the donor's architecture is qwen2, the base's llama",

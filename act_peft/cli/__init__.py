@@ -24,8 +24,10 @@ COMMANDS = {
     "demo": "act_peft.cli.demo",
     "localize": "act_peft.cli.localize",
     "select": "act_peft.cli.select",
+    "sweep": "act_peft.cli.sweep",
     "transfer": "act_peft.cli.transfer",
     "merge": "act_peft.cli.merge",
+    "combine": "act_peft.cli.combine",
     "export-lora": "act_peft.cli.export_lora",
     "inspect": "act_peft.cli.inspect",
 }

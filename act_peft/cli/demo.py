@@ -48,6 +48,7 @@ def _summary(result: DemoResult) -> str:
     lines += [
         "",
         "Controls: the same fine-tune without the transfer, and on randomly drawn channels.",
+        "Learned scales: one scale per channel, then the rows of the channels that are left.",
         "English is in no fine-tune, only in the donor.",
         f"Sizes: adapter {result.adapter_bytes / 1000:.0f} kB, checkpoint {result.checkpoint_bytes / 1000:.0f} kB.",
         "",

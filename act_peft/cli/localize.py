@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from typing import Any
 
 from act_peft.cli.files import add_output, check_output_file, load_examples
 
@@ -14,11 +15,21 @@ EXAMPLE = "act-peft localize --base org/base --donor org/donor --dataset ability
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
     parser.add_argument("--base", required=True, help="model to repair: folder or Hub id")
-    parser.add_argument("--donor", required=True, help="its relative with the ability: folder or Hub id")
     parser.add_argument(
-        "--dataset", required=True, help="examples in one of TRL's formats: JSON(L) file, folder or Hub id"
+        "--donor",
+        required=True,
+        help="its relative with the ability, or a PEFT adapter of the base that has it: folder or Hub id",
     )
-    parser.add_argument("--split", default="train", help="split of the dataset (train)")
+    parser.add_argument(
+        "--score",
+        choices=("activation", "weight", "attribution"),
+        default="activation",
+        help="what is scored: the difference of the outputs, the size of the weight change (without examples), or how "
+        "much the loss falls (activation)",
+    )
+    parser.add_argument("--dataset", help="examples in one of TRL's formats: JSON(L) file, folder or Hub id")
+    parser.add_argument("--keep-dataset", help="for attributions: examples of a skill to keep, of the same kinds")
+    parser.add_argument("--split", default="train", help="split of the datasets (train)")
     parser.add_argument("--samples", type=int, default=1500, help="how many examples, drawn at random (1500)")
     parser.add_argument("--target-modules", nargs="+", metavar="NAME", help="only these modules")
     parser.add_argument("--exclude-modules", nargs="+", metavar="NAME", help="not these modules")
@@ -29,24 +40,71 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda if there is one", help="where both models run")
     parser.add_argument("--seed", type=int, default=0, help="of the drawing (0)")
     add_output(parser, what="file of scores")
+    parser.set_defaults(refuse=parser.error)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Localize and print what was written."""
+    _check_datasets(arguments)
     check_output_file(arguments.output, overwrite=arguments.overwrite)
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import SFTConfig, SFTTrainer
+    from transformers import AutoModelForCausalLM
 
     from act_peft import localize
 
     if arguments.device.startswith("cuda if"):
         arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
-    examples = load_examples(arguments.dataset, split=arguments.split, samples=arguments.samples, seed=arguments.seed)
-    base, donor = (
-        AutoModelForCausalLM.from_pretrained(name, dtype=arguments.dtype).to(arguments.device)
-        for name in (arguments.base, arguments.donor)
+    examples: dict[str, Any] = {
+        name: load_examples(dataset, split=arguments.split, samples=arguments.samples, seed=arguments.seed)
+        for name, dataset in (("dataloader", arguments.dataset), ("keep_dataloader", arguments.keep_dataset))
+        if dataset is not None
+    }
+
+    def load(name: str) -> Any:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=arguments.dtype).to(arguments.device)
+
+    base = load(arguments.base)
+    data: dict[str, Any] = {name: _batches(base, dataset, arguments) for name, dataset in examples.items()}
+    scores = localize(
+        base,
+        arguments.donor if _is_adapter(arguments.donor) else load(arguments.donor),
+        score=arguments.score,
+        target_modules=arguments.target_modules,
+        exclude_modules=arguments.exclude_modules,
+        **data,
     )
+    scores.save(arguments.output)
+    channels = sum(len(values) for values in scores.values())
+    seen = "by weight" if arguments.score == "weight" else f"{scores.num_tokens} tokens"
+    print(f"{arguments.output}: scores of {channels} channels in {len(scores)} modules, {seen}")
+
+
+def _check_datasets(arguments: argparse.Namespace) -> None:
+    """End as after other bad arguments if data are missing, or would not be used."""
+    if arguments.score == "weight":
+        if arguments.dataset is not None:
+            arguments.refuse("argument --dataset: not used with --score weight")
+    elif arguments.dataset is None:
+        arguments.refuse("the following arguments are required: --dataset")
+    if arguments.keep_dataset is not None and arguments.score != "attribution":
+        arguments.refuse(f"argument --keep-dataset: not used with --score {arguments.score}")
+
+
+def _is_adapter(location: str) -> bool:
+    """Whether a folder or Hub id holds a PEFT adapter and no model beside it."""
+    from transformers.utils import cached_file
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    return find_adapter_config_file(location) is not None and (
+        cached_file(location, "config.json", _raise_exceptions_for_missing_entries=False) is None
+    )
+
+
+def _batches(base: Any, examples: Any, arguments: argparse.Namespace) -> Any:
+    """The examples as TRL tokenises and masks them for training."""
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
     with tempfile.TemporaryDirectory() as unused:  # TRL makes its folder, although nothing is saved there
         settings = SFTConfig(
             output_dir=unused,
@@ -64,13 +122,4 @@ def run(arguments: argparse.Namespace) -> None:
             train_dataset=examples,
             processing_class=AutoTokenizer.from_pretrained(arguments.base),
         )
-        scores = localize(
-            base,
-            donor,
-            tokenizing.get_train_dataloader(),
-            target_modules=arguments.target_modules,
-            exclude_modules=arguments.exclude_modules,
-        )
-    scores.save(arguments.output)
-    channels = sum(len(values) for values in scores.values())
-    print(f"{arguments.output}: scores of {channels} channels in {len(scores)} modules, {scores.num_tokens} tokens")
+        return tokenizing.get_train_dataloader()

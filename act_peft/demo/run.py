@@ -1,7 +1,8 @@
 """The demo: a base that forgot Spanish gets it back from a donor, on ordinary checkpoint folders.
 
 Everything goes through the public interface, as in a user's script: localize, select, transfer, fine-tune, save, load,
-merge. Two controls do the same fine-tune without the transfer, and on random channels.
+merge. Two controls do the same fine-tune without the transfer, and on random channels. Last, the transfer is learned:
+one scale per channel, then the rows of the channels that are left.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from act_peft.errors import ActError, ActValueError
 from act_peft.localize import localize
 from act_peft.masks import ChannelMask
 from act_peft.plots import check_matplotlib, plot_demo
+from act_peft.scales import ScaleSparsityCallback, prune_channels
 from act_peft.scores import ChannelScores
 
 ABILITY, KEPT, UNTOUCHED = Language.SPANISH, Language.GERMAN, Language.ENGLISH
@@ -60,6 +62,11 @@ class DemoSettings:
         steps: Optimizer steps of a fine-tune.
         batch_size: Examples in a step.
         learning_rate: The first learning rate; it falls linearly to zero.
+        scale_start: Where the learned scales start.
+        scale_learning_rate: The first learning rate of the scales, which train for `steps` steps.
+        l1: Weight of the penalty that makes scales zero.
+        row_steps: Optimizer steps of the fine-tune of the rows that are left after them.
+        row_learning_rate: Its first learning rate.
         problems: Test problems in each language, at most 500.
     """
 
@@ -70,6 +77,11 @@ class DemoSettings:
     steps: int = 100
     batch_size: int = 64
     learning_rate: float = 2e-3
+    scale_start: float = 0.2
+    scale_learning_rate: float = 0.05
+    l1: float = 0.2
+    row_steps: int = 50
+    row_learning_rate: float = 1e-3
     problems: int = 500
 
     def __post_init__(self) -> None:
@@ -166,6 +178,11 @@ class _Demo:
         }
         for name, control in controls.items():
             accuracies[f"control: {name}"] = run_step(f"control: {name}", tuned, (), control)
+        learned = {**localized, **problems, "steps": s.steps, "start": s.scale_start, "rate": s.scale_learning_rate}
+        learned |= {"l1": s.l1, "row_steps": s.row_steps, "row_rate": s.row_learning_rate}
+        accuracies["learned scales"] = run_step(
+            "learned scales, pruned, fine-tuned", learned, ("learned",), lambda: self._learn(scores)
+        )
         labelled = {name: {_LABELS[skill]: row[skill.value] for skill in _LABELS} for name, row in accuracies.items()}
         plot_demo(scores, labelled, self.output / "demo.png", density=s.density, scope="module")
         self.report(f"done in {time.perf_counter() - started:.0f} s")
@@ -194,9 +211,30 @@ class _Demo:
 
     def _tuned(self, mask: ChannelMask, transfer_scale: float) -> PeftModel:
         model = self._adapted(mask, transfer_scale)
-        examples = [row for skill in (ABILITY, KEPT) for row in rows(skill, Split.TRAIN, count=self.settings.examples)]
-        self._trainer(model, examples).train()
+        self._trainer(model, self._examples()).train()
         return model.eval()
+
+    def _examples(self) -> list[Row]:
+        return [row for skill in (ABILITY, KEPT) for row in rows(skill, Split.TRAIN, count=self.settings.examples)]
+
+    def _learn(self, scores: ChannelScores) -> Accuracies:
+        s = self.settings
+        config = ActConfig(
+            channels=scores.top(1.0),
+            donor=str(self.output / "donor"),
+            transfer_scale=s.scale_start,
+            trainable="scales",
+            task_type="CAUSAL_LM",
+        )
+        model = get_peft_model(self._model("base"), config)
+        scaling = self._trainer(model, self._examples(), learning_rate=s.scale_learning_rate)
+        scaling.add_callback(ScaleSparsityCallback(s.l1))
+        scaling.train()
+        prune_channels(model)
+        self._trainer(model, self._examples(), steps=s.row_steps, learning_rate=s.row_learning_rate).train()
+        with self._new_folder("learned") as folder:
+            model.save_pretrained(folder)
+        return _measure(model.eval(), self.tokenizer, s)
 
     def _fine_tune(self, mask: ChannelMask) -> Accuracies:
         model = self._tuned(mask, self.settings.transfer_scale)
@@ -243,14 +281,16 @@ class _Demo:
         with torch.inference_mode():
             return model(input_ids=ids).logits
 
-    def _trainer(self, model: nn.Module, examples: list[Row]) -> SFTTrainer:
+    def _trainer(
+        self, model: nn.Module, examples: list[Row], *, steps: int | None = None, learning_rate: float | None = None
+    ) -> SFTTrainer:
         s = self.settings
         with tempfile.TemporaryDirectory() as unused:  # TRL makes its folder, although nothing is saved there
             arguments = SFTConfig(
                 output_dir=unused,
                 per_device_train_batch_size=s.batch_size,
-                max_steps=s.steps,
-                learning_rate=s.learning_rate,
+                max_steps=s.steps if steps is None else steps,
+                learning_rate=s.learning_rate if learning_rate is None else learning_rate,
                 lr_scheduler_type="linear",
                 seed=s.seed,
                 use_cpu=True,
@@ -287,6 +327,7 @@ class _Demo:
             "mask": "mask.safetensors",
             "adapter": "adapter",
             "merged": "merged",
+            "learned": "learned",
             "figures": "demo.png",
             "results": RECORD,
         }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from act_peft.channels import ChannelKind
@@ -39,20 +38,20 @@ class Linear(ActLayer):
     @property
     def weight(self) -> torch.Tensor:
         """The base weight; for the output head the weight with the active deltas, differentiable in them."""
-        return self._adapted(super().weight, self.act_delta_weight)
+        return self._adapted(super().weight, "weight")
 
     @property
     def bias(self) -> torch.Tensor | None:
         """The base bias; for the output head the bias with the active deltas, differentiable in them."""
         bias = super().bias
-        return None if bias is None else self._adapted(bias, self.act_delta_bias)
+        return None if bias is None else self._adapted(bias, "bias")
 
-    def _adapted(self, tensor: torch.Tensor, deltas: nn.ParameterDict) -> torch.Tensor:
-        if not self.is_output_head or self.disable_adapters or self.merged:
+    def _adapted(self, tensor: torch.Tensor, part: str) -> torch.Tensor:
+        if not self.is_output_head or self.is_quantised or self.disable_adapters or self.merged:
             return tensor
         for name in sorted(self.active_adapters):
-            if name in deltas:
-                change = (deltas[name] * self.act_delta_scale[name]).to(tensor.dtype)
+            if name in self.act_delta_weight:
+                change = (self.delta(name, part) * self.act_delta_scale[name]).to(tensor.dtype)
                 tensor = tensor.index_add(0, self.act_delta_index[name], change)
         return tensor
 

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
+from peft.tuners._buffer_dict import BufferDict
+from torch import nn
 
 from act_peft.errors import ActLoadError
 
-if TYPE_CHECKING:
-    from act_peft.layers.base import ActLayer
+
+class Receiver(Protocol):
+    """What the checks have to know of the layer that is about to load an adapter's tensors."""
+
+    act_delta_index: BufferDict
+    act_delta_channel_scale: nn.ParameterDict
+
+    @property
+    def num_channels(self) -> int: ...  # noqa: D102
+
+    @property
+    def has_bias(self) -> bool: ...  # noqa: D102
+
+    def delta_shape(self, num_selected: int) -> tuple[int, ...]: ...  # noqa: D102
+
+    def knows_channels(self, adapter_name: str) -> bool: ...  # noqa: D102
 
 
 def check_adapter_state(
-    layer: ActLayer,
+    layer: Receiver,
     adapter_name: str,
     state: Mapping[str, torch.Tensor],
     where: str,
@@ -26,7 +42,7 @@ def check_adapter_state(
     Args:
         layer: the layer that will load them.
         adapter_name: name of the adapter.
-        state: the given ones of `act_delta_weight`, `act_delta_bias`, `act_delta_index`.
+        state: the given ones of `act_delta_weight`, `act_delta_bias`, `act_delta_channel_scale`, `act_delta_index`.
         where: name of the module, for messages.
         complete: whether a missing tensor is an error; wrong shapes of weights are left to the later check then, so
             that PEFT's `ignore_mismatched_sizes` can drop them first.
@@ -36,6 +52,8 @@ def check_adapter_state(
             outside `[0, C)`.
     """
     expected = ["act_delta_index", "act_delta_weight"] + (["act_delta_bias"] if layer.has_bias else [])
+    if adapter_name in layer.act_delta_channel_scale:
+        expected.append("act_delta_channel_scale")
     if layer.knows_channels(adapter_name):
         state = {"act_delta_index": layer.act_delta_index[adapter_name], **state}
     missing = [name for name in expected if name not in state]
@@ -61,7 +79,7 @@ def check_adapter_state(
             )
 
 
-def _check_index(layer: ActLayer, adapter_name: str, index: torch.Tensor, where: str) -> None:
+def _check_index(layer: Receiver, adapter_name: str, index: torch.Tensor, where: str) -> None:
     if index.dtype != torch.int64 or index.dim() != 1:
         raise ActLoadError(
             f"{where}: channel indices are {index.dtype} of shape {list(index.shape)}, expected int64 of shape [K]"

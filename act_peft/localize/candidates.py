@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from act_peft.channels import ChannelKind, channel_kind, num_channels, weight_of
-from act_peft.errors import ActTypeError, ActValueError
+from act_peft.errors import ActValueError
+from act_peft.localize.adapters import NamedModule, named_modules, without_wrapper
 from act_peft.names import Patterns, matches
 
 ALL_LINEAR = "all-linear"
@@ -15,19 +18,34 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(frozen=True)
 class Candidates:
-    """The compared modules of two models; the three mappings have the same keys, in the base's order.
+    """The compared modules of two models; the mappings have the same keys, in the base's order.
 
     Attributes:
         base: module name -> module of the base.
         donor: module name -> module of the donor.
-        num_channels: module name -> number of channels C.
+        num_channels: module name -> number of channels C in the base.
+        donor_channels: module name -> number of channels in the donor; another one for an output layer over another
+            vocabulary.
         embeddings: names of the embeddings.
     """
 
     base: dict[str, nn.Module]
     donor: dict[str, nn.Module]
     num_channels: dict[str, int]
+    donor_channels: dict[str, int]
     embeddings: frozenset[str]
+
+    @property
+    def num_comparable(self) -> dict[str, int]:
+        """Module name -> how many channels both models have, the first ones."""
+        return {name: min(count, self.donor_channels[name]) for name, count in self.num_channels.items()}
+
+    def padded(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Values of the comparable channels as values `[C]` of all channels of the base, zero beyond."""
+        return {
+            name: nn.functional.pad(values[name], (0, count - values[name].numel()))
+            for name, count in self.num_channels.items()
+        }
 
 
 def find_candidates(
@@ -43,14 +61,8 @@ def find_candidates(
         exclude_modules: regular expression, names or dotted suffixes to leave out.
 
     Raises:
-        ActTypeError: a model is no `torch.nn.Module`.
         ActValueError: nothing is left, or the models differ in a candidate's presence or number of channels.
     """
-    for role, model in (("base", base), ("donor", donor)):
-        if not isinstance(model, nn.Module):
-            raise ActTypeError(
-                f"{role}: got {type(model).__name__}, expected a torch.nn.Module (load the model first)"
-            )
     mine = _select(base, target_modules, exclude_modules)
     theirs = _select(donor, target_modules, exclude_modules)
     if not mine and not theirs:
@@ -58,7 +70,8 @@ def find_candidates(
             f"target_modules: got {target_modules!r} without {exclude_modules!r}, which leaves no module that has "
             f"channels (the base has: {_some_names(base)})"
         )
-    differing = [name for name in {**mine, **theirs} if not _agree(mine.get(name), theirs.get(name))]
+    heads = (_output_layer(base), _output_layer(donor))
+    differing = [name for name in {**mine, **theirs} if not _agree(mine.get(name), theirs.get(name), heads)]
     if differing:
         name = differing[0]
         raise ActValueError(
@@ -67,39 +80,45 @@ def find_candidates(
             "or leave these out with exclude_modules)"
         )
     return Candidates(
-        base=mine,
-        donor={name: theirs[name] for name in mine},
-        num_channels={name: num_channels(module) for name, module in mine.items()},
-        embeddings=frozenset(n for n, m in mine.items() if channel_kind(m) is ChannelKind.EMBEDDING),
+        base={name: module.called for name, module in mine.items()},
+        donor={name: theirs[name].called for name in mine},
+        num_channels={name: num_channels(module.layer) for name, module in mine.items()},
+        donor_channels={name: num_channels(theirs[name].layer) for name in mine},
+        embeddings=frozenset(n for n, m in mine.items() if channel_kind(m.layer) is ChannelKind.EMBEDDING),
     )
 
 
-def _select(model: nn.Module, targets: Patterns, excluded: Patterns) -> dict[str, nn.Module]:
-    modules = {name: module for name, module in model.named_modules() if channel_kind(module) is not None}
+def _select(model: nn.Module, targets: Patterns, excluded: Patterns) -> dict[str, NamedModule]:
+    modules = {name: module for name, module in named_modules(model) if channel_kind(module.layer) is not None}
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         linear = (ChannelKind.LINEAR, ChannelKind.CONV1D)
-        output_layer = _output_layer(model)
-        modules = {n: m for n, m in modules.items() if channel_kind(m) in linear and m is not output_layer}
+        head = _output_layer(model)
+        modules = {n: m for n, m in modules.items() if channel_kind(m.layer) in linear and m.called is not head}
     elif targets is not None:
         modules = {name: module for name, module in modules.items() if matches(name, targets)}
     return {name: module for name, module in modules.items() if not matches(name, excluded)}
 
 
 def _output_layer(model: nn.Module) -> nn.Module | None:
-    getter = getattr(model, "get_output_embeddings", None)
+    getter = getattr(without_wrapper(model), "get_output_embeddings", None)
     return getter() if callable(getter) else None
 
 
-def _agree(mine: nn.Module | None, theirs: nn.Module | None) -> bool:
-    return mine is not None and theirs is not None and num_channels(mine) == num_channels(theirs)
+def _agree(
+    mine: NamedModule | None, theirs: NamedModule | None, heads: tuple[nn.Module | None, nn.Module | None]
+) -> bool:
+    if mine is None or theirs is None:
+        return False
+    both_heads = mine.called is heads[0] and theirs.called is heads[1]
+    return both_heads or num_channels(mine.layer) == num_channels(theirs.layer)
 
 
-def _in_words(module: nn.Module | None) -> str:
+def _in_words(module: NamedModule | None) -> str:
     if module is None:
         return "no such module"
-    return f"{num_channels(module)} channels (weight {list(weight_of(module).shape)})"
+    return f"{num_channels(module.layer)} channels (weight {list(weight_of(module.layer).shape)})"
 
 
 def _some_names(model: nn.Module) -> str:
-    names = [name for name, module in model.named_modules() if channel_kind(module) is not None]
+    names = [name for name, module in named_modules(model) if channel_kind(module.layer) is not None]
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "none"

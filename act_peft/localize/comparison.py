@@ -33,6 +33,7 @@ class BatchComparison:
     def __init__(self, candidates: Candidates, tokens: AnswerTokens) -> None:
         self._candidates = candidates
         self._tokens = tokens
+        self._num_comparable = candidates.num_comparable
         self._kept: dict[str, deque[torch.Tensor]] = {
             name: deque() for name in candidates.base
         }  # one [N * R, C] a call
@@ -62,27 +63,27 @@ class BatchComparison:
         self._check_all([name for name, calls in self._kept.items() if calls], "ran less often in the donor")
 
     def sums(self) -> dict[str, torch.Tensor]:
-        """Module name -> sum of the absolute differences over the answer tokens, `[C]` (mean of a module's calls)."""
+        """Module name -> sum of the absolute differences over the answer tokens (mean of a module's calls).
+
+        One value for every comparable channel.
+        """
         return {name: torch.stack(calls).mean(0) for name, calls in self._sums.items()}
 
-    def _rows(self, name: str, args: tuple[Any, ...], output: Any) -> torch.Tensor:
+    def _rows(self, name: str, args: tuple[Any, ...], output: Any, channels: int) -> torch.Tensor:
         candidates = self._candidates
         try:
-            return select_rows(
-                output,
-                args,
-                self._tokens,
-                channels=candidates.num_channels[name],
-                positional=name in candidates.embeddings,
-            )
+            rows = select_rows(
+                output, args, self._tokens, channels=channels, positional=name in candidates.embeddings
+            )  # [N * R, C]
+            return rows[:, : self._num_comparable[name]]
         except ActValueError as error:
             raise ActValueError(f"{name}: {error} ({_leave_out([name], candidates.base)})") from error
 
     def _keep(self, name: str, args: tuple[Any, ...], output: Any) -> None:
-        self._kept[name].append(self._rows(name, args, output))
+        self._kept[name].append(self._rows(name, args, output, self._candidates.num_channels[name]))
 
     def _subtract(self, name: str, args: tuple[Any, ...], output: Any) -> None:
-        rows = self._rows(name, args, output)
+        rows = self._rows(name, args, output, self._candidates.donor_channels[name])
         if not self._kept[name]:
             self._check_all([name], "ran more often in the donor")
         theirs = self._kept[name].popleft()  # its memory is free for the donor's next modules

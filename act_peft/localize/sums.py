@@ -1,8 +1,9 @@
-"""Running sums of absolute differences, per channel."""
+"""Running sums per channel."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
@@ -16,9 +17,6 @@ _ACCELERATOR_ELEMENTS = 1 << 26
 def sum_absolute_difference(donor: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
     """`sum over rows of |donor - base|`, on the donor's device.
 
-    The difference is taken in float32 or wider, the sum in float64 (float32 where a device has no float64, over one
-    batch).
-
     Args:
         donor: `[R, C]`, any floating dtype. May be overwritten.
         base: `[R, C]`, any floating dtype and device.
@@ -26,15 +24,41 @@ def sum_absolute_difference(donor: torch.Tensor, base: torch.Tensor) -> torch.Te
     Returns:
         `[C]`.
     """
-    device = donor.device
-    base = base.to(device)
-    wide = torch.promote_types(torch.promote_types(donor.dtype, base.dtype), torch.float32)
-    total = torch.zeros(donor.shape[1], device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+    return sum_per_channel(lambda mine, theirs: mine.sub_(theirs).abs_(), (donor, base), channel_dim=1)
+
+
+def sum_per_channel(
+    formula: Callable[..., torch.Tensor], tensors: Sequence[torch.Tensor], *, channel_dim: int
+) -> torch.Tensor:
+    """`sum of formula(*tensors)` over every axis but that of the channels, a block of rows at a time.
+
+    The formula is computed in float32 or wider, the sum in float64 (float32 where a device has no float64).
+
+    Args:
+        formula: an elementwise function. It sees blocks of the tensors, not copies where a tensor is wide enough.
+        tensors: `[R, C]`, `[C, I]` or `[C]`, of one shape, any floating dtypes and devices.
+        channel_dim: axis of the channels, 0 or 1.
+
+    Returns:
+        `[C]`, on the device of the first tensor.
+    """
+    first = tensors[0]
+    device, shape = first.device, first.shape
+    wide = torch.float32
+    for tensor in tensors:
+        wide = torch.promote_types(wide, tensor.dtype)
+    total = torch.zeros(
+        shape[channel_dim], device=device, dtype=torch.float32 if device.type == "mps" else torch.float64
+    )
     elements = _CPU_ELEMENTS if device.type == "cpu" else _ACCELERATOR_ELEMENTS
-    rows = max(elements // donor.shape[1], 1)
-    for mine, theirs in zip(donor.split(rows), base.split(rows), strict=True):
-        difference = mine.to(wide).sub_(theirs).abs_()  # [rows, C]
-        total += difference.sum(0, dtype=total.dtype)
+    rows = max(elements // max(math.prod(shape[1:]), 1), 1)
+    for start in range(0, shape[0], rows):
+        blocks = [tensor[start : start + rows].to(device=device, dtype=wide) for tensor in tensors]
+        values = formula(*blocks)  # [rows, ...]
+        if channel_dim == 0:
+            total[start : start + rows] = values.flatten(1).sum(1, dtype=total.dtype) if values.dim() > 1 else values
+        else:
+            total += values.sum(0, dtype=total.dtype)
     return total
 
 
@@ -43,9 +67,11 @@ class ChannelSums:
 
     Args:
         num_channels: module name -> number of channels C.
+        what: what is summed, for messages.
     """
 
-    def __init__(self, num_channels: Mapping[str, int]) -> None:
+    def __init__(self, num_channels: Mapping[str, int], *, what: str = "activations whose difference is") -> None:
+        self._what = what
         self._sums = {
             name: torch.zeros(count, dtype=torch.float64, device="cpu") for name, count in num_channels.items()
         }
@@ -75,7 +101,7 @@ class ChannelSums:
         wrong = [name for name, values in on_cpu.items() if not torch.isfinite(values).all()]
         if wrong:
             raise ActValueError(
-                f"{wrong[0]}: got activations whose difference is not finite (NaN or infinite), expected finite "
+                f"{wrong[0]}: got {self._what} not finite (NaN or infinite), expected finite "
                 f"numbers ({len(wrong)} of {len(on_cpu)} modules; float16 overflows easily, load both models in "
                 "bfloat16 or float32)"
             )

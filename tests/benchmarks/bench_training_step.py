@@ -3,8 +3,8 @@
 Floor of a step at density p of all linear rows: the frozen model costs 2 multiply-adds a weight and token (forward,
 and the gradient of the inputs); ACT adds 3p of one pass (forward, gradient of the rows, gradient of the inputs). LoRA
 with the same number of trainable parameters adds the same multiply-adds, and reads and writes every output once more.
-Nothing here is
-asserted: the numbers depend on the machine, the ratios hardly.
+With learned scales at density q a step adds 2q (forward, gradient of the inputs); its peer is LoRA of rank 8.
+Nothing here is asserted: the numbers depend on the machine, the ratios hardly.
 
 Every method runs in turn inside one process, `--repeats` rounds; printed is the median of the ratios of each round (of
 processor time on a CPU, of wall time on an accelerator).
@@ -29,7 +29,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from act_peft import ActConfig, ChannelMask
 
-METHODS = ("act", "lora", "shira", "base")
+METHODS = ("act", "lora", "shira", "scales", "lora8", "base")
+RANK = 8  # of the LoRA that learned scales are compared with
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -52,12 +53,21 @@ def build(method: str, args: argparse.Namespace) -> torch.nn.Module:
     modules = {n: m for n, m in base.named_modules() if n.rpartition(".")[2] in LINEAR}
     counts = {name: module.out_features for name, module in modules.items()}
     generator = torch.Generator().manual_seed(0)
-    channels = {n: torch.randperm(c, generator=generator)[: round(args.density * c)] for n, c in counts.items()}
+    density = args.scales_density if method == "scales" else args.density
+    channels = {n: torch.randperm(c, generator=generator)[: round(density * c)] for n, c in counts.items()}
     wanted = sum(len(channels[n]) * modules[n].in_features for n in modules)
     if method == "base":
         return base.requires_grad_(False)
     if method == "act":
         model = get_peft_model(base, ActConfig(channels=ChannelMask(channels, counts)))
+    elif method == "scales":
+        model = get_peft_model(base, ActConfig(channels=ChannelMask(channels, counts), trainable="scales"))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "act_delta_weight" in name:
+                    parameter.normal_(std=0.01)
+    elif method == "lora8":
+        model = get_peft_model(base, LoraConfig(r=RANK, target_modules=LINEAR, lora_dropout=0.0))
     elif method == "lora":
         rank = max(1, round(wanted / sum(m.in_features + m.out_features for m in modules.values())))
         model = get_peft_model(base, LoraConfig(r=rank, target_modules=LINEAR, lora_dropout=0.0))
@@ -117,6 +127,8 @@ def compare(args: argparse.Namespace) -> None:
 
     act, shira = ratio(steps, "act", "lora"), ratio(steps, "shira", "lora")
     print(f"training step, ratio to LoRA:    ACT {act:.3f}, SHiRA {shira:.3f}")
+    scales = ratio(steps, "scales", "lora8")
+    print(f"  of scales on {args.scales_density:.0%} of the rows, ratio to LoRA of rank {RANK}: {scales:.3f}")
     print(
         "unmerged forward, ratio to base: "
         + ", ".join(f"{name.upper()} {ratio(forwards, name, 'base'):.3f}" for name in ("act", "lora", "shira"))
@@ -139,6 +151,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--density", type=float, default=0.05)
+    parser.add_argument("--scales-density", type=float, default=0.2)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)

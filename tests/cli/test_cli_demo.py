@@ -23,8 +23,16 @@ from act_peft.demo import run as demo
 from act_peft.demo.family import BASE
 from act_peft.demo.run import DemoSettings, run_demo
 
-BRIEF = DemoSettings(examples=16, steps=2, batch_size=8, problems=8)
-ROWS = ["base", "donor", "after transfer", "after fine-tune", "control: no transfer", "control: random channels"]
+BRIEF = DemoSettings(examples=16, steps=2, batch_size=8, problems=8, row_steps=2)
+ROWS = [
+    "base",
+    "donor",
+    "after transfer",
+    "after fine-tune",
+    "control: no transfer",
+    "control: random channels",
+    "learned scales",
+]
 STEPS = [
     "copy the two models",
     "measure base and donor",
@@ -34,6 +42,7 @@ STEPS = [
     "merge, save and reload",
     "control: no transfer",
     "control: random channels",
+    "learned scales, pruned, fine-tuned",
 ]
 
 
@@ -72,6 +81,7 @@ class TestRun:
             "base",
             "demo.png",
             "donor",
+            "learned",
             "mask.safetensors",
             "merged",
             "results.json",
@@ -113,8 +123,8 @@ class TestReuse:
         assert result.accuracies == first[0].accuracies
 
     def test_another_density_localizes_no_more(self, finished):
-        settings = DemoSettings(examples=16, steps=2, batch_size=8, problems=8, density=0.1)
-        assert list(run_demo(finished, settings).reused) == STEPS[:3]
+        settings = DemoSettings(examples=16, steps=2, batch_size=8, problems=8, row_steps=2, density=0.1)
+        assert list(run_demo(finished, settings).reused) == [*STEPS[:3], STEPS[-1]]
 
     @pytest.mark.parametrize("damage", ["lost", "changed", "more"])
     def test_damaged_files_are_made_again(self, first, finished, damage):
@@ -185,7 +195,7 @@ class TestRefusals:
         assert list(tmp_path.iterdir()) == []
 
     def test_density_that_selects_nothing(self, tmp_path):
-        settings = DemoSettings(examples=16, steps=2, batch_size=8, problems=8, density=0.001)
+        settings = DemoSettings(examples=16, steps=2, batch_size=8, problems=8, row_steps=2, density=0.001)
         with pytest.raises(ActValueError, match=r"density: got 0.001, expected a share that selects at least one"):
             run_demo(tmp_path, settings)
 

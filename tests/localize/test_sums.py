@@ -3,7 +3,7 @@ import torch
 
 from act_peft.errors import ActValueError
 from act_peft.localize import sums
-from act_peft.localize.sums import ChannelSums, sum_absolute_difference
+from act_peft.localize.sums import ChannelSums, sum_absolute_difference, sum_per_channel
 
 
 @pytest.mark.parametrize("elements", [1, 7, 1 << 17])  # rows at a time: one, two, all
@@ -14,6 +14,24 @@ def test_sum_absolute_difference(monkeypatch, elements):
     total = sum_absolute_difference(donor, base)
     assert total.dtype == torch.float64
     assert total.tolist() == [9, 5, 13]
+
+
+@pytest.mark.parametrize("elements", [1, 7, 1 << 17])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_sum_per_channel(monkeypatch, elements, dim):
+    monkeypatch.setattr(sums, "_CPU_ELEMENTS", elements)
+    one = torch.tensor([[1, -2, 3], [4, 5, -6], [0, 1, 6]], dtype=torch.bfloat16)
+    other = torch.tensor([[3, 4, -3], [1, 1, 1], [7, 0, 2]], dtype=torch.float32)
+    kept = one.clone(), other.clone()
+    total = sum_per_channel(lambda a, b: a * b, (one, other), channel_dim=dim)
+    assert total.dtype == torch.float64
+    assert total.tolist() == [sum(row) for row in (one.double() * other.double()).movedim(dim, 0).tolist()]
+    assert torch.equal(one, kept[0])
+    assert torch.equal(other, kept[1])
+
+
+def test_sum_per_channel_of_single_numbers():
+    assert sum_per_channel(lambda a: a * 2, (torch.tensor([1.0, -3.0]),), channel_dim=0).tolist() == [2, -6]
 
 
 def test_the_difference_of_narrow_types_is_wide():

@@ -1,0 +1,120 @@
+"""`act-peft sweep`: which density and which transfer scale."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from act_peft.cli.examples import batches_of
+from act_peft.cli.files import add_output, check_output_file, load_examples
+
+SUMMARY = "Try densities and transfer scales on held-out examples, without training, and recommend one of each."
+EXAMPLE = (
+    "act-peft sweep --base org/base --donor org/donor --scores scores.safetensors --dataset ability.jsonl "
+    "--keep-dataset skill.jsonl --output sweep.json"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of the command."""
+    parser.add_argument("--base", required=True, help="model to repair: folder or Hub id")
+    parser.add_argument(
+        "--donor", required=True, help="its relative with the ability, or an adapter that has it: folder or Hub id"
+    )
+    parser.add_argument("--scores", type=Path, required=True, help="file of scores, from `act-peft localize`")
+    parser.add_argument(
+        "--dataset",
+        required=True,
+        help="held-out examples of the ability in one of TRL's formats: JSON(L) file, folder or Hub id",
+    )
+    parser.add_argument(
+        "--keep-dataset", required=True, nargs="+", metavar="DATASET", help="held-out examples of each skill to keep"
+    )
+    parser.add_argument("--split", default="train", help="split of the datasets (train)")
+    parser.add_argument("--samples", type=int, default=300, help="how many examples of each, drawn at random (300)")
+    parser.add_argument("--densities", nargs="+", type=float, metavar="SHARE", help="shares of the channels to try")
+    parser.add_argument("--scales", nargs="+", type=float, metavar="SCALE", help="transfer scales to try")
+    parser.add_argument("--scope", choices=("global", "module"), default="global", help="what is ranked together")
+    parser.add_argument("--normalize", choices=("none", "rms"), default="none", help="what scores are relative to")
+    parser.add_argument(
+        "--max-drop", type=float, default=0.05, metavar="SHARE", help="accuracy that a kept skill may lose (0.05)"
+    )
+    parser.add_argument("--measure-donor", action="store_true", help="load the whole donor, and measure it as well")
+    parser.add_argument("--assistant-only", action="store_true", help="count the assistant's tokens only")
+    parser.add_argument("--batch-size", type=int, default=8, help="examples at a time (8)")
+    parser.add_argument("--max-length", type=int, default=1024, help="tokens of an example (1024)")
+    parser.add_argument("--dtype", default="auto", help="dtype of the models (that of their checkpoints)")
+    parser.add_argument("--device", default="cuda if there is one", help="where the models run")
+    parser.add_argument("--seed", type=int, default=0, help="of the drawing (0)")
+    parser.add_argument("--figure", type=Path, metavar="PNG", help="picture to write")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_output(parser, what="JSON file of all numbers")
+    parser.set_defaults(refuse=parser.error)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Sweep, print the table and write it."""
+    names = [Path(dataset).stem if Path(dataset).is_file() else dataset for dataset in arguments.keep_dataset]
+    if len(set(names)) < len(names):
+        arguments.refuse(f"argument --keep-dataset: got {', '.join(names)}, expected different names")
+    for path in (arguments.output, arguments.figure):
+        if path is not None:
+            check_output_file(path, overwrite=arguments.overwrite)
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from act_peft import ChannelScores, sweep
+    from act_peft.plots import check_matplotlib, plot_sweep
+
+    if arguments.figure is not None:
+        check_matplotlib()
+    if arguments.device.startswith("cuda if"):
+        arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
+    scores = ChannelScores.load(arguments.scores)
+
+    def load(name: str) -> Any:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=arguments.dtype).to(arguments.device)
+
+    base = load(arguments.base)
+
+    def read(dataset: str) -> Any:
+        return batches_of(
+            load_examples(dataset, split=arguments.split, samples=arguments.samples, seed=arguments.seed),
+            base,
+            tokenizer=arguments.base,
+            batch_size=arguments.batch_size,
+            max_length=arguments.max_length,
+            assistant_only=arguments.assistant_only,
+            device=arguments.device,
+        )
+
+    grid = {name: getattr(arguments, name) for name in ("densities", "scales")}
+    result = sweep(
+        base,
+        load(arguments.donor) if arguments.measure_donor else arguments.donor,
+        scores,
+        read(arguments.dataset),
+        {name: read(dataset) for name, dataset in zip(names, arguments.keep_dataset, strict=True)},
+        scope=arguments.scope,
+        normalize=arguments.normalize,
+        max_drop=arguments.max_drop,
+        **{name: values for name, values in grid.items() if values is not None},
+    )
+    text = json.dumps(result.to_dict(), indent=2, allow_nan=False)
+    _write(arguments.output, text + "\n")
+    if arguments.figure is not None:
+        plot_sweep(result, arguments.figure)
+    print(text if arguments.json else result)
+
+
+def _write(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,261 @@
+"""What an ACT layer holds of its adapters: channels, deltas, learned scales; creating, freezing, loading them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from act_peft.arithmetic import scaled_channels, wide_dtype
+from act_peft.channels import ChannelKind, features, is_quantised
+from act_peft.layers.state import check_adapter_state
+from act_peft.trainable import Trainable
+
+PREFIX = "act_delta_"  # `act_` alone is part of the names of modules in half of all transformers models
+
+
+def unknown_index(num_selected: int) -> torch.Tensor:
+    """Placeholder for the channels of an adapter that is still to be loaded: int64 `[K]`, no valid channel."""
+    return torch.full((num_selected,), -1)
+
+
+class DeltaLayer(nn.Module, BaseTunerLayer):
+    """A wrapped module with the tensors of its adapters.
+
+    Attributes:
+        act_delta_weight: per adapter the trainable delta of the weight, oriented as in `ChannelRows`.
+        act_delta_bias: per adapter `[K]`, only for modules with a bias.
+        act_delta_channel_scale: per adapter with learned scales, float32 `[K]`; the weight and bias above are then
+            what the scales multiply, the donor's difference, which is frozen unless it trains too.
+        act_delta_index: per adapter the selected channels, int64 `[K]`, ascending.
+        act_delta_scale: per adapter a factor on its contribution, 1.0 unless `set_scale` was called; not saved.
+    """
+
+    adapter_layer_names = ("act_delta_weight", "act_delta_bias", "act_delta_channel_scale")
+    other_param_names = ("act_delta_index", "act_delta_scale")
+
+    kind: ChannelKind
+
+    # What PEFT's classes bring along, for type checkers.
+    get_base_layer: Callable[[], Any]
+    _cast_input_dtype: Callable[..., torch.Tensor]
+    _get_embed_scale: Callable[[], torch.Tensor | None]
+    active_adapters: list[str]
+    merged_adapters: list[str]
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        """Wrap `base_layer`, which is kept as it is."""
+        super().__init__()
+        self.base_layer = base_layer
+        self.act_delta_weight = nn.ParameterDict({})
+        self.act_delta_bias = nn.ParameterDict({})
+        self.act_delta_channel_scale = nn.ParameterDict({})
+        self.act_delta_index = BufferDict({}, persistent=True)
+        self.act_delta_scale: dict[str, float] = {}
+        self.merged_adapters = []
+        self._learns_scales: set[str] = set()  # adapters with learned scales
+        self._frozen_rows: set[str] = set()  # those of them whose rows do not train
+        self._disable_adapters = False
+        base = self.get_base_layer()
+        self.in_features, self.out_features = features(base)
+        self.is_quantised = is_quantised(base)
+
+    @property
+    def num_channels(self) -> int:
+        """Number of channels C of the wrapped module."""
+        return self.out_features
+
+    # ------------------------------------------------------------------------------------------------- adapters ---
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        *,
+        index: torch.Tensor,
+        init_weights: bool = True,
+        inference_mode: bool = False,
+        trainable: Trainable = Trainable.DELTAS,
+        transfer_scale: float = 1.0,
+    ) -> None:
+        """Give the layer an adapter.
+
+        Args:
+            adapter_name: name of the adapter.
+            index: int64 `[K]`, ascending channels in `[0, C)`; all -1 (`unknown_index`) for an adapter whose tensors
+                are still to be loaded, K = 0 if even their number is not known yet.
+            init_weights: zero deltas if True; random ones otherwise (for tests).
+            inference_mode: whether the deltas start frozen.
+            trainable: what trains.
+            transfer_scale: where learned scales start.
+        """
+        base = self.get_base_layer()
+        # A half precision delta would lose what distinguishes donor and base in training; PEFT's autocast rule asks
+        # for float32 too. A frozen difference is stored as its two models are.
+        dtype = torch.float32 if self.is_quantised else base.weight.dtype
+        if trainable.trains_rows:
+            dtype = torch.promote_types(dtype, torch.float32)
+        create = torch.zeros if init_weights else torch.randn
+        shape = self.delta_shape(index.numel())
+        self.act_delta_weight[adapter_name] = nn.Parameter(create(shape, dtype=dtype))
+        if self.has_bias:
+            self.act_delta_bias[adapter_name] = nn.Parameter(create(index.numel(), dtype=dtype))
+        if trainable.has_scales:
+            scales = torch.full((index.numel(),), float(transfer_scale), dtype=torch.float32)
+            self.act_delta_channel_scale[adapter_name] = nn.Parameter(scales)
+            self._learns_scales.add(adapter_name)
+        if not trainable.trains_rows:
+            self._frozen_rows.add(adapter_name)
+        self.act_delta_index[adapter_name] = index.clone()
+        self.act_delta_scale[adapter_name] = 1.0
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def set_adapter(self, adapter_names: str | list[str], *args: Any, **kwargs: Any) -> None:
+        """As in PEFT; what an adapter freezes stays frozen."""
+        super().set_adapter(adapter_names, *args, **kwargs)
+        self._freeze_rows()
+
+    def set_requires_grad(self, *args: Any, **kwargs: Any) -> None:
+        """As in PEFT; what an adapter freezes stays frozen."""
+        super().set_requires_grad(*args, **kwargs)
+        self._freeze_rows()
+
+    def _freeze_rows(self) -> None:
+        for container in (self.act_delta_weight, self.act_delta_bias):
+            for name in self._frozen_rows:
+                if name in container:
+                    container[name].requires_grad_(False)
+
+    def remove_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter, if the layer has it; the active adapters stay as they are."""
+        for container in (*self.adapter_layer_names, *self.other_param_names):
+            if adapter_name in getattr(self, container):
+                del getattr(self, container)[adapter_name]
+        self._forget_scales(adapter_name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As in PEFT: forget an adapter; another one becomes active if this one was."""
+        super().delete_adapter(adapter_name)
+        self._forget_scales(adapter_name)
+
+    def _forget_scales(self, adapter_name: str) -> None:
+        self._learns_scales.discard(adapter_name)
+        self._frozen_rows.discard(adapter_name)
+
+    def fold_scales(self, adapter_name: str, kept: torch.Tensor) -> None:
+        """Replace the deltas of an adapter by scale times delta of some of its channels; the scales go.
+
+        Args:
+            adapter_name: name of an adapter with learned scales.
+            kept: positions of the channels that stay, int64 `[n]`, ascending.
+        """
+        trains = self.act_delta_channel_scale[adapter_name].requires_grad
+        for container, part in ((self.act_delta_weight, "weight"), (self.act_delta_bias, "bias")):
+            if adapter_name in container:
+                delta = self.delta(adapter_name, part).detach()
+                dim = self.kind.channel_dim if part == "weight" else 0
+                container[adapter_name] = nn.Parameter(delta.index_select(dim, kept), requires_grad=trains)
+        self.act_delta_index[adapter_name] = self.act_delta_index[adapter_name][kept]
+        del self.act_delta_channel_scale[adapter_name]
+        self._forget_scales(adapter_name)
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the wrapped module has a bias."""
+        return getattr(self.get_base_layer(), "bias", None) is not None
+
+    def delta_shape(self, num_selected: int) -> tuple[int, ...]:
+        """Shape of the weight's delta for K selected channels, in the module's orientation."""
+        if self.kind.is_norm:
+            return (num_selected,)
+        shape = (num_selected, self.in_features)
+        return shape if self.kind.channel_dim == 0 else shape[::-1]
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move the adapter to the base layer's device; its dtype stays, so that loading keeps every bit."""
+        target = self.get_base_layer().weight.device if device is None else device
+        for container in (
+            self.act_delta_weight,
+            self.act_delta_bias,
+            self.act_delta_channel_scale,
+            self.act_delta_index,
+        ):
+            if adapter_name in container and container[adapter_name].device.type != "meta" and target.type != "meta":
+                container[adapter_name] = container[adapter_name].to(target)
+
+    def cast_adapter(self, adapter_name: str) -> None:
+        """Cast the deltas of one adapter to the base layer's dtype, in place; beside codes they stay as they are."""
+        if self.is_quantised:
+            return
+        dtype = self.get_base_layer().weight.dtype
+        for container in (self.act_delta_weight, self.act_delta_bias):
+            if adapter_name in container:
+                container[adapter_name].data = container[adapter_name].data.to(dtype)
+
+    # --------------------------------------------------------------------------------------------------- deltas ---
+
+    def delta(self, adapter_name: str, part: str) -> torch.Tensor:
+        """What one adapter adds to `"weight"` or `"bias"` of its channels, with the scales that it learned.
+
+        Args:
+            adapter_name: name of the adapter.
+            part: `"weight"` or `"bias"`, which the layer must have.
+
+        Returns:
+            K channels in the orientation of the parameter, differentiable; what `set_scale` says is not in it.
+        """
+        rows = getattr(self, f"act_delta_{part}")[adapter_name]
+        if adapter_name not in self._learns_scales:
+            return rows
+        dim = self.kind.channel_dim if part == "weight" else 0
+        return scaled_channels(rows, self.act_delta_channel_scale[adapter_name], dim)
+
+    def delta_dtype(self, adapter_name: str) -> torch.dtype:
+        """Dtype of `delta`."""
+        dtype = self.act_delta_weight[adapter_name].dtype
+        return wide_dtype(dtype) if adapter_name in self._learns_scales else dtype
+
+    # -------------------------------------------------------------------------------------------------- loading ---
+
+    def knows_channels(self, adapter_name: str) -> bool:
+        """Whether the adapter's channels are known, rather than still to be loaded."""
+        index = self.act_delta_index[adapter_name]
+        return index.device.type != "meta" and index.numel() > 0 and int(index[0]) >= 0
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # torch calls this before it loads the containers below, so what is checked and resized here is what they load.
+        for adapter_name in list(self.act_delta_index.keys()):
+            state = self.adapter_state(state_dict, prefix, adapter_name)
+            check_adapter_state(self, adapter_name, state, prefix.rstrip("."))
+            index = state.get("act_delta_index")
+            if index is not None and self.act_delta_index[adapter_name].numel() != index.numel():
+                self._resize(adapter_name, index.numel())
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def adapter_state(
+        self, state_dict: dict[str, torch.Tensor], prefix: str, adapter_name: str
+    ) -> dict[str, torch.Tensor]:
+        """The tensors of one adapter of this layer in a state dict, without prefix and adapter name."""
+        names = (*self.adapter_layer_names, "act_delta_index")
+        keys = {name: f"{prefix}{name}.{adapter_name}" for name in names}
+        return {name: state_dict[key] for name, key in keys.items() if key in state_dict}
+
+    def _resize(self, adapter_name: str, num_selected: int) -> None:
+        old = self.act_delta_index[adapter_name]
+        self.act_delta_index[adapter_name] = unknown_index(num_selected).to(old.device)
+        for container, shape in (
+            (self.act_delta_weight, self.delta_shape(num_selected)),
+            (self.act_delta_bias, (num_selected,)),
+            (self.act_delta_channel_scale, (num_selected,)),
+        ):
+            if adapter_name in container:
+                parameter = container[adapter_name]
+                container[adapter_name] = nn.Parameter(
+                    torch.zeros(shape, dtype=parameter.dtype, device=parameter.device), parameter.requires_grad
+                )

@@ -1,0 +1,85 @@
+"""The base parameters of some channels of a module: reading them, writing merged ones, giving the originals back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from act_peft.channels import ChannelKind
+
+
+@dataclass(frozen=True)
+class ChannelRows:
+    """The parameters of some channels of one module.
+
+    `weight` has the module's own orientation: `[K, I]` for a linear layer, `[I, K]` for Conv1D, `[V, K]` for an
+    embedding, `[K]` for a norm. `bias` is `[K]`, or None where the module has none.
+    """
+
+    index: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+class BaseRows:
+    """Rows of a module whose weight is a plain tensor. What is overwritten is kept, so restoring is exact."""
+
+    def __init__(self, kind: ChannelKind, *, shares_weight: bool) -> None:
+        """Keep nothing yet.
+
+        Args:
+            kind: kind of the module that every method is given.
+            shares_weight: whether another module uses the same weight (tied embeddings). Writing then gives this
+                module a weight of its own until the originals are restored.
+        """
+        self._dim = kind.channel_dim
+        self._shares_weight = shares_weight
+        self._kept: ChannelRows | None = None
+        self._tied_weight: nn.Parameter | None = None
+
+    def original(self, base: Any, index: torch.Tensor) -> ChannelRows:
+        """Copies of the parameters of channels `index` (int64 `[K]`, ascending) as they were before any `write`."""
+        index = index.to(base.weight.device)
+        weight = base.weight.data.index_select(self._dim, index)
+        bias = None if getattr(base, "bias", None) is None else base.bias.data.index_select(0, index)
+        if self._kept is not None and index.numel():
+            kept = self._kept
+            where = torch.searchsorted(index, kept.index.to(index.device)).clamp(max=index.numel() - 1)
+            hit = index[where] == kept.index.to(index.device)
+            source = hit.nonzero().squeeze(1)
+            weight.index_copy_(self._dim, where[hit], kept.weight.to(weight).index_select(self._dim, source))
+            if bias is not None and kept.bias is not None:
+                bias.index_copy_(0, where[hit], kept.bias.to(bias).index_select(0, source))
+        return ChannelRows(index, weight, bias)
+
+    def write(self, base: Any, rows: ChannelRows) -> None:
+        """Overwrite the parameters of `rows.index`, which has to cover what was written before."""
+        self._kept = self.original(base, rows.index)
+        if self._shares_weight and self._tied_weight is None:
+            self._tied_weight = base.weight
+            base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
+        self._overwrite(base, rows)
+
+    def restore(self, base: Any) -> None:
+        """Give the module the bytes back that it had before any `write`, and the tie of a tied weight."""
+        if self._kept is not None:
+            kept, bias = self._kept, self._kept.bias
+            self._overwrite(
+                base,
+                ChannelRows(
+                    kept.index.to(base.weight.device),
+                    kept.weight.to(base.weight),
+                    None if bias is None else bias.to(base.bias),
+                ),
+            )
+            if self._tied_weight is not None:
+                base.weight = self._tied_weight
+        self._kept = self._tied_weight = None
+
+    def _overwrite(self, base: Any, rows: ChannelRows) -> None:
+        base.weight.data.index_copy_(self._dim, rows.index, rows.weight)
+        if rows.bias is not None:
+            base.bias.data.index_copy_(0, rows.index, rows.bias)

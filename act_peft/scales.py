@@ -1,0 +1,176 @@
+"""Learned transfer scales: what keeps them sparse while they train, and what makes an ordinary adapter of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from act_peft.errors import ActTypeError, ActValueError
+from act_peft.layers import ActLayer, remove_adapter
+from act_peft.plan import record
+from act_peft.transfer import adapter_layers, base_model
+
+_UNBOUNDED = (-math.inf, math.inf)
+
+
+def soft_threshold_(scales: torch.Tensor, threshold: float, *, bounds: tuple[float, float] = _UNBOUNDED) -> None:
+    """The proximal step of an L1 penalty, in place, followed by the bounds.
+
+        s <- clamp(sign(s) * max(|s| - threshold, 0), *bounds)
+
+    Args:
+        scales: any shape; small ones become exactly zero.
+        threshold: learning rate times weight of the penalty, at least 0.
+        bounds: the smallest and the greatest value allowed.
+    """
+    with torch.no_grad():
+        scales.copy_(torch.nn.functional.softshrink(scales, threshold).clamp_(*bounds))
+
+
+class ScaleSparsityCallback(TrainerCallback):
+    """Keeps the scales of `ActConfig(trainable="scales")` or `"both"` sparse and in bounds, in any Trainer.
+
+    After each optimizer step the proximal step of an L1 penalty is made, with the learning rate η of this step, and
+    then the bounds are enforced:
+
+        s_i <- min(max(sign(s_i) * max(|s_i| - η * l1, 0), low), high)
+
+    so that scales become exactly zero, which `prune_channels` drops. A scale that the loss does not hold sinks by
+    η * l1 a step. With the bounds [0, 1] every channel stays between base and donor, which is what makes it a transfer
+    rather than a fine-tune.
+
+    Every log of the Trainer gets `scale_density` (share of the scales that are not zero), `scale_mean`, and
+    `scale_density/KIND` for each kind of module; callbacks that the Trainer calls before this one (those of
+    `report_to`) find them in `state.log_history`.
+
+    Args:
+        l1: weight of the penalty, at least 0; 0 enforces the bounds alone.
+        bounds: the smallest and the greatest scale.
+
+    Raises:
+        ActValueError: a negative or infinite penalty, bounds that are not ascending; when the training begins: no
+            scale trains.
+    """
+
+    def __init__(self, l1: float, bounds: tuple[float, float] = (0.0, 1.0)) -> None:
+        if not isinstance(l1, (int, float)) or not 0 <= l1 < math.inf:
+            raise ActValueError(f"l1: got {l1!r}, expected a finite number from 0 on")
+        if not isinstance(bounds, (tuple, list)) or len(bounds) != 2 or not bounds[0] < bounds[1]:
+            raise ActValueError(f"bounds: got {bounds!r}, expected two ascending numbers, such as (0, 1)")
+        self.l1 = float(l1)
+        self.bounds = (float(bounds[0]), float(bounds[1]))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Check that there is something to do, before the first step."""
+        if not any(scales.requires_grad for _, scales in _scales(kwargs["model"])):
+            raise ActValueError(
+                "ScaleSparsityCallback: no scale trains, expected a model with ActConfig(trainable='scales') or 'both'"
+            )
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Threshold and bounds, after the optimizer has made its step and before the learning rate changes."""
+        rates = {
+            id(parameter): float(group["lr"])
+            for group in kwargs["optimizer"].param_groups
+            for parameter in group["params"]
+        }
+        for _, scales in _scales(kwargs["model"]):
+            if scales.requires_grad:
+                soft_threshold_(scales, rates.get(id(scales), 0.0) * self.l1, bounds=self.bounds)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Add density and mean to what is logged."""
+        figures = describe_scales(kwargs["model"])
+        if logs is not None:
+            logs.update(figures)
+        if state.log_history:
+            state.log_history[-1].update(figures)
+
+
+def describe_scales(model: nn.Module) -> dict[str, float]:
+    """Density and mean of the scales of a model that train: `scale_density`, `scale_mean`, `scale_density/KIND`."""
+    groups: dict[str, list[torch.Tensor]] = {}
+    for layer, scales in _scales(model):
+        if scales.requires_grad:
+            groups.setdefault(layer.kind.value.replace(" ", "_"), []).append(scales.detach().flatten().float().cpu())
+    if not groups:
+        return {}
+    everything = torch.cat([scales for group in groups.values() for scales in group])
+    densities = {f"scale_density/{kind}": _density(torch.cat(group)) for kind, group in sorted(groups.items())}
+    return {"scale_density": _density(everything), "scale_mean": float(everything.mean()), **densities}
+
+
+def _density(scales: torch.Tensor) -> float:
+    return float((scales != 0).float().mean())
+
+
+def _scales(model: nn.Module) -> Iterator[tuple[ActLayer, nn.Parameter]]:
+    for module in model.modules():
+        if isinstance(module, ActLayer):
+            for scales in module.act_delta_channel_scale.values():
+                yield module, scales
+
+
+def prune_channels(model: nn.Module, *, threshold: float = 0.0, adapter_name: str = "default") -> None:
+    """Make an ordinary ACT adapter of one with learned scales: fold them in, and drop the channels without effect.
+
+        delta[i, :] <- s_i * delta[i, :]          for every channel with |s_i| > threshold; the others go
+
+    With `threshold` 0 only channels whose scale is exactly zero go, so no output changes beyond the rounding of the
+    product. Afterwards the rows train (`trainable="deltas"`), unless the adapter is frozen, and files hold only what
+    is left. An optimizer made before must be made again.
+
+    Args:
+        model: a `PeftModel` with an ACT adapter, or a model that an ACT adapter was injected into.
+        threshold: scales of at most this size are dropped; at least 0.
+        adapter_name: name of the adapter.
+
+    Raises:
+        ActValueError: no such adapter, one without scales or that is merged, a threshold that is negative, or one
+            above every scale. Nothing is changed then.
+        ActTypeError: a threshold that is no number.
+    """
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
+        raise ActTypeError(f"threshold: got {threshold!r:.80}, expected a number from 0 on")
+    if not 0 <= threshold < math.inf:
+        raise ActValueError(f"threshold: got {threshold}, expected a number from 0 on")
+    layers = adapter_layers(model, adapter_name)
+    without = [name for name, layer in layers.items() if adapter_name not in layer.act_delta_channel_scale]
+    if without:
+        raise ActValueError(
+            f"{without[0]}: adapter {adapter_name!r} has no scales, expected one with trainable='scales' or 'both' "
+            f"({len(without)} of {len(layers)} modules have none; it was pruned before, or trains rows)"
+        )
+    merged = [name for name, layer in layers.items() if adapter_name in layer.merged_adapters]
+    if merged:
+        raise ActValueError(
+            f"{merged[0]}: adapter {adapter_name!r} is merged, expected an unmerged one (unmerge first)"
+        )
+    kept = {
+        name: (layer.act_delta_channel_scale[adapter_name].detach().abs() > threshold).nonzero().squeeze(1)
+        for name, layer in layers.items()
+    }
+    if not any(channels.numel() for channels in kept.values()):
+        raise ActValueError(
+            f"threshold: got {threshold}, which no scale exceeds, so nothing would be left (a lower threshold, or a "
+            "weaker penalty in training)"
+        )
+    config, base = cast(Any, model).peft_config[adapter_name], base_model(model)
+    share = sum(channels.numel() for channels in kept.values()) / sum(
+        layer.act_delta_channel_scale[adapter_name].numel() for layer in layers.values()
+    )
+    for name, layer in layers.items():
+        if kept[name].numel():
+            layer.fold_scales(adapter_name, kept[name])
+            continue
+        remove_adapter(base, name, adapter_name)
+    left = {name: layer for name, layer in layers.items() if kept[name].numel()}
+    config.trainable = "deltas"
+    config.density = None if config.density is None else config.density * share
+    config.adapted_modules = {name: record(layer, layer.act_delta_index[adapter_name]) for name, layer in left.items()}
+    config.name_targets(left)
