@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +12,10 @@ from torch.nn import functional as F
 
 from act_peft.errors import ActError, ActTypeError, ActValueError
 from act_peft.localize.answer_tokens import find_answer_tokens
+from act_peft.localize.batches import forward
 
 # Logits that are made float32 together: what a CPU's cache holds, and where calls cost more than memory, 512 MB.
 _CPU_LOGITS, _LOGITS = 1 << 19, 1 << 27
-_LOSS_KEYS = frozenset({"labels", "num_items_in_batch"})
 
 
 @dataclass(frozen=True)
@@ -93,10 +92,9 @@ class HeldOutData:
         Raises:
             ActValueError: the model gives no such logits.
         """
-        device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
         losses, hits = [], []
         for batch in self._batches:
-            logits = _logits(model, batch, device)  # [B * T, V]
+            logits = _logits(model, batch)  # [B * T, V]
             positions, targets = batch.positions.to(logits.device), batch.targets.to(logits.device)
             at_once = max((_CPU_LOGITS if logits.device.type == "cpu" else _LOGITS) // logits.shape[1], 1)
             for where, wanted in zip(positions.split(at_once), targets.split(at_once), strict=True):
@@ -132,15 +130,11 @@ def _predictions(batch: Mapping[str, Any]) -> _Predictions:
         raise ActValueError(
             "got answer tokens at the first position of samples only, expected at least one that follows another token"
         )
-    inputs = {name: value for name, value in batch.items() if name not in _LOSS_KEYS}
-    return _Predictions(inputs, shape, index, targets)
+    return _Predictions(batch, shape, index, targets)
 
 
-def _logits(model: nn.Module, batch: _Predictions, device: torch.device) -> torch.Tensor:
-    inputs = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in batch.inputs.items()}
-    if "use_cache" in inspect.signature(model.forward).parameters:
-        inputs.setdefault("use_cache", False)
-    logits = getattr(model(**inputs), "logits", None)
+def _logits(model: nn.Module, batch: _Predictions) -> torch.Tensor:
+    logits = getattr(forward(model, batch.inputs), "logits", None)
     if not isinstance(logits, torch.Tensor) or logits.dim() != 3 or tuple(logits.shape[:2]) != batch.shape:
         got = list(logits.shape) if isinstance(logits, torch.Tensor) else "none"
         raise ActValueError(

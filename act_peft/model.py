@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -16,17 +15,19 @@ from act_peft.channels import kind_of
 from act_peft.combination import CombinationType, MajoritySign, make_rule
 from act_peft.combine import add_combined
 from act_peft.config import ActConfig
-from act_peft.errors import ActLoadError, ActValueError, ActWarning
+from act_peft.errors import ActLoadError, ActValueError
 from act_peft.layers import LAYER_CLASSES, ActLayer, Linear, remove_adapter
 from act_peft.layers.deltas import PREFIX
 from act_peft.layers.rows import ChannelRows
 from act_peft.layers.state import check_adapter_state
+from act_peft.loading import check_base, check_names
 from act_peft.masks import ChannelMask
 from act_peft.mixed_batches import adapter_per_sample
 from act_peft.parameters import output_head
 from act_peft.plan import InjectionPlan, is_targeted, plan_channels, record, shared_weights
 from act_peft.trainable import Trainable
 from act_peft.transfer import donor_for_model, fill_deltas
+from act_peft.twins import copy_adapter_, find_twin
 
 # PEFT before 0.21 has no hook between reading an adapter and dropping mismatched tensors.
 PEFT_ASKS_BEFORE_LOADING = hasattr(BaseTuner, "_remap_adapter_state_dict_for_load")
@@ -68,9 +69,13 @@ class ActModel(BaseTuner):
                 does not fit; the model is as it was then.
         """
         config = self.peft_config[adapter_name]
-        indices = plan_channels(config, model, state_dict)
+        twin = find_twin(adapter_name, configs=self.peft_config, awaiting=self._awaiting)
+        if twin is None:
+            indices = plan_channels(config, model, state_dict)
+        else:
+            indices = {name: layer.act_delta_index[twin] for name, layer in self._layers(twin).items()}
         deltas = None
-        if config.donor is not None and config.channels is not None and not config.from_file:
+        if twin is None and config.donor is not None and config.channels is not None and not config.from_file:
             with donor_for_model(model, config.donor, indices, revision=config.donor_revision) as transfer:
                 indices = transfer.common(indices)
                 scale = 1.0 if Trainable(config.trainable).has_scales else config.transfer_scale
@@ -92,7 +97,9 @@ class ActModel(BaseTuner):
                 low_cpu_mem_usage=low_cpu_mem_usage,
                 state_dict=state_dict,
             )
-            if config.channels is not None and state_dict is None:
+            if twin is not None:
+                copy_adapter_(self._layers(adapter_name), twin, adapter_name)
+            elif config.channels is not None and state_dict is None:
                 self._fill(config, model, adapter_name, deltas)
         except BaseException:
             self._withdraw(model, adapter_name, trainable)
@@ -100,7 +107,7 @@ class ActModel(BaseTuner):
         finally:
             del self._plan
         config.name_targets(indices)
-        if config.channels is None or state_dict is not None:
+        if twin is None and (config.channels is None or state_dict is not None):
             self._awaiting = {**self._awaiting, adapter_name: trainable}
 
     def _fill(
@@ -341,7 +348,7 @@ class ActModel(BaseTuner):
             return
         try:
             if complete:
-                self._check_unknown(state_dict, prefix)
+                check_names(state_dict, self.model, prefix)
             for name, layer in layers.items():
                 check_adapter_state(layer, adapter_name, states[name], name, complete=complete)
         except ActLoadError:
@@ -353,48 +360,10 @@ class ActModel(BaseTuner):
             raise
         if awaited and not complete:
             self._pop_awaiting(adapter_name)
-            self._check_base(
-                adapter_name, {n: s["act_delta_index"] for n, s in states.items() if "act_delta_index" in s}
-            )
+            indices = {n: s["act_delta_index"] for n, s in states.items() if "act_delta_index" in s}
+            check_base(self.peft_config[adapter_name], adapter_name, layers, indices)
 
     def _pop_awaiting(self, adapter_name: str) -> list[nn.Parameter]:
         trainable = self._awaiting[adapter_name]
         self._awaiting = {name: value for name, value in self._awaiting.items() if name != adapter_name}
         return trainable
-
-    def _check_unknown(self, state_dict: Mapping[str, torch.Tensor], prefix: str) -> None:
-        known = {prefix + key for key in self.model.state_dict()}
-        unknown = [key for key in state_dict if key not in known]
-        if unknown:
-            raise ActLoadError(
-                f"{unknown[0]}: the adapter has a tensor of this name, the model does not ({len(unknown)} of "
-                f"{len(state_dict)} tensors are not expected; the adapter was made for another model)"
-            )
-
-    def _check_base(self, adapter_name: str, indices: Mapping[str, torch.Tensor]) -> None:
-        """Compare the base rows with those that the adapter was made for.
-
-        Warns:
-            ActWarning: once, if any differ.
-        """
-        records = self.peft_config[adapter_name].adapted_modules or {}
-        layers = self._layers(adapter_name)
-        differing = []
-        compared = 0
-        for name, index in indices.items():
-            recorded = records.get(name, {}).get("base")
-            current = record(layers[name], index)["base"]
-            if recorded is None or current is None:
-                continue
-            compared += 1
-            if recorded != current:
-                differing.append(name)
-        if differing:
-            warnings.warn(
-                f"adapter {adapter_name!r} was made for a base with other weights: {len(differing)} of {compared} "
-                f"adapted modules differ, the first is {differing[0]} (load it on "
-                f"{self.peft_config[adapter_name].base_model_name_or_path or 'the base that it was trained on'}; on "
-                "another model its channels may do nothing or harm)",
-                ActWarning,
-                stacklevel=2,
-            )

@@ -185,16 +185,20 @@ def test_precomputed_reference_log_probabilities_are_those_of_the_base_alone(tmp
     assert not torch.allclose(stored, log_probabilities(donor, batch), atol=1e-2)
 
 
-def test_dpo_of_a_saved_adapter_against_a_copy_of_it(tmp_path):
+@pytest.mark.parametrize("saved", [False, True], ids=["in memory", "saved and loaded"])
+def test_the_reference_of_a_trained_adapter_is_a_copy_of_it(saved, tmp_path):
     base = build("llama")
-    get_peft_model(copy.deepcopy(base), config(base, init_weights=False)).save_pretrained(tmp_path / "ability")
-    model = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ability", is_trainable=True)
-    reference = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ability")
-    trainer = dpo(model, tmp_path, ref_model=reference.merge_and_unload())
+    model = get_peft_model(copy.deepcopy(base), config(base, init_weights=False))
+    if saved:
+        model.save_pretrained(tmp_path / "ability")
+        model = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ability", is_trainable=True)
     first = adapter_bytes(model)
+    trainer = dpo(model, tmp_path)
     trainer.train()
-    assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-7)
     assert_only_deltas_changed(model, base, first)
+    for name, tensor in adapter_bytes(model, "ref").items():
+        assert torch.equal(tensor, first[name.removesuffix("ref") + "default"]), name
 
 
 @pytest.mark.parametrize("ready", [False, True], ids=["configuration", "ready model"])

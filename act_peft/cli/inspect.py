@@ -46,6 +46,7 @@ def describe(path: Path) -> dict[str, Any]:
             "base": config.base_model_name_or_path,
             "donor": config.donor,
             "transfer_scale": config.transfer_scale,
+            "trainable": config.trainable,
             "density": config.density,
             "modules": config.adapted_modules or {},
         }
@@ -54,6 +55,7 @@ def describe(path: Path) -> dict[str, Any]:
         scores = ChannelScores.load(path)
         return {
             "kind": kind,
+            "score": scores.kind.value,
             "tokens": scores.num_tokens,
             "channels": sum(len(values) for values in scores.values()),
             "modules": {

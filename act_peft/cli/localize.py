@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
 from typing import Any
 
+from act_peft.cli.examples import batches_of
 from act_peft.cli.files import add_output, check_output_file, load_examples
 
 SUMMARY = "Score every channel by how differently base and donor answer, on examples of the ability."
@@ -51,6 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM
 
     from act_peft import localize
+    from act_peft.donors import is_adapter
 
     if arguments.device.startswith("cuda if"):
         arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -64,10 +65,21 @@ def run(arguments: argparse.Namespace) -> None:
         return AutoModelForCausalLM.from_pretrained(name, dtype=arguments.dtype).to(arguments.device)
 
     base = load(arguments.base)
-    data: dict[str, Any] = {name: _batches(base, dataset, arguments) for name, dataset in examples.items()}
+    data: dict[str, Any] = {
+        name: batches_of(
+            dataset,
+            base,
+            tokenizer=arguments.base,
+            batch_size=arguments.batch_size,
+            max_length=arguments.max_length,
+            assistant_only=arguments.assistant_only,
+            device=arguments.device,
+        )
+        for name, dataset in examples.items()
+    }
     scores = localize(
         base,
-        arguments.donor if _is_adapter(arguments.donor) else load(arguments.donor),
+        arguments.donor if is_adapter(arguments.donor) else load(arguments.donor),
         score=arguments.score,
         target_modules=arguments.target_modules,
         exclude_modules=arguments.exclude_modules,
@@ -88,38 +100,3 @@ def _check_datasets(arguments: argparse.Namespace) -> None:
         arguments.refuse("the following arguments are required: --dataset")
     if arguments.keep_dataset is not None and arguments.score != "attribution":
         arguments.refuse(f"argument --keep-dataset: not used with --score {arguments.score}")
-
-
-def _is_adapter(location: str) -> bool:
-    """Whether a folder or Hub id holds a PEFT adapter and no model beside it."""
-    from transformers.utils import cached_file
-    from transformers.utils.peft_utils import find_adapter_config_file
-
-    return find_adapter_config_file(location) is not None and (
-        cached_file(location, "config.json", _raise_exceptions_for_missing_entries=False) is None
-    )
-
-
-def _batches(base: Any, examples: Any, arguments: argparse.Namespace) -> Any:
-    """The examples as TRL tokenises and masks them for training."""
-    from transformers import AutoTokenizer
-    from trl import SFTConfig, SFTTrainer
-
-    with tempfile.TemporaryDirectory() as unused:  # TRL makes its folder, although nothing is saved there
-        settings = SFTConfig(
-            output_dir=unused,
-            per_device_train_batch_size=arguments.batch_size,
-            max_length=arguments.max_length,
-            assistant_only_loss=arguments.assistant_only,
-            use_cpu=arguments.device == "cpu",
-            bf16=False,
-            dataloader_pin_memory=False,
-            report_to="none",
-        )
-        tokenizing = SFTTrainer(
-            base,
-            args=settings,
-            train_dataset=examples,
-            processing_class=AutoTokenizer.from_pretrained(arguments.base),
-        )
-        return tokenizing.get_train_dataloader()

@@ -21,7 +21,7 @@ from act_peft.locations import is_local, local_folder
 from act_peft.parameters import ModelTensors, Parameters
 from act_peft.skeleton import load_config, tied_weights
 
-__all__ = ["Donor", "open_donor"]
+__all__ = ["Donor", "is_adapter", "open_donor"]
 
 
 def open_donor(

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from act_peft import ChannelScores, localize
 from act_peft.cli import main
-from act_peft.cli.localize import _is_adapter
 from act_peft.demo.family import BASE, DONOR
 from act_peft.demo.task import Split, rows
 from act_peft.demo.words import Language
+from act_peft.donors import is_adapter
 from act_peft.scores import ScoreKind
 
 pytestmark = [
@@ -55,8 +55,8 @@ def assert_close(got, expected):
 
 
 def test_an_adapter_as_donor(folder):
-    assert _is_adapter(str(folder / "lora"))
-    assert not _is_adapter(str(folder / "merged"))
+    assert is_adapter(str(folder / "lora"))
+    assert not is_adapter(str(folder / "merged"))
     scores = scores_of(folder, donor=folder / "lora")
     assert_close(scores, scores_of(folder, donor=folder / "merged"))
     assert "model.layers.0.mlp.up_proj" in scores
@@ -68,7 +68,7 @@ def test_a_whole_model_with_an_adapter_beside_it_is_a_model(folder):
     both = folder / "both"
     model.save_pretrained(both)
     PeftModel.from_pretrained(model, folder / "lora").save_pretrained(both)
-    assert not _is_adapter(str(both))
+    assert not is_adapter(str(both))
 
 
 def test_weights_need_no_examples(folder, capsys):
