@@ -22,12 +22,12 @@ README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the libraries below TRL
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")  # no accelerator
-def test_the_training_script_runs(tmp_path, monkeypatch):
+def test_the_training_scripts_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 1
-    dataset = Dataset.from_list(rows(Language.SPANISH, Split.TRAIN, count=16))
-    namespace = {"BASE": str(BASE), "DONOR": str(DONOR), "dataset": dataset}
+    assert len(blocks) == 2
+    ability, keep = (rows(language, Split.TRAIN, count=16) for language in (Language.SPANISH, Language.GERMAN))
+    namespace = {"BASE": str(BASE), "DONOR": str(DONOR), "dataset": Dataset.from_list(ability)}
     # TRL's default is bfloat16 on an accelerator, and these tests have none.
     block = blocks[0].replace('output_dir="training"', 'output_dir="training", use_cpu=True, report_to="none"')
     exec(compile(block, "README.md", "exec"), namespace)
@@ -35,6 +35,14 @@ def test_the_training_script_runs(tmp_path, monkeypatch):
     merged = namespace["merged"].float().eval()
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), "ability").eval()
     torch.testing.assert_close(loaded(ids).logits, merged(ids).logits, rtol=1e-4, atol=1e-4)
+
+    namespace |= {"base": AutoModelForCausalLM.from_pretrained(BASE), "both": Dataset.from_list([*ability, *keep])}
+    exec(compile(blocks[1], "README.md", "exec"), namespace)
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), "ability")
+    learned, stored = namespace["model"].state_dict(), loaded.state_dict()
+    assert learned.keys() == stored.keys()
+    assert all(torch.equal(stored[name], tensor) for name, tensor in learned.items())
+    assert loaded.peft_config["default"].trainable == "deltas"
 
 
 def test_the_commands_exist():
