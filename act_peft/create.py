@@ -12,6 +12,7 @@ from peft import PeftModelForCausalLM
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from act_peft.arithmetic import wide_dtype
@@ -40,6 +41,7 @@ def create_adapter(
     *,
     transfer_scale: float = 0.4,
     overwrite: bool = False,
+    show_progress: bool = False,
 ) -> None:
     """Make an ACT adapter from two checkpoints on disk.
 
@@ -59,6 +61,7 @@ def create_adapter(
         output_dir: the folder to write. It appears whole or not at all.
         transfer_scale: λ.
         overwrite: whether an older adapter at `output_dir` is replaced.
+        show_progress: show a progress bar, a step a module, if the error stream is a terminal.
 
     Raises:
         ActValueError, ActTypeError: no or damaged checkpoint; channels that do not fit the base; a donor of another
@@ -94,7 +97,9 @@ def create_adapter(
             indices = transfer.common(indices)
             tensors: dict[str, torch.Tensor] = {}
             records = {}
-            for name, rows, deltas in transfer.deltas(indices, transfer_scale=transfer_scale):
+            read = transfer.deltas(indices, transfer_scale=transfer_scale)
+            hidden = None if show_progress else True
+            for name, rows, deltas in tqdm(read, desc="transfer", total=len(indices), unit="module", disable=hidden):
                 prefix = f"base_model.model.{name}.{PREFIX}"
                 tensors |= {f"{prefix}{part}": delta for part, delta in _in_file_dtype(rows, deltas)}
                 tensors[f"{prefix}index"] = rows.index

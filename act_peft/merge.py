@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from act_peft.adapterfile import AdapterFolder, ModuleDelta
 from act_peft.arithmetic import ScaledDelta, merged_rows
@@ -46,6 +47,7 @@ def merge_checkpoint(
     *,
     weights: Sequence[float] | Mapping[str, float] | None = None,
     overwrite: bool = False,
+    show_progress: bool = False,
 ) -> None:
     """Merge ACT adapters into a checkpoint on disk and write a full one that plain transformers loads.
 
@@ -64,6 +66,7 @@ def merge_checkpoint(
         output_dir: the folder to write. It appears whole or not at all.
         weights: a factor for each adapter, in the order of `adapters` or by name; 1 by default.
         overwrite: whether an older checkpoint at `output_dir` is replaced.
+        show_progress: show a progress bar, a step a file, if the error stream is a terminal.
 
     Raises:
         ActValueError: no or damaged checkpoint or adapter, no weight for an adapter, a quantised tensor to change, no
@@ -95,7 +98,9 @@ def merge_checkpoint(
             if plan.untied:
                 _write_untied(checkpoint, plan, folder)
             with ThreadPoolExecutor(_WORKERS) as pool:
-                for _ in pool.map(lambda file: _write_file(checkpoint, plan, file, folder / file), checkpoint.files):
+                written = pool.map(lambda file: _write_file(checkpoint, plan, file, folder / file), checkpoint.files)
+                hidden = None if show_progress else True
+                for _ in tqdm(written, desc="merge", total=len(checkpoint.files), unit="file", disable=hidden):
                     pass  # an error ends the wait, and what has not begun is cancelled
             for source in sources:
                 note = _compare_base(checkpoint, source, plan)

@@ -32,6 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.output,
         weights=arguments.weight,
         overwrite=arguments.overwrite,
+        show_progress=True,
     )
     size = sum(file.stat().st_size for file in arguments.output.iterdir() if file.is_file())
     print(f"{arguments.output}: merged checkpoint, {size / 1e6:.1f} MB")

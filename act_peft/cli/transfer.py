@@ -33,6 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.output,
         transfer_scale=arguments.transfer_scale,
         overwrite=arguments.overwrite,
+        show_progress=True,
     )
     size = (arguments.output / "adapter_model.safetensors").stat().st_size
     print(f"{arguments.output}: adapter, {size / 1e6:.1f} MB")
