@@ -220,6 +220,16 @@ class ActModel(BaseTuner):
         with adapter_per_sample(self.model, names, adapters=self.peft_config, settings=kwargs):
             yield
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As in PEFT; if it was the only active adapter, the first of the others by name becomes active everywhere.
+
+        PEFT lets every layer choose among those that it has, and ACT adapters may lie on different modules.
+        """
+        was_alone = list(self.active_adapters) == [adapter_name]
+        super().delete_adapter(adapter_name)
+        if was_alone and self.peft_config:
+            self.set_adapter(min(self.peft_config))
+
     def set_scale(self, adapter: str, scale: float) -> None:
         """Multiply the contribution of one adapter by `scale` (1.0: as trained), merged or not. Not saved.
 

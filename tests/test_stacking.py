@@ -173,3 +173,19 @@ def test_impossible_factors_are_refused():
     with pytest.raises(ActValueError, match="got inf, expected a finite number"):
         layer.scale_layer(float("inf"))
     assert layer.act_delta_scale["default"] == 1.0
+
+
+def test_deleting_the_only_active_adapter_activates_the_same_other_one_everywhere():
+    base = build("llama")
+    tuned = get_peft_model(copy.deepcopy(base), ActConfig(channels={"q_proj": [0, 3]}, init_weights=False))
+    for name, module in (("one", "up_proj"), ("two", "q_proj")):
+        tuned.add_adapter(name, ActConfig(channels={module: [1, 2]}, init_weights=False))
+    with pytest.warns(UserWarning, match="Adapter default was active which is now deleted"):
+        tuned.delete_adapter("default")
+    assert tuned.active_adapters == ["one"]
+    for layer in layers_of(tuned).values():
+        assert layer.active_adapters == ["one"]
+    alone = get_peft_model(copy.deepcopy(base), ActConfig(channels={"up_proj": [1, 2]})).eval()
+    deltas = {n.replace(".one", ".default"): t for n, t in tuned.state_dict().items() if n.endswith(".one")}
+    alone.load_state_dict(deltas, strict=False)
+    assert torch.equal(tuned.eval()(batch()).logits, alone(batch()).logits)
