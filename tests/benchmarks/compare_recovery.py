@@ -1,0 +1,140 @@
+"""How much of a lost ability each method brings back, and at what price, on the tiny family.
+
+Spanish is to be recovered, German to be kept, English is what nobody trains on. Every method sees the same training
+problems of Spanish and German. Its settings are tried on the first `--screening` seeds, the best `--finalists` of them
+on all seeds, and the one with the best mean of ability and kept skill on validation problems (all seeds pooled) is
+reported on test problems. Results are cached, so that a second run costs nothing; families that `--families` lacks are
+trained first (about two minutes each).
+
+    python tests/benchmarks/compare_recovery.py --families /tmp/families --cache /tmp/recovery.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from recovery.families import ABILITY, KEPT, UNTOUCHED, Accuracies, Family
+from recovery.methods import METHODS, Budget, Setting
+
+from act_peft.errors import ActWarning
+
+Result = dict[str, Accuracies]  # "validation" and "test" -> language -> accuracy
+
+
+class Study:
+    """All methods on some families.
+
+    Args:
+        families: By seed.
+        budget: What every trained method may spend.
+        cache: A JSON file of results, read and extended.
+    """
+
+    def __init__(self, families: dict[int, Family], budget: Budget, cache: Path) -> None:
+        self.families, self.budget, self._cache = families, budget, cache
+        self._results: dict[str, Result] = json.loads(cache.read_text()) if cache.exists() else {}
+
+    def key(self, method: str, setting: Setting, seed: int) -> str:
+        """The name of one run in the cache."""
+        family = self.families[seed]
+        sizes = (family.examples, family.validation, family.test)
+        return json.dumps([method, setting, seed, asdict(self.budget), sizes], sort_keys=True)
+
+    def result(self, method: str, setting: Setting, seed: int) -> Result:
+        """What one run reaches, from the cache if it was run before."""
+        key, family = self.key(method, setting, seed), self.families[seed]
+        if key not in self._results:
+            start = time.process_time()
+            model = METHODS[method].build(family, self.budget, setting)
+            self._results[key] = {"validation": family.validate(model), "test": family.measure(model)}
+            self._results[key]["seconds"] = {"cpu": time.process_time() - start}
+            self._cache.write_text(json.dumps(self._results, indent=1))
+        return self._results[key]
+
+    def criterion(self, method: str, setting: Setting, seeds: Sequence[int]) -> float:
+        """Mean of ability and kept skill on validation problems, over the seeds."""
+        found = [self.result(method, setting, seed)["validation"] for seed in seeds]
+        return statistics.mean((f[ABILITY.value] + f[KEPT.value]) / 2 for f in found)
+
+    def choose(self, method: str, settings: Sequence[Setting], *, screening: int, finalists: int) -> Setting:
+        """The best setting of a method; test problems play no part."""
+        seeds = list(self.families)
+        best_first = sorted(settings, key=lambda s: -self.criterion(method, s, seeds[:screening]))
+        return max(best_first[:finalists], key=lambda s: self.criterion(method, s, seeds))
+
+    def row(self, method: str, setting: Setting, *, start: str, end: str) -> list[str]:
+        """One line of the table: mean and range over the seeds, on test problems.
+
+        Args:
+            method: Which.
+            setting: The chosen one.
+            start: The method whose model is the base.
+            end: The method whose model is the donor.
+        """
+        before, after, full = (
+            [self.result(name, chosen, seed)["test"] for seed in self.families]
+            for name, chosen in ((start, {}), (method, setting), (end, {}))
+        )
+        ability, kept, untouched = ([a[skill.value] for a in after] for skill in (ABILITY, KEPT, UNTOUCHED))
+        runs = list(zip(before, after, full, strict=True))
+        recovered = [(a[ABILITY.value] - b[ABILITY.value]) / (d[ABILITY.value] - b[ABILITY.value]) for b, a, d in runs]
+        lost = [b[KEPT.value] - a[KEPT.value] for b, a, _ in runs]
+        return [method, *(_with_range(values) for values in (ability, recovered, kept, lost, untouched))]
+
+
+def _with_range(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):.3f} ({min(values):.2f} to {max(values):.2f})"
+
+
+HEADER = ["method", "Spanish", "recovered share", "German", "German lost", "English (untouched)"]
+
+
+def main(argv: Sequence[str] | None = None) -> list[list[str]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", type=Path, required=True, help="holds family_seed<N>/{base,donor}")
+    parser.add_argument("--cache", type=Path, required=True, help="JSON file of results")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[4, 1, 0, 2, 3], help="the first are for screening")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--examples", type=int, default=300, help="training problems of each of the two skills")
+    parser.add_argument("--validation", type=int, default=300)
+    parser.add_argument("--test", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--row-steps", type=int, default=50)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--settings", type=int, default=None, help="try only the first settings of every method")
+    parser.add_argument("--screening", type=int, default=2, help="seeds on which every setting is tried")
+    parser.add_argument("--finalists", type=int, default=2, help="settings that are tried on all seeds")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore", ActWarning)  # relatives that drifted apart are what this is about
+
+    sizes = {"examples": args.examples, "validation": args.validation, "test": args.test}
+    families = {seed: Family.of_seed(seed, args.families, **sizes) for seed in args.seeds}
+    study = Study(families, Budget(args.steps, args.row_steps, args.batch_size), args.cache)
+    table = []
+    print(f"| {' | '.join(HEADER)} |\n|{'---|' * len(HEADER)}")
+    for method in args.methods:
+        settings = METHODS[method].settings[: args.settings]
+        chosen = study.choose(method, settings, screening=args.screening, finalists=args.finalists)
+        table.append([*study.row(method, chosen, start="base", end="donor"), _described(chosen)])
+        print(
+            f"| {' | '.join(table[-1][:-1])} |  <!-- {table[-1][-1]}, best of {len(settings)} settings -->", flush=True
+        )
+    return table
+
+
+def _described(setting: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value:.3g}" for name, value in setting.items()) or "no setting"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""The methods: what each does to a base, and the settings that are tried for it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+from act_peft import ActConfig, ChannelMask
+from act_peft.demo.words import Language
+from act_peft.scales import prune_channels, soft_threshold_
+from recovery.families import Encoded, Family
+from recovery.merging import with_dare, with_task_arithmetic, with_ties
+from recovery.training import Loop
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
+
+Setting = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every trained method may spend.
+
+    Attributes:
+        steps: Optimizer steps in all.
+        row_steps: How many of them fine-tune rows in the method that first learns scales.
+        batch_size: Examples in a step.
+    """
+
+    steps: int
+    row_steps: int
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Method:
+    """One line of the table.
+
+    Attributes:
+        build: (family, budget, setting) -> the finished model.
+        settings: Those that are tried.
+    """
+
+    build: Callable[[Family, Budget, Setting], Any]
+    settings: list[Setting]
+
+
+def grid(**choices: list[Any]) -> list[Setting]:
+    """Every combination of the choices."""
+    return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+
+
+# ------------------------------------------------------------------------------------------------------- channels ---
+
+
+def paper_mask(family: Family, density: float) -> ChannelMask:
+    """The top channels of all modules together, as in the paper."""
+    return family.activation_scores.top(density)
+
+
+def quota_mask(family: Family, density: float) -> ChannelMask:
+    """The same share of every module."""
+    return family.activation_scores.top(density, scope="module")
+
+
+def random_mask(family: Family, density: float) -> ChannelMask:
+    """As many channels of every module, drawn at random."""
+    generator = torch.Generator().manual_seed(0)
+    mask = quota_mask(family, density)
+    channels = {
+        name: torch.randperm(count, generator=generator)[: mask[name].numel()]
+        for name, count in mask.num_channels.items()
+    }
+    return ChannelMask.from_dict(channels, mask.num_channels)
+
+
+Select = Callable[[Family, float], ChannelMask]
+
+
+# -------------------------------------------------------------------------------------------------------- methods ---
+
+
+def transferred(family: Family, mask: ChannelMask, scale: float, *, trainable: str = "deltas") -> Any:
+    """The base with an ACT adapter that holds λ times the donor's difference."""
+    config = ActConfig(channels=mask, donor=family.donor_folder, transfer_scale=scale, trainable=trainable)
+    return get_peft_model(family.base(), config)
+
+
+def transfer(family: Family, budget: Budget, setting: Setting) -> Any:
+    """The paper's transfer, without any training."""
+    return transferred(family, paper_mask(family, setting["density"]), setting["scale"])
+
+
+def _examples(family: Family, setting: Setting) -> Mapping[Language, Encoded]:
+    return family.taught if setting.get("teachers") else family.training
+
+
+def row_fine_tune(select: Select) -> Callable[[Family, Budget, Setting], Any]:
+    """Transfer with one fixed λ, then a fine-tune of the selected rows."""
+
+    def build(family: Family, budget: Budget, setting: Setting) -> Any:
+        model = transferred(family, select(family, setting["density"]), setting["scale"])
+        Loop(budget.steps, setting["rate"], batch_size=budget.batch_size).run(model, _examples(family, setting))
+        return model
+
+    return build
+
+
+def lora(family: Family, budget: Budget, setting: Setting) -> Any:
+    """LoRA of rank 8 on every linear layer, the output layer included."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = get_peft_model(family.base(), LoraConfig(r=8, lora_alpha=16, target_modules=LINEAR))
+    loop = Loop(budget.steps, setting["rate"], setting["keep_share"], batch_size=budget.batch_size)
+    loop.run(model, _examples(family, setting))
+    return model
+
+
+def full_fine_tune(family: Family, budget: Budget, setting: Setting) -> Any:
+    """All parameters train."""
+    model = family.base()
+    loop = Loop(budget.steps, setting["rate"], setting["keep_share"], batch_size=budget.batch_size)
+    loop.run(model, _examples(family, setting))
+    return model
+
+
+def learned_scales(density: float, steps: Callable[[Budget], int]) -> Callable[[Family, Budget, Setting], Any]:
+    """One scale per channel on the donor's frozen difference, in [0, 1] and sparse."""
+
+    def build(family: Family, budget: Budget, setting: Setting) -> Any:
+        model = transferred(family, quota_mask(family, density), setting["init"], trainable="scales")
+        scales = [parameter for parameter in model.parameters() if parameter.requires_grad]  # nothing else trains
+
+        def sparsify(rate: float) -> None:
+            for values in scales:
+                soft_threshold_(values, rate * setting["l1"], bounds=(0.0, 1.0))
+
+        loop = Loop(steps(budget), setting["rate"], setting["keep_share"], batch_size=budget.batch_size)
+        loop.run(model, _examples(family, setting), sparsify)
+        return model
+
+    return build
+
+
+def scales_then_rows(family: Family, budget: Budget, setting: Setting) -> Any:
+    """Learned scales of all channels; those that stay get their rows fine-tuned."""
+    model = learned_scales(1.0, lambda budget: budget.steps - budget.row_steps)(family, budget, setting)
+    prune_channels(model, threshold=setting.get("threshold", 0.0))
+    loop = Loop(budget.row_steps, setting["row_rate"], setting["keep_share"], batch_size=budget.batch_size, seed=1)
+    loop.run(model, _examples(family, setting))
+    return model
+
+
+ROWS = [
+    {"density": 0.4, "scale": 0.3, "rate": 1e-3},
+    {"density": 0.4, "scale": 0.3, "rate": 5e-4},
+    {"density": 0.4, "scale": 0.3, "rate": 2e-3},
+    {"density": 0.2, "scale": 0.3, "rate": 1e-3},
+    {"density": 0.4, "scale": 0.2, "rate": 1e-3},
+    {"density": 0.2, "scale": 0.2, "rate": 5e-4},
+]
+LORA = [
+    {"rate": 2e-3, "keep_share": 1 / 2},
+    {"rate": 1e-3, "keep_share": 1 / 2},
+    {"rate": 4e-3, "keep_share": 1 / 2},
+    {"rate": 2e-3, "keep_share": 2 / 3},
+    {"rate": 1e-3, "keep_share": 2 / 3},
+    {"rate": 4e-3, "keep_share": 2 / 3},
+]
+FULL = [
+    {"rate": 5e-4, "keep_share": 1 / 2},
+    {"rate": 2.5e-4, "keep_share": 1 / 2},
+    {"rate": 1e-3, "keep_share": 1 / 2},
+    {"rate": 5e-4, "keep_share": 2 / 3},
+    {"rate": 2.5e-4, "keep_share": 2 / 3},
+    {"rate": 1.25e-4, "keep_share": 1 / 2},
+]
+SCALES = [
+    {"init": 0.2, "rate": 0.05, "l1": 0.1, "keep_share": 2 / 3},
+    {"init": 0.2, "rate": 0.05, "l1": 0.2, "keep_share": 1 / 2},
+    {"init": 0.2, "rate": 0.05, "l1": 0.1, "keep_share": 1 / 2},
+    {"init": 0.2, "rate": 0.02, "l1": 0.1, "keep_share": 1 / 2},
+    {"init": 0.2, "rate": 0.05, "l1": 0.2, "keep_share": 2 / 3},
+    {"init": 0.2, "rate": 0.05, "l1": 0.1, "keep_share": 3 / 4},
+]
+SCALES_AND_ROWS = [
+    {"init": 0.2, "rate": 0.05, "l1": 0.2, "keep_share": 1 / 2, "row_rate": 1e-3},
+    {"init": 0.2, "rate": 0.05, "l1": 0.2, "keep_share": 2 / 3, "row_rate": 1e-3},
+    {"init": 0.2, "rate": 0.05, "l1": 0.2, "keep_share": 2 / 3, "row_rate": 5e-4},
+    {"init": 0.2, "rate": 0.05, "l1": 0.2, "keep_share": 2 / 3, "row_rate": 1e-3, "threshold": 0.1},
+    {"init": 0.2, "rate": 0.05, "l1": 0.2, "keep_share": 1 / 2, "row_rate": 5e-4},
+    {"init": 0.2, "rate": 0.05, "l1": 0.1, "keep_share": 2 / 3, "row_rate": 5e-4, "threshold": 0.1},
+]
+TAUGHT_SCALES_AND_ROWS = [
+    {"init": 0.2, "rate": 0.05, "l1": 0.2, "keep_share": 2 / 3, "row_rate": 5e-4},
+    {"init": 0.2, "rate": 0.05, "l1": 0.2, "keep_share": 2 / 3, "row_rate": 1e-3},
+    {"init": 0.2, "rate": 0.05, "l1": 0.2, "keep_share": 1 / 2, "row_rate": 5e-4},
+    {"init": 0.2, "rate": 0.05, "l1": 0.2, "keep_share": 3 / 4, "row_rate": 1e-3},
+    {"init": 0.2, "rate": 0.05, "l1": 0.1, "keep_share": 2 / 3, "row_rate": 5e-4, "threshold": 0.1},
+    {"init": 0.2, "rate": 0.05, "l1": 0.05, "keep_share": 3 / 4, "row_rate": 5e-4, "threshold": 0.1},
+]
+
+
+def taught(settings: list[Setting]) -> list[Setting]:
+    """The same with the donor (on the ability) and the base (on the skill to keep) as teachers, in place of labels."""
+    return [{**setting, "teachers": True} for setting in settings]
+
+
+METHODS = {
+    "base": Method(lambda family, budget, setting: family.base(), [{}]),
+    "donor": Method(lambda family, budget, setting: family.donor(), [{}]),
+    "task arithmetic": Method(
+        lambda family, budget, setting: with_task_arithmetic(family, **setting),
+        grid(scale=[0.05, 0.1, 0.2, 0.35, 0.5, 0.6]),
+    ),
+    "TIES": Method(
+        lambda family, budget, setting: with_ties(family, **setting), grid(density=[0.3, 0.7], scale=[0.05, 0.15, 0.4])
+    ),
+    "DARE": Method(
+        lambda family, budget, setting: with_dare(family, **setting), grid(density=[0.7, 0.9], scale=[0.05, 0.1, 0.35])
+    ),
+    "ACT as in the paper, transfer only": Method(transfer, grid(density=[0.1, 0.3], scale=[0.1, 0.2, 0.4])),
+    "ACT as in the paper": Method(row_fine_tune(paper_mask), ROWS),
+    "ACT, share of every module": Method(row_fine_tune(quota_mask), ROWS),
+    "random channels": Method(row_fine_tune(random_mask), ROWS),
+    "LoRA, rank 8": Method(lora, LORA),
+    "full fine-tune": Method(full_fine_tune, FULL),
+    "learned scales": Method(learned_scales(1.0, lambda budget: budget.steps), SCALES),
+    "learned scales, top 40%": Method(learned_scales(0.4, lambda budget: budget.steps), SCALES),
+    "learned scales, pruned, rows": Method(scales_then_rows, SCALES_AND_ROWS),
+    "LoRA, rank 8, taught": Method(lora, taught(LORA)),
+    "full fine-tune, taught": Method(full_fine_tune, taught(FULL)),
+    "ACT, share of every module, taught": Method(row_fine_tune(quota_mask), taught(ROWS)),
+    "learned scales, taught": Method(learned_scales(1.0, lambda budget: budget.steps), taught(SCALES)),
+    "learned scales, pruned, rows, taught": Method(scales_then_rows, taught(TAUGHT_SCALES_AND_ROWS)),
+}
