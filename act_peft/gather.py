@@ -16,19 +16,21 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class GatheringWriter:
-    """A new file that is written from its beginning to its end; a context manager.
+    """A file that is written from a place to another, front to back; a context manager.
 
     Pieces are kept as they are and written many at a time: they must not change before the block ends.
 
     Args:
-        path: a file that does not exist yet.
+        path: a file that does not exist yet; with `start`, one that does.
+        start: where in the file to begin; several writers may fill different places.
 
     Raises:
         OSError: the system refuses.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._file = open(path, "xb", buffering=0)  # noqa: SIM115 (closed by `__exit__`)
+    def __init__(self, path: str | os.PathLike[str], *, start: int | None = None) -> None:
+        self._file = open(path, "xb" if start is None else "r+b", buffering=0)  # noqa: SIM115 (closed by `__exit__`)
+        self._file.seek(start or 0)
         self._pieces: list[memoryview] = []
         self._waiting = 0
 

@@ -12,10 +12,11 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,7 +37,8 @@ from act_peft.weighting import weighted_adapters
 _LEFT_OUT = ("*.index.json", "trainer_state.json", "adapter_config.json", "all_results.json", "*_results.json")
 _TEMPLATES = "additional_chat_templates"
 _SMALL_ROW = 64  # bytes; a tensor with shorter rows is copied before it is written, as are columns
-_WORKERS = 2  # files at a time: more of them wait for the same disk
+_WORKERS = 2  # parts at a time: more of them wait for the same disk
+_PART = 64 << 20  # bytes
 _SLACK = 1 << 20  # bytes kept free beyond what is written
 
 
@@ -66,7 +68,7 @@ def merge_checkpoint(
         output_dir: the folder to write. It appears whole or not at all.
         weights: a factor for each adapter, in the order of `adapters` or by name; 1 by default.
         overwrite: whether an older checkpoint at `output_dir` is replaced.
-        show_progress: show a progress bar, a step a file, if the error stream is a terminal.
+        show_progress: show a progress bar, a step a part of a file, if the error stream is a terminal.
 
     Raises:
         ActValueError: no or damaged checkpoint or adapter, no weight for an adapter, a quantised tensor to change, no
@@ -98,9 +100,10 @@ def merge_checkpoint(
             if plan.untied:
                 _write_untied(checkpoint, plan, folder)
             with ThreadPoolExecutor(_WORKERS) as pool:
-                written = pool.map(lambda file: _write_file(checkpoint, plan, file, folder / file), checkpoint.files)
+                jobs = list(_jobs(checkpoint, plan, folder))
+                written = pool.map(lambda job: job(), jobs)
                 hidden = None if show_progress else True
-                for _ in tqdm(written, desc="merge", total=len(checkpoint.files), unit="file", disable=hidden):
+                for _ in tqdm(written, desc="merge", total=len(jobs), unit="part", disable=hidden):
                     pass  # an error ends the wait, and what has not begun is cancelled
             for source in sources:
                 note = _compare_base(checkpoint, source, plan)
@@ -258,27 +261,53 @@ def _compare_base(checkpoint: Checkpoint, source: _Source, plan: _Plan) -> str |
 # -------------------------------------------------------------------------------------------------------- writing ---
 
 
-def _write_file(checkpoint: Checkpoint, plan: _Plan, file: str, target: Path) -> None:
-    """Write one file of the result from its beginning to its end: what changes, and what lies between as it is."""
-    shard = checkpoint.shard(file)
-    new = {key: source for key, source in plan.untied.items() if checkpoint.file_of(source) == file}
-    changed = [key for key in plan.changes if key in checkpoint and checkpoint.file_of(key) == file]
-    if not changed and not new:
-        copy_file(shard.path, target)
-        return
+def _jobs(checkpoint: Checkpoint, plan: _Plan, folder: Path) -> Iterator[Callable[[], None]]:
+    """What there is to write, in parts of about the same size that may run side by side."""
+    for file in checkpoint.files:
+        shard, target = checkpoint.shard(file), folder / file
+        new = {key: source for key, source in plan.untied.items() if checkpoint.file_of(source) == file}
+        changed = [key for key in plan.changes if key in checkpoint and checkpoint.file_of(key) == file]
+        changed.sort(key=lambda key: shard.info(key).start)
+        if not changed and not new:
+            yield partial(copy_file, shard.path, target)
+        elif new:  # another header, so everything lies elsewhere
+            yield partial(_write_grown, shard, plan, target, changed, new)
+        else:
+            with open(target, "xb") as empty:
+                empty.truncate(shard.size)
+            start, keys = 0, []
+            for key in changed:
+                keys.append(key)
+                stop = shard.info(key).stop
+                if stop - start >= _PART:
+                    yield partial(_write_part, shard, plan, target, keys, start, stop)
+                    start, keys = stop, []
+            yield partial(_write_part, shard, plan, target, keys, start, shard.size)
+
+
+def _write_part(shard: Shard, plan: _Plan, target: Path, keys: Sequence[str], start: int, stop: int) -> None:
+    """Write the bytes from `start` to `stop` of a file that has its size already."""
+    with GatheringWriter(target, start=start) as out:
+        _write_range(out, shard, plan, keys, start, stop)
+
+
+def _write_grown(shard: Shard, plan: _Plan, target: Path, keys: Sequence[str], new: Mapping[str, str]) -> None:
+    """Write a file that gets further tensors, at its end."""
     with GatheringWriter(target) as out:
-        position = 0
-        if new:
-            out.write(header_with(shard, new))
-            position = shard.data_start
-        for key in sorted(changed, key=lambda key: shard.info(key).start):
-            info = shard.info(key)
-            _write_bytes(out, shard, position, info.start)
-            _write_tensor(out, shard, key, plan.changes[key])
-            position = info.stop
-        _write_bytes(out, shard, position, shard.size)
+        out.write(header_with(shard, new))
+        _write_range(out, shard, plan, keys, shard.data_start, shard.size)
         for key, source in new.items():
             _write_tensor(out, shard, source, plan.changes.get(key))
+
+
+def _write_range(out: GatheringWriter, shard: Shard, plan: _Plan, keys: Sequence[str], start: int, stop: int) -> None:
+    """Write a range of a file's bytes: the tensors `keys` with their changes, and what lies between as it is."""
+    for key in keys:
+        info = shard.info(key)
+        _write_bytes(out, shard, start, info.start)
+        _write_tensor(out, shard, key, plan.changes[key])
+        start = info.stop
+    _write_bytes(out, shard, start, stop)
 
 
 def _write_bytes(out: GatheringWriter, shard: Shard, start: int, stop: int) -> None:

@@ -58,3 +58,12 @@ def test_an_error_inside_is_handed_on_and_a_file_that_exists_is_refused(tmp_path
         fail_inside(tmp_path / "f")
     with pytest.raises(FileExistsError, match="exists"):
         GatheringWriter(tmp_path / "f")
+
+
+def test_several_writers_fill_one_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(bytes(10))
+    for start, data in ((6, b"ghij"), (0, b"abc"), (3, b"def")):
+        with GatheringWriter(path, start=start) as out:
+            out.write(data)
+    assert path.read_bytes() == b"abcdefghij"

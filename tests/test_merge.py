@@ -39,6 +39,7 @@ def in_memory(base, adapters, weights=()):
 @pytest.fixture(params=[8 << 20, 100], ids=["one window", "many windows"])
 def _window(request, monkeypatch):
     monkeypatch.setattr(shards, "_WINDOW", request.param)
+    monkeypatch.setattr(merge, "_PART", request.param)  # many parts of a file, too
 
 
 @pytest.mark.usefixtures("_window")
