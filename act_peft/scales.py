@@ -49,7 +49,8 @@ class ScaleSparsityCallback(TrainerCallback):
     `report_to`) find them in `state.log_history`.
 
     Args:
-        l1: weight of the penalty, at least 0; 0 enforces the bounds alone.
+        l1: weight of the penalty, at least 0; 0 enforces the bounds alone. With Adam at a learning rate of 0.05 and a
+            hundred steps, 0.05 to 0.2 leave about half of the scales.
         bounds: the smallest and the greatest scale.
 
     Raises:

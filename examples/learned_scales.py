@@ -37,7 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--density", type=float, default=1.0, help="share of the channels that get a scale (1: all)")
     parser.add_argument("--exclude-modules", nargs="*", help="modules to leave out, for example embed_tokens")
     parser.add_argument("--transfer-scale", type=float, default=0.2, help="where the scales start (0.2)")
-    parser.add_argument("--l1", type=float, default=0.1, help="weight of the penalty that makes scales zero (0.1)")
+    parser.add_argument("--l1", type=float, default=0.2, help="weight of the penalty that makes scales zero (0.2)")
     parser.add_argument("--scale-steps", type=int, default=100, help="optimizer steps for the scales (100)")
     parser.add_argument("--scale-learning-rate", type=float, default=0.05, help="of the scales (0.05)")
     parser.add_argument("--row-steps", type=int, default=50, help="optimizer steps for the rows (50)")
