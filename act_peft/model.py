@@ -29,9 +29,6 @@ from act_peft.trainable import Trainable
 from act_peft.transfer import donor_for_model, fill_deltas
 from act_peft.twins import copy_adapter_, find_twin
 
-# PEFT before 0.21 has no hook between reading an adapter and dropping mismatched tensors.
-PEFT_ASKS_BEFORE_LOADING = hasattr(BaseTuner, "_remap_adapter_state_dict_for_load")
-
 
 class ActModel(BaseTuner):
     """An ACT adapter (arXiv 2601.09398) in a model: only selected channels carry deltas, and only they train.
@@ -344,8 +341,6 @@ class ActModel(BaseTuner):
     ) -> None:
         # torch calls this before any tensor below is copied: an adapter file is used as a whole or not at all.
         for adapter_name in list(self.peft_config):
-            if adapter_name in self._awaiting and not PEFT_ASKS_BEFORE_LOADING:
-                self._accept(adapter_name, state_dict, f"{prefix}model.", complete=True)
             self._accept(adapter_name, state_dict, f"{prefix}model.", complete=False)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
