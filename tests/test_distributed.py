@@ -15,20 +15,27 @@ sys.path.insert(0, {tests!r})
 import torch
 from peft import get_peft_model
 from tiny_data import build_tokenizer, prompt_completion
-from tiny_models import build, random_mask, state_bytes
+from tiny_models import build_relatives, random_mask, state_bytes
 from trl import SFTConfig, SFTTrainer
-from act_peft import ActConfig
+from act_peft import ActConfig, ScaleSparsityCallback, initialize_from_donor
 
 torch.set_num_threads(1)
-base = build("llama")
+base, donor = build_relatives("llama")
 before = state_bytes(base)
-model = get_peft_model(base, ActConfig(channels=random_mask(base, 0.3), task_type="CAUSAL_LM"))
+config = ActConfig(channels=random_mask(base, 0.3), trainable={trainable!r}, task_type="CAUSAL_LM")
+model = get_peft_model(base, config)
+callbacks = []
+if config.trainable == "scales":
+    initialize_from_donor(model, donor)
+    callbacks.append(ScaleSparsityCallback(l1=1.0))
 args = SFTConfig(
     output_dir={folder!r}, max_steps=2, per_device_train_batch_size=4 // int(os.environ.get("WORLD_SIZE", 1)),
     learning_rate=1e-2, lr_scheduler_type="constant", report_to="none", save_strategy="no", use_cpu=True, bf16=False,
     gradient_checkpointing=False, disable_tqdm=True, seed=0, optim="sgd", max_grad_norm=0.0,
 )
-trainer = SFTTrainer(model, args=args, train_dataset=prompt_completion(8), processing_class=build_tokenizer())
+trainer = SFTTrainer(
+    model, args=args, train_dataset=prompt_completion(8), processing_class=build_tokenizer(), callbacks=callbacks
+)
 trainer.train()
 model = trainer.accelerator.unwrap_model(trainer.model)
 assert state_bytes(model.get_base_model()) == before
@@ -38,9 +45,10 @@ torch.save(state, {folder!r} + f"/rank{{os.environ.get('RANK', 'alone')}}.pt")
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_trains(tmp_path):
+@pytest.mark.parametrize("trainable", ["deltas", "scales"])
+def test_two_processes_train_what_one_trains(tmp_path, trainable):
     script = tmp_path / "train.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), folder=str(tmp_path), trainable=trainable))
     launch = [
         sys.executable,
         "-W",
@@ -54,6 +62,10 @@ def test_two_processes_train_what_one_trains(tmp_path):
     subprocess.run([sys.executable, "-W", "ignore", str(script)], check=True, timeout=300)
     first, second, alone = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in ("0", "1", "alone"))
     assert any(tensor.is_floating_point() and tensor.abs().max() > 0 for tensor in alone.values())
+    if trainable == "scales":
+        scales = torch.cat([tensor for name, tensor in alone.items() if "channel_scale" in name])
+        assert float(scales.max()) < 0.4  # two proximal steps of 0.01 from 0.4, and two small gradients
+        assert len(scales.unique()) > 10
     for name, tensor in first.items():
         assert torch.equal(second[name], tensor), name
         torch.testing.assert_close(
