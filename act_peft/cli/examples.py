@@ -2,9 +2,39 @@
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from collections.abc import Iterable
 from typing import Any
+
+DEVICE = "cuda if there is one"
+
+
+def add_examples(parser: argparse.ArgumentParser, *, samples: int, batch_size: int) -> None:
+    """Add how examples are drawn and read, and how models are loaded for them.
+
+    Args:
+        parser: of the command.
+        samples: default of `--samples`.
+        batch_size: default of `--batch-size`.
+    """
+    parser.add_argument("--split", default="train", help="split of the datasets (train)")
+    parser.add_argument("--samples", type=int, default=samples, help=f"how many examples of each, drawn ({samples})")
+    parser.add_argument("--assistant-only", action="store_true", help="count the assistant's tokens only")
+    parser.add_argument("--batch-size", type=int, default=batch_size, help=f"examples at a time ({batch_size})")
+    parser.add_argument("--max-length", type=int, default=1024, help="tokens of an example (1024)")
+    parser.add_argument("--dtype", default="auto", help="dtype of the models (that of their checkpoints)")
+    parser.add_argument("--device", default=DEVICE, help="where the models run")
+    parser.add_argument("--seed", type=int, default=0, help="of the drawing (0)")
+
+
+def device_of(arguments: argparse.Namespace) -> str:
+    """The device that `--device` means."""
+    import torch
+
+    if arguments.device != DEVICE:
+        return str(arguments.device)
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def batches_of(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from act_peft.cli.examples import batches_of
+from act_peft.cli.examples import add_examples, batches_of, device_of
 from act_peft.cli.files import add_output, check_output_file, load_examples
 
 SUMMARY = "Score every channel by how differently base and donor answer, on examples of the ability."
@@ -29,16 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dataset", help="examples in one of TRL's formats: JSON(L) file, folder or Hub id")
     parser.add_argument("--keep-dataset", help="for attributions: examples of a skill to keep, of the same kinds")
-    parser.add_argument("--split", default="train", help="split of the datasets (train)")
-    parser.add_argument("--samples", type=int, default=1500, help="how many examples, drawn at random (1500)")
     parser.add_argument("--target-modules", nargs="+", metavar="NAME", help="only these modules")
     parser.add_argument("--exclude-modules", nargs="+", metavar="NAME", help="not these modules")
-    parser.add_argument("--assistant-only", action="store_true", help="count the assistant's tokens only")
-    parser.add_argument("--batch-size", type=int, default=4, help="examples at a time (4)")
-    parser.add_argument("--max-length", type=int, default=1024, help="tokens of an example (1024)")
-    parser.add_argument("--dtype", default="auto", help="dtype of both models (that of their checkpoints)")
-    parser.add_argument("--device", default="cuda if there is one", help="where both models run")
-    parser.add_argument("--seed", type=int, default=0, help="of the drawing (0)")
+    add_examples(parser, samples=1500, batch_size=4)
     add_output(parser, what="file of scores")
     parser.set_defaults(refuse=parser.error)
 
@@ -47,14 +40,12 @@ def run(arguments: argparse.Namespace) -> None:
     """Localize and print what was written."""
     _check_datasets(arguments)
     check_output_file(arguments.output, overwrite=arguments.overwrite)
-    import torch
     from transformers import AutoModelForCausalLM
 
     from act_peft import localize
     from act_peft.donors import is_adapter
 
-    if arguments.device.startswith("cuda if"):
-        arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
+    arguments.device = device_of(arguments)
     examples: dict[str, Any] = {
         name: load_examples(dataset, split=arguments.split, samples=arguments.samples, seed=arguments.seed)
         for name, dataset in (("dataloader", arguments.dataset), ("keep_dataloader", arguments.keep_dataset))

@@ -9,7 +9,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from act_peft.cli.examples import batches_of
+from act_peft.cli.examples import add_examples, batches_of, device_of
 from act_peft.cli.files import add_output, check_output_file, load_examples
 
 SUMMARY = "Try densities and transfer scales on held-out examples, without training, and recommend one of each."
@@ -34,8 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep-dataset", required=True, nargs="+", metavar="DATASET", help="held-out examples of each skill to keep"
     )
-    parser.add_argument("--split", default="train", help="split of the datasets (train)")
-    parser.add_argument("--samples", type=int, default=300, help="how many examples of each, drawn at random (300)")
     parser.add_argument("--densities", nargs="+", type=float, metavar="SHARE", help="shares of the channels to try")
     parser.add_argument("--scales", nargs="+", type=float, metavar="SCALE", help="transfer scales to try")
     parser.add_argument("--scope", choices=("global", "module"), default="global", help="what is ranked together")
@@ -44,14 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-drop", type=float, default=0.05, metavar="SHARE", help="accuracy that a kept skill may lose (0.05)"
     )
     parser.add_argument("--measure-donor", action="store_true", help="load the whole donor, and measure it as well")
-    parser.add_argument("--assistant-only", action="store_true", help="count the assistant's tokens only")
-    parser.add_argument("--batch-size", type=int, default=8, help="examples at a time (8)")
-    parser.add_argument("--max-length", type=int, default=1024, help="tokens of an example (1024)")
-    parser.add_argument("--dtype", default="auto", help="dtype of the models (that of their checkpoints)")
-    parser.add_argument("--device", default="cuda if there is one", help="where the models run")
-    parser.add_argument("--seed", type=int, default=0, help="of the drawing (0)")
     parser.add_argument("--figure", type=Path, metavar="PNG", help="picture to write")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    add_examples(parser, samples=300, batch_size=8)
     add_output(parser, what="JSON file of all numbers")
     parser.set_defaults(refuse=parser.error)
 
@@ -64,7 +57,6 @@ def run(arguments: argparse.Namespace) -> None:
     for path in (arguments.output, arguments.figure):
         if path is not None:
             check_output_file(path, overwrite=arguments.overwrite)
-    import torch
     from transformers import AutoModelForCausalLM
 
     from act_peft import ChannelScores, sweep
@@ -72,8 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     if arguments.figure is not None:
         check_matplotlib()
-    if arguments.device.startswith("cuda if"):
-        arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
+    arguments.device = device_of(arguments)
     scores = ChannelScores.load(arguments.scores)
 
     def load(name: str) -> Any:

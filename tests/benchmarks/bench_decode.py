@@ -19,27 +19,13 @@ import time
 from collections.abc import Callable
 
 import torch
+from bench_training_step import LINEAR, build_base
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import StaticCache
 
 from act_peft import ActConfig, ChannelMask
 
 METHODS = ("base", "act", "two act", "merged act", "lora")
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-def build_base(args: argparse.Namespace) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=args.hidden,
-        intermediate_size=args.hidden * 3,
-        num_hidden_layers=args.layers,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        vocab_size=args.vocabulary,
-        attn_implementation="sdpa",
-    )
-    return LlamaForCausalLM(config).to(args.device, getattr(torch, args.dtype)).eval().requires_grad_(False)
 
 
 def random_mask(model: torch.nn.Module, density: float, seed: int) -> ChannelMask:
@@ -51,7 +37,7 @@ def random_mask(model: torch.nn.Module, density: float, seed: int) -> ChannelMas
 
 
 def build(method: str, args: argparse.Namespace) -> torch.nn.Module:
-    base = build_base(args)
+    base = build_base(args).eval().requires_grad_(False)
     masks = [random_mask(base, args.density, seed) for seed in range(2)]
     if method == "base":
         return base

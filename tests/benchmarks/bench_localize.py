@@ -34,8 +34,8 @@ def build_model(args: argparse.Namespace, seed: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).to(device=args.device, dtype=getattr(torch, args.dtype)).eval()
 
 
-def build_batches(args: argparse.Namespace) -> list[dict[str, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(0)
+def build_batches(args: argparse.Namespace, seed: int = 0) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
     batches = []
     for _ in range(args.batches):
         ids = torch.randint(args.vocab, (args.batch_size, args.length), generator=generator)

@@ -12,30 +12,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-from collections.abc import Callable
 from operator import itemgetter
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from bench_localize import build_batches, build_model, measure
+from transformers import LlamaForCausalLM
 
 from act_peft import localize, sweep
 from act_peft.sweep import DENSITIES, SCALES
 
 TARGET = 1.1
-
-
-def build_model(args: argparse.Namespace, seed: int) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=args.vocab,
-        hidden_size=args.hidden,
-        intermediate_size=args.hidden * 11 // 4,
-        num_hidden_layers=args.layers,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-    )
-    return LlamaForCausalLM(config).to(device=args.device, dtype=getattr(torch, args.dtype)).eval()
 
 
 def build_pair(args: argparse.Namespace) -> tuple[LlamaForCausalLM, LlamaForCausalLM]:
@@ -45,26 +31,6 @@ def build_pair(args: argparse.Namespace) -> tuple[LlamaForCausalLM, LlamaForCaus
         for parameter in donor.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.01)
     return base, donor
-
-
-def build_batches(args: argparse.Namespace, seed: int) -> list[dict[str, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-    batches = []
-    for _ in range(args.batches):
-        ids = torch.randint(args.vocab, (args.batch_size, args.length), generator=generator)
-        labels = ids.clone()
-        labels[:, : round(args.length * (1 - args.counted))] = -100
-        batches.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
-    return batches
-
-
-def seconds(work: Callable[[], object], device: str) -> tuple[float, float]:
-    """Wall time and processor time of one run."""
-    wall, processor = time.perf_counter(), time.process_time()
-    work()
-    if device != "cpu":
-        torch.accelerator.synchronize()
-    return time.perf_counter() - wall, time.process_time() - processor
 
 
 def main() -> int:
@@ -98,11 +64,11 @@ def main() -> int:
     def whole() -> None:
         sweep(base, donor, scores, ability, keep, densities=args.densities, scales=args.scales, show_progress=False)
 
-    seconds(whole, args.device)
+    measure(whole, args.device)
     floors, sweeps = [], []
     for _ in range(args.repeats):
-        floors.append(seconds(bare, args.device))
-        sweeps.append(seconds(whole, args.device))
+        floors.append(measure(bare, args.device))
+        sweeps.append(measure(whole, args.device))
         print(f"sweep {sweeps[-1][0]:.2f} s, bare forward passes {floors[-1][0]:.2f} s")
     tokens = 2 * args.batches * args.batch_size * args.length
     print(f"{len(args.densities) * len(args.scales)} settings, {tokens} tokens, {args.dtype} on {args.device}")

@@ -6,7 +6,7 @@ on all seeds, and the one with the best mean of ability and kept skill on valida
 reported on test problems. Results are cached, so that a second run costs nothing; families that `--families` lacks are
 trained first (about two minutes each).
 
-    python tests/benchmarks/compare_recovery.py --families /tmp/families --cache /tmp/recovery.json
+    python tests/benchmarks/compare_recovery.py --families families --cache recovery.json
 """
 
 from __future__ import annotations

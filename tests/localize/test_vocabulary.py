@@ -82,7 +82,7 @@ def test_a_model_without_known_embeddings(pair, batches, monkeypatch):
     base, donor = pair()
 
     def unknown():
-        raise NotImplementedError
+        raise NotImplementedError("no embeddings")  # what transformers raises for a model that it finds none in
 
     expected = localize(base, donor, batches)
     monkeypatch.setattr(base, "get_input_embeddings", unknown)
