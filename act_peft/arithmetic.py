@@ -54,17 +54,17 @@ def wide_difference(donor: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
 
 
 def scaled_channels(rows: torch.Tensor, scales: torch.Tensor, dim: int) -> torch.Tensor:
-    """Every channel times its scale, in `wide_dtype` of both.
+    """Every channel times its scale, in `wide_dtype` of both, on the device of the scales.
 
     Args:
-        rows: K along axis `dim`.
+        rows: K along axis `dim`, on any device.
         scales: `[K]`.
         dim: axis of the channels.
     """
     wide = wide_dtype(rows.dtype, scales.dtype)
     shape = [1] * rows.dim()
     shape[dim] = -1
-    return rows.to(wide) * scales.to(wide).view(shape)
+    return rows.to(scales.device).to(wide) * scales.to(wide).view(shape)
 
 
 def factors(rows: torch.Tensor, max_rank: int | None) -> tuple[torch.Tensor, torch.Tensor, float]:

@@ -50,6 +50,9 @@ class ActConfig(PeftConfig):
         trainable: what trains. `"deltas"`: the selected rows. `"scales"`: one scale per channel, which starts at
             `transfer_scale`, on the donor's frozen difference. `"both"`: the scales and the rows that they multiply.
             See `ScaleSparsityCallback` and `prune_channels`.
+        offload_deltas: with `trainable="scales"`: the frozen differences stay in CPU memory, wherever the model goes,
+            and are copied to its device layer by layer, in the forward and again in the backward pass. For models
+            whose differences do not fit beside them; costs the time of these copies.
         density: selected channels / all channels of the mask; filled in by the library.
         adapted_modules: module name -> kind, number of channels, number of selected ones, fingerprint of their base
             rows; filled in by the library.
@@ -92,6 +95,9 @@ class ActConfig(PeftConfig):
         default=True, metadata={"help": "Zero (or the donor's difference) if True, random otherwise (for tests)."}
     )
     trainable: str = field(default="deltas", metadata={"help": "'deltas' (the selected rows), 'scales' or 'both'."})
+    offload_deltas: bool = field(
+        default=False, metadata={"help": "Keep the frozen differences of trainable='scales' in CPU memory."}
+    )
     density: float | None = field(
         default=None, metadata={"help": "Share of the channels that is selected; filled in by the library."}
     )
@@ -115,6 +121,11 @@ class ActConfig(PeftConfig):
         if not isinstance(self.transfer_scale, (int, float)) or not math.isfinite(self.transfer_scale):
             raise ActValueError(f"transfer_scale: got {self.transfer_scale!r}, expected a finite number")
         self.trainable = member_of(Trainable, self.trainable, "trainable").value
+        if self.offload_deltas and Trainable(self.trainable).trains_rows:
+            raise ActValueError(
+                f"offload_deltas: got True with trainable={self.trainable!r}, expected 'scales' (rows that train have "
+                "to be where the model is)"
+            )
         _check_record(self.adapted_modules)
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ActValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import MappingProxyType
 from typing import Any
 
@@ -18,7 +18,6 @@ from act_peft.config import ActConfig
 from act_peft.errors import ActLoadError, ActValueError
 from act_peft.layers import LAYER_CLASSES, ActLayer, Linear, remove_adapter
 from act_peft.layers.deltas import PREFIX
-from act_peft.layers.rows import ChannelRows
 from act_peft.layers.state import check_adapter_state
 from act_peft.loading import check_base, check_names
 from act_peft.masks import ChannelMask
@@ -26,7 +25,7 @@ from act_peft.mixed_batches import adapter_per_sample
 from act_peft.parameters import output_head
 from act_peft.plan import InjectionPlan, is_targeted, plan_channels, record, shared_weights
 from act_peft.trainable import Trainable
-from act_peft.transfer import donor_for_model, fill_deltas
+from act_peft.transfer import Transfer, donor_for_model, fill_deltas
 from act_peft.twins import copy_adapter_, find_twin
 
 
@@ -71,50 +70,51 @@ class ActModel(BaseTuner):
             indices = plan_channels(config, model, state_dict)
         else:
             indices = {name: layer.act_delta_index[twin] for name, layer in self._layers(twin).items()}
-        deltas = None
-        if twin is None and config.donor is not None and config.channels is not None and not config.from_file:
-            with donor_for_model(model, config.donor, indices, revision=config.donor_revision) as transfer:
+        with ExitStack() as stack:
+            transfer = None
+            if twin is None and config.donor is not None and config.channels is not None and not config.from_file:
+                transfer = stack.enter_context(
+                    donor_for_model(model, config.donor, indices, revision=config.donor_revision)
+                )
                 indices = transfer.common(indices)
-                scale = 1.0 if Trainable(config.trainable).has_scales else config.transfer_scale
-                deltas = {n: d for n, _, d in transfer.deltas(indices, transfer_scale=scale)}
-                transfer.warn(stacklevel=2)
-        self._plan = InjectionPlan(
-            indices=indices,
-            # Placeholders of tensors that a state dict will bring are created where PEFT creates those of the deltas.
-            device=torch.device("meta" if low_cpu_mem_usage and state_dict is not None else "cpu"),
-            shared_weights=shared_weights(model),
-            output_head=output_head(model),
-        )
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        try:
-            super().inject_adapter(
-                model,
-                adapter_name,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-                low_cpu_mem_usage=low_cpu_mem_usage,
-                state_dict=state_dict,
+            self._plan = InjectionPlan(
+                indices=indices,
+                # Placeholders of tensors that a state dict will bring are created where PEFT creates those of deltas.
+                device=torch.device("meta" if low_cpu_mem_usage and state_dict is not None else "cpu"),
+                shared_weights=shared_weights(model),
+                output_head=output_head(model),
             )
-            if twin is not None:
-                copy_adapter_(self._layers(adapter_name), twin, adapter_name)
-            elif config.channels is not None and state_dict is None:
-                self._fill(config, model, adapter_name, deltas)
-        except BaseException:
-            self._withdraw(model, adapter_name, trainable)
-            raise
-        finally:
-            del self._plan
+            trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            try:
+                super().inject_adapter(
+                    model,
+                    adapter_name,
+                    autocast_adapter_dtype=autocast_adapter_dtype,
+                    low_cpu_mem_usage=low_cpu_mem_usage,
+                    state_dict=state_dict,
+                )
+                if twin is not None:
+                    copy_adapter_(self._layers(adapter_name), twin, adapter_name)
+                elif config.channels is not None and state_dict is None:
+                    self._fill(config, model, adapter_name, transfer)
+            except BaseException:
+                self._withdraw(model, adapter_name, trainable)
+                raise
+            finally:
+                del self._plan
         config.name_targets(indices)
         if twin is None and (config.channels is None or state_dict is not None):
             self._awaiting = {**self._awaiting, adapter_name: trainable}
 
-    def _fill(
-        self, config: ActConfig, model: nn.Module, adapter_name: str, deltas: dict[str, ChannelRows] | None
-    ) -> None:
+    def _fill(self, config: ActConfig, model: nn.Module, adapter_name: str, transfer: Transfer | None) -> None:
         """Give a new adapter its deltas and its configuration the record of what it holds."""
         indices = self._plan.indices
         layers: dict[str, Any] = {name: model.get_submodule(name) for name in indices}
-        if deltas is not None:
+        if transfer is not None:
+            scale = 1.0 if Trainable(config.trainable).has_scales else config.transfer_scale
+            deltas = ((name, rows) for name, _, rows in transfer.deltas(indices, transfer_scale=scale))
             fill_deltas(layers, deltas, adapter_name=adapter_name)
+            transfer.warn(stacklevel=3)
         config.adapted_modules = {name: record(layer, indices[name]) for name, layer in layers.items()}
         if isinstance(config.channels, ChannelMask):
             selected = sum(index.numel() for index in indices.values())
@@ -147,6 +147,7 @@ class ActModel(BaseTuner):
             inference_mode=peft_config.inference_mode,
             trainable=Trainable(peft_config.trainable),
             transfer_scale=peft_config.transfer_scale,
+            offload=peft_config.offload_deltas,
         )
         if layer is not target:
             if adapter_name not in self.active_adapters:
@@ -191,6 +192,18 @@ class ActModel(BaseTuner):
     def _layers(self, adapter_name: str) -> dict[str, ActLayer]:
         modules = self.model.named_modules()
         return {n: m for n, m in modules if isinstance(m, ActLayer) and adapter_name in m.act_delta_index}
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What DistributedDataParallel asks the model that it wraps for (a `PeftModel` hands the question on).
+
+        Offloaded deltas are frozen, alike in every process, and not on the device that the others have to be on.
+        """
+        layers = [(n, m) for n, m in self.model.named_modules() if isinstance(m, ActLayer)]
+        offloaded = [
+            f"model.{name}.{parameter}" for name, layer in layers for parameter in layer.offloaded_parameters()
+        ]
+        return [*offloaded, *(f"base_model.{name}" for name in offloaded)]  # from here, and from a `PeftModel`
 
     @property
     def get_output_embeddings(self) -> Callable[[], nn.Module | None]:

@@ -171,7 +171,7 @@ def prune_channels(model: nn.Module, *, threshold: float = 0.0, adapter_name: st
             continue
         remove_adapter(base, name, adapter_name)
     left = {name: layer for name, layer in layers.items() if kept[name].numel()}
-    config.trainable = "deltas"
+    config.trainable, config.offload_deltas = "deltas", False
     config.density = None if config.density is None else config.density * share
     config.adapted_modules = {name: record(layer, layer.act_delta_index[adapter_name]) for name, layer in left.items()}
     config.name_targets(left)

@@ -70,7 +70,9 @@ def initialize_from_donor(
     index = {name: layer.act_delta_index[adapter_name] for name, layer in layers.items()}
     with donor_for_model(base_model(model), donor, index) as transfer:
         learned = Trainable(config.trainable).has_scales
-        deltas = {name: d for name, _, d in transfer.deltas(index, transfer_scale=1.0 if learned else scale)}
+        scaled = transfer.deltas(index, transfer_scale=1.0 if learned else scale)
+        # All of them before the first is written, each in the dtype and on the device of what it will overwrite.
+        deltas = [(name, layers[name].as_stored(adapter_name, rows)) for name, _, rows in scaled]
         transfer.warn(stacklevel=2)
     fill_deltas(layers, deltas, adapter_name=adapter_name)
     if learned:
@@ -238,16 +240,9 @@ def _plain(module: nn.Module) -> nn.Module:
 
 
 @skip_init_on_device  # inside `low_cpu_mem_usage` the deltas would be created on the meta device
-def fill_deltas(layers: Mapping[str, ActLayer], deltas: dict[str, ChannelRows], *, adapter_name: str) -> None:
-    """Write deltas into the layers, and let go of each when it is written."""
-    with torch.no_grad():
-        for name, layer in layers.items():
-            rows = deltas.pop(name)
-            for container, delta in ((layer.act_delta_weight, rows.weight), (layer.act_delta_bias, rows.bias)):
-                if delta is None:
-                    continue
-                parameter = container[adapter_name]
-                if parameter.device.type == "meta":
-                    container[adapter_name] = nn.Parameter(delta.to(parameter.dtype), parameter.requires_grad)
-                else:
-                    parameter.copy_(delta)
+def fill_deltas(
+    layers: Mapping[str, ActLayer], deltas: Iterable[tuple[str, ChannelRows]], *, adapter_name: str
+) -> None:
+    """Write deltas, given by the names of their modules, into the layers, each as it comes."""
+    for name, rows in deltas:
+        layers[name].write_deltas(adapter_name, rows)

@@ -45,6 +45,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=16, help="examples an update (16)")
     parser.add_argument("--micro-batch-size", type=int, default=4, help="examples at a time (4)")
     parser.add_argument("--max-length", type=int, default=1024, help="tokens of an example (1024)")
+    parser.add_argument("--offload", action="store_true", help="keep the donor's difference in CPU memory")
     parser.add_argument("--seed", type=int, default=0, help="(0)")
     arguments = parser.parse_args()
     if arguments.micro_batch_size < 1 or arguments.batch_size % arguments.micro_batch_size:
@@ -104,6 +105,7 @@ def main() -> None:
         donor=arguments.donor,
         transfer_scale=arguments.transfer_scale,
         trainable="scales",
+        offload_deltas=arguments.offload,
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(base, config)

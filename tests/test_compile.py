@@ -7,10 +7,10 @@ import copy
 import pytest
 import torch
 from peft import get_peft_model
-from tiny_models import batch, build, random_mask
+from tiny_models import batch, build, build_relatives, random_mask
 from torch._dynamo.utils import counters
 
-from act_peft import ActConfig
+from act_peft import ActConfig, initialize_from_donor
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # older name
 
@@ -100,6 +100,21 @@ def test_one_compiled_layer_is_one_graph(mode):
     for seed in range(3):
         x = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(seed))
         torch.testing.assert_close(run(x), layer(x))
+    assert graphs() == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's compiler does it
+def test_a_compiled_layer_with_offloaded_deltas_is_one_graph():
+    base, donor = build_relatives("llama")
+    config = ActConfig(channels=random_mask(base, 0.3), trainable="scales", offload_deltas=True)
+    tuned = get_peft_model(base, config)
+    initialize_from_donor(tuned, donor)
+    layer = tuned.get_base_model().model.layers[0].mlp.up_proj
+    scales, run = layer.act_delta_channel_scale["default"], compiled(layer)
+    for seed in range(3):
+        x = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(seed), requires_grad=True)
+        expected = torch.autograd.grad(layer(x).square().sum(), (x, scales))
+        torch.testing.assert_close(torch.autograd.grad(run(x).square().sum(), (x, scales)), expected)
     assert graphs() == 1
 
 

@@ -22,7 +22,9 @@ from act_peft import ActConfig, ScaleSparsityCallback, initialize_from_donor
 torch.set_num_threads(1)
 base, donor = build_relatives("llama")
 before = state_bytes(base)
-config = ActConfig(channels=random_mask(base, 0.3), trainable={trainable!r}, task_type="CAUSAL_LM")
+config = ActConfig(
+    channels=random_mask(base, 0.3), trainable={trainable!r}, offload_deltas={offload!r}, task_type="CAUSAL_LM"
+)
 model = get_peft_model(base, config)
 callbacks = []
 if config.trainable == "scales":
@@ -45,10 +47,11 @@ torch.save(state, {folder!r} + f"/rank{{os.environ.get('RANK', 'alone')}}.pt")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trainable", ["deltas", "scales"])
-def test_two_processes_train_what_one_trains(tmp_path, trainable):
+@pytest.mark.parametrize(("trainable", "offload"), [("deltas", False), ("scales", False), ("scales", True)])
+def test_two_processes_train_what_one_trains(tmp_path, trainable, offload):
     script = tmp_path / "train.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), folder=str(tmp_path), trainable=trainable))
+    settings = {"trainable": trainable, "offload": offload}
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), folder=str(tmp_path), **settings))
     launch = [
         sys.executable,
         "-W",

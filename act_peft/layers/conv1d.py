@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from act_peft.channels import ChannelKind
 from act_peft.layers.base import ActLayer
 from act_peft.layers.linear import changes_weight_only
+from act_peft.layers.streaming import streamed_linear
 
 
 class Conv1D(ActLayer):
@@ -23,7 +24,8 @@ class Conv1D(ActLayer):
     def change(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
         """See `ActLayer.change`."""
         weight = self.act_delta_weight[adapter_name]  # [I, K]
-        return F.linear(self._cast_input_dtype(x, weight.dtype), weight.T, self.act_delta_bias[adapter_name])
+        linear = streamed_linear if adapter_name in self._offloaded else F.linear
+        return linear(self._cast_input_dtype(x, weight.dtype), weight.T, self.act_delta_bias[adapter_name])
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """See `changes_weight_only`."""

@@ -12,10 +12,14 @@ from torch import nn
 
 from act_peft.arithmetic import scaled_channels, wide_dtype
 from act_peft.channels import ChannelKind, features, is_quantised
+from act_peft.layers.rows import ChannelRows
 from act_peft.layers.state import check_adapter_state
 from act_peft.trainable import Trainable
 
 PREFIX = "act_delta_"  # `act_` alone is part of the names of modules in half of all transformers models
+
+
+CPU = torch.device("cpu")
 
 
 def unknown_index(num_selected: int) -> torch.Tensor:
@@ -59,6 +63,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
         self._learns_scales: set[str] = set()  # adapters with learned scales
         self._frozen_rows: set[str] = set()  # those of them whose rows do not train
+        self._offloaded: set[str] = set()  # those of these whose weight's delta stays in CPU memory
         self._disable_adapters = False
         base = self.get_base_layer()
         self.in_features, self.out_features = features(base)
@@ -80,6 +85,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         inference_mode: bool = False,
         trainable: Trainable = Trainable.DELTAS,
         transfer_scale: float = 1.0,
+        offload: bool = False,
     ) -> None:
         """Give the layer an adapter.
 
@@ -91,6 +97,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             inference_mode: whether the deltas start frozen.
             trainable: what trains.
             transfer_scale: where learned scales start.
+            offload: whether the weight's delta, which must not train, stays in CPU memory.
         """
         base = self.get_base_layer()
         # A half precision delta would lose what distinguishes donor and base in training; PEFT's autocast rule asks
@@ -109,6 +116,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             self._learns_scales.add(adapter_name)
         if not trainable.trains_rows:
             self._frozen_rows.add(adapter_name)
+        if offload and not self.kind.is_norm:  # a norm's delta is as small as its scales
+            self._offloaded.add(adapter_name)
         self.act_delta_index[adapter_name] = index.clone()
         self.act_delta_scale[adapter_name] = 1.0
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -145,6 +154,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
     def _forget_scales(self, adapter_name: str) -> None:
         self._learns_scales.discard(adapter_name)
         self._frozen_rows.discard(adapter_name)
+        self._offloaded.discard(adapter_name)
 
     def fold_scales(self, adapter_name: str, kept: torch.Tensor) -> None:
         """Replace the deltas of an adapter by scale times delta of some of its channels; the scales go.
@@ -178,14 +188,20 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move the adapter to the base layer's device; its dtype stays, so that loading keeps every bit."""
         target = self.get_base_layer().weight.device if device is None else device
-        for container in (
-            self.act_delta_weight,
-            self.act_delta_bias,
-            self.act_delta_channel_scale,
-            self.act_delta_index,
-        ):
-            if adapter_name in container and container[adapter_name].device.type != "meta" and target.type != "meta":
-                container[adapter_name] = container[adapter_name].to(target)
+        for container in (self.act_delta_bias, self.act_delta_channel_scale, self.act_delta_index):
+            _move(container, adapter_name, target)
+        _move(self.act_delta_weight, adapter_name, CPU if adapter_name in self._offloaded else target)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> DeltaLayer:
+        # What `.to()`, `.cuda()`, `.half()` and the like come down to.
+        super()._apply(fn, recurse)
+        for adapter_name in self._offloaded:
+            _move(self.act_delta_weight, adapter_name, CPU)
+        return self
+
+    def offloaded_parameters(self) -> list[str]:
+        """Names of the parameters that stay in CPU memory wherever the model goes."""
+        return [f"act_delta_weight.{adapter_name}" for adapter_name in sorted(self._offloaded)]
 
     def cast_adapter(self, adapter_name: str) -> None:
         """Cast the deltas of one adapter to the base layer's dtype, in place; beside codes they stay as they are."""
@@ -213,6 +229,25 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             return rows
         dim = self.kind.channel_dim if part == "weight" else 0
         return scaled_channels(rows, self.act_delta_channel_scale[adapter_name], dim)
+
+    def as_stored(self, adapter_name: str, rows: ChannelRows) -> ChannelRows:
+        """Deltas in the dtype and on the device of the adapter's; on the CPU if those have no data yet."""
+        weight = self.act_delta_weight[adapter_name]
+        device = CPU if weight.device.type == "meta" else weight.device
+        bias = None if rows.bias is None else rows.bias.to(device, weight.dtype)
+        return ChannelRows(rows.index, rows.weight.to(device, weight.dtype), bias)
+
+    def write_deltas(self, adapter_name: str, rows: ChannelRows) -> None:
+        """Replace the deltas of an adapter; parameters without data get theirs."""
+        stored = self.as_stored(adapter_name, rows)
+        for container, delta in ((self.act_delta_weight, stored.weight), (self.act_delta_bias, stored.bias)):
+            if delta is None:
+                continue
+            parameter = container[adapter_name]
+            if parameter.device.type == "meta":
+                container[adapter_name] = nn.Parameter(delta, parameter.requires_grad)
+            else:
+                parameter.data.copy_(delta)
 
     def delta_dtype(self, adapter_name: str) -> torch.dtype:
         """Dtype of `delta`."""
@@ -259,3 +294,15 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
                 container[adapter_name] = nn.Parameter(
                     torch.zeros(shape, dtype=parameter.dtype, device=parameter.device), parameter.requires_grad
                 )
+
+
+def _move(container: nn.ParameterDict | BufferDict, adapter_name: str, target: torch.device) -> None:
+    """Move one tensor, unless it has no data or is to have none; what was frozen stays frozen."""
+    if adapter_name not in container or "meta" in (container[adapter_name].device.type, target.type):
+        return
+    tensor = container[adapter_name]
+    if tensor.device != target:
+        moved = tensor.detach().to(target)
+        container[adapter_name] = (
+            nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
+        )

@@ -22,12 +22,12 @@ class Embedding(ActLayer):
 
     def change(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
         """See `ActLayer.change`."""
-        base = self.get_base_layer()
+        base, weight = self.get_base_layer(), self.act_delta_weight[adapter_name]
         change = F.embedding(
-            x,
-            self.act_delta_weight[adapter_name],
+            x.to(weight.device),  # where the rows are; an offloaded delta is looked up in CPU memory
+            weight,
             padding_idx=base.padding_idx,
             scale_grad_by_freq=base.scale_grad_by_freq,
-        )  # [..., K]
+        ).to(x.device)  # [..., K]
         embed_scale = self._get_embed_scale()
         return change if embed_scale is None else change * embed_scale.to(change.dtype)

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from act_peft.channels import ChannelKind
 from act_peft.layers.base import ActLayer
+from act_peft.layers.streaming import streamed_linear
 
 
 class Linear(ActLayer):
@@ -29,7 +30,8 @@ class Linear(ActLayer):
         """See `ActLayer.change`."""
         weight = self.act_delta_weight[adapter_name]  # [K, I]
         bias = self.act_delta_bias.get(adapter_name)  # [K] or None
-        return F.linear(self._cast_input_dtype(x, weight.dtype), weight, bias)
+        linear = streamed_linear if adapter_name in self._offloaded else F.linear
+        return linear(self._cast_input_dtype(x, weight.dtype), weight, bias)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """See `changes_weight_only`."""
