@@ -8,6 +8,7 @@ from act_peft.config import ActConfig
 from act_peft.create import create_adapter
 from act_peft.errors import ActError, ActLoadError, ActTypeError, ActValueError, ActWarning
 from act_peft.export import export_lora
+from act_peft.keeping import KeepCallback
 from act_peft.localize import localize
 from act_peft.masks import ChannelMask
 from act_peft.merge import merge_checkpoint
@@ -30,6 +31,7 @@ __all__ = [
     "ActWarning",
     "ChannelMask",
     "ChannelScores",
+    "KeepCallback",
     "ScaleSparsityCallback",
     "__version__",
     "combine",

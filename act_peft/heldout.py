@@ -11,8 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from act_peft.errors import ActError, ActTypeError, ActValueError
-from act_peft.localize.answer_tokens import find_answer_tokens
-from act_peft.localize.batches import forward
+from act_peft.predictions import Predictions, find_predictions, logits_of
 
 # Logits that are made float32 together: what a CPU's cache holds, and where calls cost more than memory, 512 MB.
 _CPU_LOGITS, _LOGITS = 1 << 19, 1 << 27
@@ -30,16 +29,6 @@ class SkillResult:
 
     loss: float
     accuracy: float
-
-
-@dataclass(frozen=True)
-class _Predictions:
-    """One batch: the inputs, and which of its outputs `[B, T]`, flattened, should predict which tokens."""
-
-    inputs: Mapping[str, Any]
-    shape: tuple[int, int]
-    positions: torch.Tensor  # [N]
-    targets: torch.Tensor  # [N]
 
 
 class HeldOutData:
@@ -65,10 +54,10 @@ class HeldOutData:
     def __init__(self, dataloader: Iterable[Mapping[str, Any]], *, argument: str) -> None:
         if not isinstance(dataloader, Iterable):
             raise ActTypeError(f"{argument}: got {type(dataloader).__name__}, expected an iterable of batches")
-        self._batches: list[_Predictions] = []
+        self._batches: list[Predictions] = []
         for number, batch in enumerate(dataloader):
             try:
-                self._batches.append(_predictions(batch))
+                self._batches.append(find_predictions(batch))
             except ActError as error:
                 raise type(error)(f"{argument}: batch {number}: {error}") from error
         if not self._batches:
@@ -94,7 +83,7 @@ class HeldOutData:
         """
         losses, hits = [], []
         for batch in self._batches:
-            logits = _logits(model, batch)  # [B * T, V]
+            logits = logits_of(model, batch)  # [B * T, V]
             positions, targets = batch.positions.to(logits.device), batch.targets.to(logits.device)
             at_once = max((_CPU_LOGITS if logits.device.type == "cpu" else _LOGITS) // logits.shape[1], 1)
             for where, wanted in zip(positions.split(at_once), targets.split(at_once), strict=True):
@@ -108,42 +97,6 @@ class HeldOutData:
         return SkillResult(loss / self.num_tokens, int(torch.cat(hits).sum()) / self.num_tokens)
 
 
-def _predictions(batch: Mapping[str, Any]) -> _Predictions:
-    tokens = find_answer_tokens(batch)
-    encoder_decoder = batch.get("decoder_input_ids") is not None
-    prefix = "decoder_" if encoder_decoder else ""
-    labels, ids = batch.get("labels"), batch.get(f"{prefix}input_ids")
-    given = ids if labels is None else labels
-    if given is None:
-        raise ActValueError("got inputs_embeds without labels, expected labels (they say what is right)")
-    index, shape = tokens.index, (tokens.batch_size, tokens.length)
-    targets = given.cpu().flatten()[index]
-    if not (encoder_decoder and labels is not None):
-        mask = batch.get(f"{prefix}attention_mask")
-        seen = torch.ones(shape, dtype=torch.bool)
-        if mask is not None and mask.shape == shape:
-            seen &= mask.cpu() != 0
-        follows = index % tokens.length > 0
-        follows &= seen.flatten()[(index - 1).clamp(min=0)]
-        index, targets = index[follows] - 1, targets[follows]
-    if not index.numel():
-        raise ActValueError(
-            "got answer tokens at the first position of samples only, expected at least one that follows another token"
-        )
-    return _Predictions(batch, shape, index, targets)
-
-
-def _logits(model: nn.Module, batch: _Predictions) -> torch.Tensor:
-    logits = getattr(forward(model, batch.inputs), "logits", None)
-    if not isinstance(logits, torch.Tensor) or logits.dim() != 3 or tuple(logits.shape[:2]) != batch.shape:
-        got = list(logits.shape) if isinstance(logits, torch.Tensor) else "none"
-        raise ActValueError(
-            f"{type(model).__name__}: got logits {got}, expected [{batch.shape[0]}, {batch.shape[1]}, V] (take a "
-            "language model, such as AutoModelForCausalLM)"
-        )
-    return logits.flatten(0, 1)
-
-
-def _largest_token(batch: _Predictions) -> int:
+def _largest_token(batch: Predictions) -> int:
     ids = [batch.inputs.get(name) for name in ("input_ids", "decoder_input_ids")]
     return max(int(tokens.max()) for tokens in (*ids, batch.targets) if isinstance(tokens, torch.Tensor))

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from act_peft.errors import ActTypeError, ActValueError
 from act_peft.layers import ActLayer, remove_adapter
 from act_peft.plan import record
+from act_peft.trainerlogs import add_to_log
 from act_peft.transfer import adapter_layers, base_model
 
 _UNBOUNDED = (-math.inf, math.inf)
@@ -86,11 +87,7 @@ class ScaleSparsityCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Add density and mean to what is logged."""
-        figures = describe_scales(kwargs["model"])
-        if logs is not None:
-            logs.update(figures)
-        if state.log_history:
-            state.log_history[-1].update(figures)
+        add_to_log(describe_scales(kwargs["model"]), state=state, logs=logs)
 
 
 def describe_scales(model: nn.Module) -> dict[str, float]:

@@ -4,24 +4,25 @@
         --dataset ability.jsonl --keep-dataset keep.jsonl --output ability
 
     1. localize     which channels answer differently on the ability
-    2. learn        one scale in [0, 1] for each of them, on the ability and on what is to be kept; many become zero
+    2. learn        one scale in [0, 1] for each of them, on examples of the ability; many become zero
     3. prune        drop those; an ordinary small adapter is left
     4. fine-tune    its rows, briefly
 
-Both datasets are what TRL's SFTTrainer takes (`prompt` and `completion`, `messages`, or `text`): local JSON or JSONL
-files, local folders, or datasets on the Hub. Without examples of what is to be kept, the ability pushes it out.
+While scales and rows train, the answers of the base itself to other examples hold on to what is to be kept. Both
+datasets are what TRL's SFTTrainer takes (`prompt` and `completion`, `messages`, or `text`): local JSON or JSONL files,
+local folders, or datasets on the Hub.
 """
 
 import argparse
 from pathlib import Path
 
 import torch
-from datasets import Dataset, concatenate_datasets, load_dataset
+from datasets import Dataset, load_dataset
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from act_peft import ActConfig, ScaleSparsityCallback, localize, prune_channels
+from act_peft import ActConfig, KeepCallback, ScaleSparsityCallback, localize, prune_channels
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -37,19 +38,22 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--density", type=float, default=1.0, help="share of the channels that get a scale (1: all)")
     parser.add_argument("--exclude-modules", nargs="*", help="modules to leave out, for example embed_tokens")
     parser.add_argument("--transfer-scale", type=float, default=0.2, help="where the scales start (0.2)")
-    parser.add_argument("--l1", type=float, default=0.2, help="weight of the penalty that makes scales zero (0.2)")
-    parser.add_argument("--scale-steps", type=int, default=100, help="optimizer steps for the scales (100)")
+    parser.add_argument("--l1", type=float, default=0.1, help="weight of the penalty that makes scales zero (0.1)")
+    parser.add_argument("--keep-weight", type=float, default=3.0, help="of the kept answers in the loss (3)")
+    parser.add_argument("--scale-steps", type=int, default=150, help="optimizer steps for the scales (150)")
     parser.add_argument("--scale-learning-rate", type=float, default=0.05, help="of the scales (0.05)")
-    parser.add_argument("--row-steps", type=int, default=50, help="optimizer steps for the rows (50)")
+    parser.add_argument("--row-steps", type=int, default=75, help="optimizer steps for the rows (75)")
     parser.add_argument("--row-learning-rate", type=float, default=2e-5, help="of the rows (2e-5)")
-    parser.add_argument("--batch-size", type=int, default=16, help="examples an update (16)")
+    parser.add_argument("--batch-size", type=int, default=16, help="examples of the ability in an update (16)")
+    parser.add_argument("--keep-batch-size", type=int, default=48, help="examples to keep in an update (48)")
     parser.add_argument("--micro-batch-size", type=int, default=4, help="examples at a time (4)")
     parser.add_argument("--max-length", type=int, default=1024, help="tokens of an example (1024)")
     parser.add_argument("--offload", action="store_true", help="keep the donor's difference in CPU memory")
     parser.add_argument("--seed", type=int, default=0, help="(0)")
     arguments = parser.parse_args()
-    if arguments.micro_batch_size < 1 or arguments.batch_size % arguments.micro_batch_size:
-        parser.error("--batch-size must be a multiple of --micro-batch-size")
+    for size in ("batch_size", "keep_batch_size"):
+        if arguments.micro_batch_size < 1 or getattr(arguments, size) % arguments.micro_batch_size:
+            parser.error(f"--{size.replace('_', '-')} must be a multiple of --micro-batch-size")
     return arguments
 
 
@@ -68,7 +72,6 @@ def main() -> None:
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     dtype = torch.bfloat16 if bf16 else torch.float32
     ability, keep = (load_examples(name, arguments) for name in (arguments.dataset, arguments.keep_dataset))
-    both = concatenate_datasets([ability, keep]).shuffle(seed=arguments.seed)
     tokenizer = AutoTokenizer.from_pretrained(arguments.base)
     base = AutoModelForCausalLM.from_pretrained(arguments.base, dtype=dtype)
 
@@ -92,12 +95,15 @@ def main() -> None:
             model, args=settings, train_dataset=dataset, processing_class=tokenizer, callbacks=list(callbacks)
         )
 
-    # 1. Localize. This trainer only tokenises and masks, exactly as those that train.
-    donor = AutoModelForCausalLM.from_pretrained(arguments.donor, dtype=dtype)
-    tokenising = trainer(base, ability, steps=1, learning_rate=0.0)
-    donor.to(base.device)
-    scores = localize(base, donor, tokenising.get_train_dataloader(), exclude_modules=arguments.exclude_modules)
-    del donor, tokenising
+    # These trainers only tokenise and mask, exactly as those that train.
+    ability_dataloader, keep_dataloader = (
+        trainer(base, dataset, steps=1, learning_rate=0.0).get_train_dataloader() for dataset in (ability, keep)
+    )
+
+    # 1. Localize.
+    donor = AutoModelForCausalLM.from_pretrained(arguments.donor, dtype=dtype).to(base.device)
+    scores = localize(base, donor, ability_dataloader, exclude_modules=arguments.exclude_modules)
+    del donor
 
     # 2. Learn one scale per channel.
     config = ActConfig(
@@ -109,9 +115,12 @@ def main() -> None:
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(base, config)
+    keeping = KeepCallback(
+        keep_dataloader, arguments.keep_weight, arguments.keep_batch_size // arguments.micro_batch_size
+    )
     sparsity = ScaleSparsityCallback(arguments.l1, bounds=(0, 1))
     steps, rate = arguments.scale_steps, arguments.scale_learning_rate
-    trainer(model, both, steps=steps, learning_rate=rate, callbacks=[sparsity]).train()
+    trainer(model, ability, steps=steps, learning_rate=rate, callbacks=[keeping, sparsity]).train()
 
     # 3. Drop the channels that ended at zero.
     prune_channels(model)
@@ -119,7 +128,8 @@ def main() -> None:
 
     # 4. Make compatible: the rows of these channels train.
     if arguments.row_steps:
-        trainer(model, both, steps=arguments.row_steps, learning_rate=arguments.row_learning_rate).train()
+        steps, rate = arguments.row_steps, arguments.row_learning_rate
+        trainer(model, ability, steps=steps, learning_rate=rate, callbacks=[keeping]).train()
 
     model.save_pretrained(arguments.output)
     print(f"adapter: {arguments.output}")

@@ -35,7 +35,7 @@ def test_writes_a_pruned_adapter(tmp_path):
     done = start(
         *("--base", BASE, "--donor", DONOR, "--dataset", "es.jsonl", "--keep-dataset", "de.jsonl"),
         *("--output", tmp_path / "ability", "--exclude-modules", "embed_tokens", "--l1", 0.5, "--scale-steps", 15),
-        *("--row-steps", 3, "--samples", 20, "--batch-size", 8),
+        *("--row-steps", 3, "--samples", 20, "--batch-size", 8, "--keep-batch-size", 8),
         folder=tmp_path,
     )
     assert done.returncode == 0, done.stderr
@@ -55,8 +55,9 @@ def test_writes_a_pruned_adapter(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_batch_that_does_not_divide_is_refused(tmp_path):
+@pytest.mark.parametrize("size", ["--batch-size", "--keep-batch-size"])
+def test_a_batch_that_does_not_divide_is_refused(tmp_path, size):
     arguments = ("--base", BASE, "--donor", DONOR, "--dataset", "none", "--keep-dataset", "none", "--output", tmp_path)
-    done = start(*arguments, "--batch-size", 10, folder=tmp_path)
+    done = start(*arguments, size, 10, folder=tmp_path)
     assert done.returncode == 2
-    assert "--batch-size must be a multiple of --micro-batch-size" in done.stderr
+    assert f"{size} must be a multiple of --micro-batch-size" in done.stderr
