@@ -36,7 +36,7 @@ def test_the_training_scripts_run(tmp_path, monkeypatch):
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), "ability").eval()
     torch.testing.assert_close(loaded(ids).logits, merged(ids).logits, rtol=1e-4, atol=1e-4)
 
-    namespace |= {"base": AutoModelForCausalLM.from_pretrained(BASE), "both": Dataset.from_list([*ability, *keep])}
+    namespace |= {"base": AutoModelForCausalLM.from_pretrained(BASE), "keep_dataset": Dataset.from_list(keep)}
     exec(compile(blocks[1], "README.md", "exec"), namespace)
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), "ability")
     learned, stored = namespace["model"].state_dict(), loaded.state_dict()

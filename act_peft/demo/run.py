@@ -33,6 +33,7 @@ from act_peft.demo.surroundings import offline, one_thread, quiet
 from act_peft.demo.task import Row, Split, accuracy, rows
 from act_peft.demo.words import Language
 from act_peft.errors import ActError, ActValueError
+from act_peft.keeping import KeepCallback
 from act_peft.localize import localize
 from act_peft.masks import ChannelMask
 from act_peft.plots import check_matplotlib, plot_demo
@@ -65,6 +66,8 @@ class DemoSettings:
         scale_start: Where the learned scales start.
         scale_learning_rate: The first learning rate of the scales, which train for `steps` steps.
         l1: Weight of the penalty that makes scales zero.
+        keep_batch_size: How many examples of a step the base then teaches, of the skill to keep.
+        keep_weight: Weight of its answers in the loss.
         row_steps: Optimizer steps of the fine-tune of the rows that are left after them.
         row_learning_rate: Its first learning rate.
         problems: Test problems in each language, at most 500.
@@ -79,9 +82,11 @@ class DemoSettings:
     learning_rate: float = 2e-3
     scale_start: float = 0.2
     scale_learning_rate: float = 0.05
-    l1: float = 0.2
+    l1: float = 0.05
+    keep_batch_size: int = 48
+    keep_weight: float = 3.0
     row_steps: int = 50
-    row_learning_rate: float = 1e-3
+    row_learning_rate: float = 5e-4
     problems: int = 500
 
     def __post_init__(self) -> None:
@@ -180,6 +185,7 @@ class _Demo:
             accuracies[f"control: {name}"] = run_step(f"control: {name}", tuned, (), control)
         learned = {**localized, **problems, "steps": s.steps, "start": s.scale_start, "rate": s.scale_learning_rate}
         learned |= {"l1": s.l1, "row_steps": s.row_steps, "row_rate": s.row_learning_rate}
+        learned |= {"keep_batch_size": s.keep_batch_size, "keep_weight": s.keep_weight}
         accuracies["learned scales"] = run_step(
             "learned scales, pruned, fine-tuned", learned, ("learned",), lambda: self._learn(scores)
         )
@@ -227,11 +233,18 @@ class _Demo:
             task_type="CAUSAL_LM",
         )
         model = get_peft_model(self._model("base"), config)
-        scaling = self._trainer(model, self._examples(), learning_rate=s.scale_learning_rate)
+        ability, kept = (rows(skill, Split.TRAIN, count=s.examples) for skill in (ABILITY, KEPT))
+        keep_dataloader = self._trainer(self._model("base"), kept, batch_size=s.keep_batch_size).get_train_dataloader()
+        keeping = KeepCallback(keep_dataloader, s.keep_weight)
+        few = s.batch_size - s.keep_batch_size
+        scaling = self._trainer(model, ability, batch_size=few, learning_rate=s.scale_learning_rate)
+        scaling.add_callback(keeping)
         scaling.add_callback(ScaleSparsityCallback(s.l1))
         scaling.train()
         prune_channels(model)
-        self._trainer(model, self._examples(), steps=s.row_steps, learning_rate=s.row_learning_rate).train()
+        tuning = self._trainer(model, ability, batch_size=few, steps=s.row_steps, learning_rate=s.row_learning_rate)
+        tuning.add_callback(keeping)
+        tuning.train()
         with self._new_folder("learned") as folder:
             model.save_pretrained(folder)
         return _measure(model.eval(), self.tokenizer, s)
@@ -282,13 +295,19 @@ class _Demo:
             return model(input_ids=ids).logits
 
     def _trainer(
-        self, model: nn.Module, examples: list[Row], *, steps: int | None = None, learning_rate: float | None = None
+        self,
+        model: nn.Module,
+        examples: list[Row],
+        *,
+        batch_size: int | None = None,
+        steps: int | None = None,
+        learning_rate: float | None = None,
     ) -> SFTTrainer:
         s = self.settings
         with tempfile.TemporaryDirectory() as unused:  # TRL makes its folder, although nothing is saved there
             arguments = SFTConfig(
                 output_dir=unused,
-                per_device_train_batch_size=s.batch_size,
+                per_device_train_batch_size=s.batch_size if batch_size is None else batch_size,
                 max_steps=s.steps if steps is None else steps,
                 learning_rate=s.learning_rate if learning_rate is None else learning_rate,
                 lr_scheduler_type="linear",
