@@ -99,11 +99,13 @@ def spread(shape, seed):
 
 @dataclass(frozen=True)
 class Part:
-    """An adapter as plain data: a share of the channels, the size of its deltas, and a seed for both."""
+    """An adapter as plain data: a share of the channels, the size of its deltas, a seed for both, what trains."""
 
     density: float
     size: float
     seed: int
+    trainable: str = "deltas"
+    offload: bool = False
 
     def mask(self, model: nn.Module) -> ChannelMask:
         generator = torch.Generator().manual_seed(self.seed)
@@ -119,7 +121,14 @@ class Part:
 
 seeds = st.integers(0, 1000)
 factors = st.sampled_from([1.0, 0.0, -1.0, 0.5]) | st.floats(-2, 2)
-parts = st.builds(Part, density=st.sampled_from([0.3, 0.0, 0.7, 1.0]), size=st.sampled_from([0.1, 1.0]), seed=seeds)
+trained = st.sampled_from([("deltas", False), ("scales", False), ("scales", True), ("both", False)])
+parts = st.builds(
+    lambda trains, **drawn: Part(**drawn, trainable=trains[0], offload=trains[1]),
+    trained,
+    density=st.sampled_from([0.3, 0.0, 0.7, 1.0]),
+    size=st.sampled_from([0.1, 1.0]),
+    seed=seeds,
+)
 adapters = st.lists(parts, min_size=1, max_size=4)
 dtypes = st.sampled_from(DTYPES)
 layers = st.builds(
@@ -144,7 +153,12 @@ families = st.builds(
 
 def with_adapter(tuned, base: Base, name: str, part: Part, **options):
     """The model with one adapter more; `tuned` is None before the first."""
-    config = ActConfig(channels=part.mask(_built(base)), task_type=None if base.family is None else "CAUSAL_LM")
+    config = ActConfig(
+        channels=part.mask(_built(base)),
+        trainable=part.trainable,
+        offload_deltas=part.offload,
+        task_type=None if base.family is None else "CAUSAL_LM",
+    )
     if tuned is None:
         tuned = get_peft_model(base.build(), config, adapter_name=name, **options).eval()
     else:
@@ -155,6 +169,10 @@ def with_adapter(tuned, base: Base, name: str, part: Part, **options):
             if name in container:
                 delta = container[name].data
                 delta.copy_(torch.randn(delta.shape, generator=generator) * part.size)
+        if name in layer.act_delta_channel_scale:
+            scales = layer.act_delta_channel_scale[name].data
+            drawn = torch.rand(scales.shape, generator=generator) * 3 - 1
+            scales.copy_(drawn.clamp(min=0))  # a third of them exactly zero
     return tuned
 
 
@@ -214,8 +232,10 @@ class Oracle:
                 dense = torch.zeros_like(self.exact[module, part])
                 touched = torch.zeros(len(dense), dtype=torch.bool)
                 rows = by_channel(container[name].detach(), layer.kind, part)
+                scales = layer.act_delta_channel_scale.get(name)
                 for k, channel in enumerate(layer.act_delta_index[name].tolist()):
-                    dense[channel], touched[channel] = rows[k].double(), True
+                    scale = 1.0 if scales is None else scales[k].item()
+                    dense[channel], touched[channel] = rows[k].double() * scale, True
                 self.deltas[name][module, part] = dense, touched
 
     def sum(self, key, scales) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -248,7 +268,8 @@ class Oracle:
     def check_outputs(self, tuned, scales, seed: int) -> None:
         """Whether every adapted layer computes what the exact weights would, within the roundings of its dtype.
 
-        A base layer rounds its output, and so do each adapter's change and its addition; merging rounds the weight.
+        A base layer rounds its output, and so do each adapter's change, the product with learned scales, and its
+        addition; merging rounds the weight.
         Products and sums inside a layer are in float32 or wider.
         """
         for name, layer in layers_of(tuned).items():
@@ -273,7 +294,7 @@ class Oracle:
                 x, width = spread((4, weight.shape[1]), seed).to(dtype), weight.shape[1]
                 exact, magnitude = x.double() @ weight.T + bias, x.double().abs() @ size.T + bias_size
             wide = torch.finfo(torch.promote_types(dtype, torch.float32))
-            allowed = (terms + 2) * torch.finfo(dtype).eps * magnitude + torch.finfo(dtype).tiny
+            allowed = (2 * terms + 2) * torch.finfo(dtype).eps * magnitude + torch.finfo(dtype).tiny
             allowed = allowed + (2 * width + 3 * terms + 2) * wide.eps * (magnitude + lost)
             error = (output(layer, x).double() - exact).abs()
             assert (error <= allowed).all(), f"{name}: {float((error / allowed).max())} of what is allowed"
@@ -303,9 +324,10 @@ def by_channel(tensor, kind, part):
 
 def one_rounding(merged, size, *, terms):
     """How far a sum may be from the exact one: half a unit in its last place for the rounding to its own dtype, and
-    for each term three roundings (factor, product, sum) in the dtype in which it is added, float32 or wider.
+    for each term four roundings (learned scale, factor, product, sum) in the dtype in which it is added, which is
+    float32 or wider.
     """
     up = torch.nextafter(merged.abs(), torch.full_like(merged, float("inf")))
     wide = torch.promote_types(merged.dtype, torch.float32)
     unit = torch.finfo(wide).eps / 2 + torch.finfo(torch.float64).eps / 2  # the library's and the oracle's own
-    return (up.double() - merged.abs().double()) / 2 + 3 * terms * unit * size + torch.finfo(wide).tiny
+    return (up.double() - merged.abs().double()) / 2 + 4 * terms * unit * size + torch.finfo(wide).tiny

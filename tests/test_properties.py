@@ -37,7 +37,7 @@ from tiny_checkpoints import SHARD_SIZE
 from tiny_models import state_bytes
 from transformers import AutoModelForCausalLM
 
-from act_peft import ActConfig, ChannelMask, ChannelScores, combine, create_adapter, merge_checkpoint
+from act_peft import ActConfig, ChannelMask, ChannelScores, combine, create_adapter, merge_checkpoint, prune_channels
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{message}:UserWarning")
@@ -65,6 +65,7 @@ operations = st.one_of(
     st.tuples(st.just("activate"), which),
     st.tuples(st.just("delete"), st.integers(0, 3)),
     st.tuples(st.just("add"), parts),
+    st.tuples(st.just("prune"), st.integers(0, 3)),
     st.tuples(st.just("combine"), st.lists(factors, min_size=4, max_size=4)),
 )
 
@@ -130,6 +131,16 @@ class Walk:
         name = next(name for name in (*NAMES, "v", "u", *map(str, range(99))) if name not in self.scales)
         with_adapter(self.tuned, self.base, name, part)
         self.grown(name)
+
+    def prune(self, number):
+        name = list(self.scales)[number % len(self.scales)]
+        layers = [layer for layer in layers_of(self.tuned).values() if name in layer.act_delta_index]
+        learned = [layer.act_delta_channel_scale[name] for layer in layers if name in layer.act_delta_channel_scale]
+        if name in self.merged or not any(bool(scales.any()) for scales in learned):
+            return  # refused
+        prune_channels(self.tuned, adapter_name=name)
+        assert not any(name in layer.act_delta_channel_scale for layer in layers_of(self.tuned).values())
+        self.oracle.learn(self.tuned, name)  # folding rounds the product once
 
     def combine(self, weights):
         names = list(self.scales)[: len(weights)]
@@ -295,7 +306,7 @@ def test_saved_adapters_load_bit_for_bit(base, chosen, merged, scale, upcast):
             assert tuned.peft_config[name].adapted_modules == loaded.peft_config[name].adapted_modules
     for module, layer in layers_of(loaded).items():
         other = layers_of(tuned)[module]
-        for container in ("act_delta_weight", "act_delta_bias", "act_delta_index"):
+        for container in ("act_delta_weight", "act_delta_bias", "act_delta_channel_scale", "act_delta_index"):
             left, right = dict(getattr(layer, container)), dict(getattr(other, container))
             assert left.keys() == right.keys()
             assert all(t.dtype == right[n].dtype and torch.equal(raw(t), raw(right[n])) for n, t in left.items())
