@@ -51,8 +51,8 @@ class ActConfig(PeftConfig):
             `transfer_scale`, on the donor's frozen difference. `"both"`: the scales and the rows that they multiply.
             See `ScaleSparsityCallback` and `prune_channels`.
         offload_deltas: with `trainable="scales"`: the frozen differences stay in CPU memory, wherever the model goes,
-            and are copied to its device layer by layer, in the forward and again in the backward pass. For models
-            whose differences do not fit beside them; costs the time of these copies.
+            and are copied to its device layer by layer, in every forward and every backward pass. For models whose
+            differences do not fit beside them; costs the time of these copies. Ends with `prune_channels`.
         density: selected channels / all channels of the mask; filled in by the library.
         adapted_modules: module name -> kind, number of channels, number of selected ones, fingerprint of their base
             rows; filled in by the library.

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from act_peft.errors import ActError, ActTypeError, ActValueError
-from act_peft.predictions import Predictions, find_predictions, logits_of
+from act_peft.localize.predictions import Predictions, find_predictions, logits_of
 
 # Logits that are made float32 together: what a CPU's cache holds, and where calls cost more than memory, 512 MB.
 _CPU_LOGITS, _LOGITS = 1 << 19, 1 << 27

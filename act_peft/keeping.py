@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import TrainerCallback
 
 from act_peft.errors import ActError, ActTypeError, ActValueError
-from act_peft.predictions import Predictions, find_predictions, logits_of
+from act_peft.localize.predictions import Predictions, find_predictions, logits_of
 from act_peft.trainerlogs import add_to_log
 
 
@@ -31,7 +32,12 @@ class KeepCallback(TrainerCallback):
     right answers do, so fewer examples hold on to more. The labels only say which tokens count. Costs one forward
     pass without gradients and one forward and backward pass with, each on one batch a step.
 
+    For language models with any PEFT method whose adapters leave the base as it is when they are off. With several
+    adapters the base is the model without all of them. A resumed training goes on with the batch that it would have
+    come to.
+
     Every log of the Trainer gets `keep_divergence`: the mean divergence since the last log, in nats a token.
+    Callbacks that the Trainer calls before this one (those of `report_to`) find it in `state.log_history`.
 
     Args:
         keep_dataloader: batches (dicts) that the model accepts, as for `localize`; begun again whenever it ends. With
@@ -43,8 +49,9 @@ class KeepCallback(TrainerCallback):
     Raises:
         ActTypeError: no iterable of batches.
         ActValueError: a weight that is not a finite number above 0, fewer than one batch. When the training begins:
-            a model without adapters to switch off, float16 with a scaled loss, DeepSpeed, FSDP. While it runs: no
-            batch, a batch without an answer token.
+            a model without adapters to switch off, prompt learning, trained biases of the base; float16 with a scaled
+            loss, DeepSpeed, FSDP. While it runs: no batch, a batch without an answer token, a model without logits, a
+            divergence that is not finite.
     """
 
     def __init__(
@@ -61,7 +68,10 @@ class KeepCallback(TrainerCallback):
             raise ActValueError(f"batches_per_step: got {batches_per_step!r}, expected a number from 1 on")
         self.weight = float(weight)
         self.batches_per_step = batches_per_step
-        self._batches = _endless(keep_dataloader)
+        self._dataloader = keep_dataloader
+        self._batches: Iterator[Mapping[str, Any]] | None = None
+        self._number = 0  # of the next batch in this round through the data
+        self._drawn = 0  # batches in all
         self._divergences: list[torch.Tensor] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -72,21 +82,31 @@ class KeepCallback(TrainerCallback):
                 f"KeepCallback: got {type(model).__name__}, expected a PeftModel, whose adapters can be switched off "
                 "(get_peft_model(model, ActConfig(...)))"
             )
-        for setting in ("fp16", "deepspeed", "fsdp"):
-            if getattr(args, setting, None):
+        for name, config in model.peft_config.items():
+            trained_biases = getattr(config, "bias", "none")
+            if config.is_prompt_learning or trained_biases != "none":
+                what = f"bias={trained_biases!r}" if trained_biases != "none" else str(config.peft_type.value)
                 raise ActValueError(
-                    f"KeepCallback: got {setting}={getattr(args, setting)!r}, expected bf16 or float32, on one device "
-                    "or with DistributedDataParallel (gradients are added outside the Trainer's own backward pass)"
+                    f"KeepCallback: got adapter {name!r} with {what}, expected one that leaves the base and its "
+                    "outputs' shape as they are when it is off (LoRA with bias='none', ACT)"
                 )
+        reason = _other_backward(model, kwargs["optimizer"])
+        if reason is not None:
+            raise ActValueError(
+                f"KeepCallback: got {reason}, expected bf16 or float32, on one device or with DistributedDataParallel "
+                "(its gradient is added outside the Trainer's own backward pass)"
+            )
+        while self._drawn < state.global_step * self.batches_per_step:  # a resumed training
+            self._next()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put the gradient where those of the Trainer's batches will be added."""
         model = kwargs["model"]
         for _ in range(self.batches_per_step):
-            batch = next(self._batches)
+            batch = self._predictions()
             wanted = _answers_of_base(model, batch)
             model.train()
-            divergence = F.kl_div(_log_probabilities(model, batch), wanted, reduction="batchmean", log_target=True)
+            divergence = _divergence(wanted, _log_probabilities(model, batch))
             (self.weight / self.batches_per_step * divergence).backward()
             self._divergences.append(divergence.detach())
 
@@ -97,27 +117,44 @@ class KeepCallback(TrainerCallback):
             self._divergences.clear()
             add_to_log(figures, state=state, logs=logs)
 
+    def _predictions(self) -> Predictions:
+        batch, number = self._next(), self._number - 1
+        try:
+            return find_predictions(batch)
+        except ActError as error:
+            raise type(error)(f"keep_dataloader: batch {number}: {error}") from error
 
-def _endless(dataloader: Iterable[Mapping[str, Any]]) -> Iterator[Predictions]:
-    while True:
-        number = -1
-        for number, batch in enumerate(dataloader):
-            try:
-                predictions = find_predictions(batch)
-            except ActError as error:
-                raise type(error)(f"keep_dataloader: batch {number}: {error}") from error
-            yield predictions
-        if number < 0:
-            raise ActValueError(
-                "keep_dataloader: got no batch, expected at least one, again and again (is the dataset empty, or a "
-                "generator already used up?)"
-            )
+    def _next(self) -> Mapping[str, Any]:
+        """The next batch, the first again after the last."""
+        for _ in range(2):
+            if self._batches is None:
+                self._batches, self._number = iter(self._dataloader), 0
+            for batch in self._batches:
+                self._number += 1
+                self._drawn += 1
+                return batch
+            self._batches = None
+        raise ActValueError(
+            "keep_dataloader: got no batch, expected at least one, again and again (is the dataset empty, or a "
+            "generator already used up?)"
+        )
 
 
 def _answers_of_base(model: PeftModel, batch: Predictions) -> torch.Tensor:
     model.eval()
     with torch.no_grad(), _same_gradients(model), model.disable_adapter():
         return _log_probabilities(model, batch)
+
+
+def _other_backward(model: nn.Module, optimizer: Any) -> str | None:
+    """Why gradients that are added to those of the model's parameters would not be what the optimizer works with."""
+    if getattr(optimizer, "scaler", None) is not None:
+        return "float16 with a scaled loss"
+    training = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if any(isinstance(parameter, DTensor) or id(parameter) not in held for parameter in training):
+        return "an optimizer of other parameters than the model's (DeepSpeed, FSDP)"
+    return None
 
 
 @contextmanager
@@ -129,6 +166,22 @@ def _same_gradients(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, required in trains:
             parameter.requires_grad_(required)
+
+
+def _divergence(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """Mean over N of KL(wanted || found), of log-probabilities `[N, V]`; what the base excludes (-inf) counts nothing.
+
+    Raises:
+        ActValueError: it is not finite.
+    """
+    terms = F.kl_div(found, wanted, reduction="none", log_target=True).masked_fill(wanted.isneginf(), 0.0)
+    divergence = terms.sum() / len(wanted)
+    if not torch.isfinite(divergence):
+        raise ActValueError(
+            f"KeepCallback: the divergence from the base's answers is {float(divergence.detach())}, expected a finite "
+            "number (did the training diverge? try a lower learning rate)"
+        )
+    return divergence
 
 
 def _log_probabilities(model: nn.Module, batch: Predictions) -> torch.Tensor:

@@ -113,7 +113,7 @@ class ActModel(BaseTuner):
         if transfer is not None:
             scale = 1.0 if Trainable(config.trainable).has_scales else config.transfer_scale
             deltas = ((name, rows) for name, _, rows in transfer.deltas(indices, transfer_scale=scale))
-            fill_deltas(layers, deltas, adapter_name=adapter_name)
+            fill_deltas(layers, deltas, adapter_name=adapter_name, transfer_scale=config.transfer_scale)
             transfer.warn(stacklevel=3)
         config.adapted_modules = {name: record(layer, indices[name]) for name, layer in layers.items()}
         if isinstance(config.channels, ChannelMask):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from typing import Any, cast
@@ -60,30 +61,48 @@ class ScaleSparsityCallback(TrainerCallback):
     """
 
     def __init__(self, l1: float, bounds: tuple[float, float] = (0.0, 1.0)) -> None:
-        if not isinstance(l1, (int, float)) or not 0 <= l1 < math.inf:
+        if not _is_number(l1) or not 0 <= l1 < math.inf:
             raise ActValueError(f"l1: got {l1!r}, expected a finite number from 0 on")
-        if not isinstance(bounds, (tuple, list)) or len(bounds) != 2 or not bounds[0] < bounds[1]:
+        two = isinstance(bounds, (tuple, list)) and len(bounds) == 2 and all(_is_number(bound) for bound in bounds)
+        if not two or not bounds[0] < bounds[1]:
             raise ActValueError(f"bounds: got {bounds!r}, expected two ascending numbers, such as (0, 1)")
         self.l1 = float(l1)
         self.bounds = (float(bounds[0]), float(bounds[1]))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check that there is something to do, before the first step."""
-        if not any(scales.requires_grad for _, scales in _scales(kwargs["model"])):
+        training = [
+            (layer, name) for layer, name in _adapters(kwargs["model"]) if _scales_of(layer, name).requires_grad
+        ]
+        if not training:
             raise ActValueError(
                 "ScaleSparsityCallback: no scale trains, expected a model with ActConfig(trainable='scales') or 'both'"
+            )
+        rows = [layer.act_delta_weight[name] for layer, name in training]
+        if not any(weight.requires_grad or bool(weight.any()) for weight in rows):
+            raise ActValueError(
+                "ScaleSparsityCallback: all frozen differences are zero, expected those of a donor "
+                "(ActConfig(donor=...), or initialize_from_donor)"
             )
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Threshold and bounds, after the optimizer has made its step and before the learning rate changes."""
+        optimizer = kwargs["optimizer"]
+        if getattr(optimizer, "step_was_skipped", False):  # gradients that overflowed in float16
+            return
         rates = {
-            id(parameter): float(group["lr"])
-            for group in kwargs["optimizer"].param_groups
-            for parameter in group["params"]
+            id(parameter): float(group["lr"]) for group in optimizer.param_groups for parameter in group["params"]
         }
-        for _, scales in _scales(kwargs["model"]):
-            if scales.requires_grad:
-                soft_threshold_(scales, rates.get(id(scales), 0.0) * self.l1, bounds=self.bounds)
+        for layer, name in _adapters(kwargs["model"]):
+            scales = _scales_of(layer, name)
+            if not scales.requires_grad:
+                continue
+            if id(scales) not in rates:
+                raise ActValueError(
+                    "ScaleSparsityCallback: the optimizer has none of the scales, expected the model's own parameters "
+                    "in it (one device or DistributedDataParallel; DeepSpeed and FSDP train copies)"
+                )
+            soft_threshold_(scales, rates[id(scales)] * self.l1, bounds=self.bounds)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Add density and mean to what is logged."""
@@ -93,7 +112,8 @@ class ScaleSparsityCallback(TrainerCallback):
 def describe_scales(model: nn.Module) -> dict[str, float]:
     """Density and mean of the scales of a model that train: `scale_density`, `scale_mean`, `scale_density/KIND`."""
     groups: dict[str, list[torch.Tensor]] = {}
-    for layer, scales in _scales(model):
+    for layer, name in _adapters(model):
+        scales = _scales_of(layer, name)
         if scales.requires_grad:
             groups.setdefault(layer.kind.value.replace(" ", "_"), []).append(scales.detach().flatten().float().cpu())
     if not groups:
@@ -107,11 +127,20 @@ def _density(scales: torch.Tensor) -> float:
     return float((scales != 0).float().mean())
 
 
-def _scales(model: nn.Module) -> Iterator[tuple[ActLayer, nn.Parameter]]:
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _adapters(model: nn.Module) -> Iterator[tuple[ActLayer, str]]:
+    """The layers with learned scales, each with the names of the adapters that have them."""
     for module in model.modules():
         if isinstance(module, ActLayer):
-            for scales in module.act_delta_channel_scale.values():
-                yield module, scales
+            for name in module.act_delta_channel_scale:
+                yield module, name
+
+
+def _scales_of(layer: ActLayer, adapter_name: str) -> nn.Parameter:
+    return cast(nn.Parameter, layer.act_delta_channel_scale[adapter_name])
 
 
 def prune_channels(model: nn.Module, *, threshold: float = 0.0, adapter_name: str = "default") -> None:
@@ -129,11 +158,11 @@ def prune_channels(model: nn.Module, *, threshold: float = 0.0, adapter_name: st
         adapter_name: name of the adapter.
 
     Raises:
-        ActValueError: no such adapter, one without scales or that is merged, a threshold that is negative, or one
-            above every scale. Nothing is changed then.
+        ActValueError: no such adapter, one without scales or that is merged, scales that are not finite, a threshold
+            that is negative, or one above every scale. Nothing is changed then.
         ActTypeError: a threshold that is no number.
     """
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
+    if not _is_number(threshold):
         raise ActTypeError(f"threshold: got {threshold!r:.80}, expected a number from 0 on")
     if not 0 <= threshold < math.inf:
         raise ActValueError(f"threshold: got {threshold}, expected a number from 0 on")
@@ -149,6 +178,12 @@ def prune_channels(model: nn.Module, *, threshold: float = 0.0, adapter_name: st
         raise ActValueError(
             f"{merged[0]}: adapter {adapter_name!r} is merged, expected an unmerged one (unmerge first)"
         )
+    broken = [n for n, layer in layers.items() if not torch.isfinite(_scales_of(layer, adapter_name)).all()]
+    if broken:
+        raise ActValueError(
+            f"{broken[0]}: scales that are not finite, expected finite ones ({len(broken)} of {len(layers)} modules "
+            "have such; did the training diverge? try a lower learning rate)"
+        )
     kept = {
         name: (layer.act_delta_channel_scale[adapter_name].detach().abs() > threshold).nonzero().squeeze(1)
         for name, layer in layers.items()
@@ -158,7 +193,8 @@ def prune_channels(model: nn.Module, *, threshold: float = 0.0, adapter_name: st
             f"threshold: got {threshold}, which no scale exceeds, so nothing would be left (a lower threshold, or a "
             "weaker penalty in training)"
         )
-    config, base = cast(Any, model).peft_config[adapter_name], base_model(model)
+    configs, base = cast(Any, model).peft_config, base_model(model)
+    config = configs[adapter_name] = copy.copy(configs[adapter_name])  # TRL's reference adapter shares it
     share = sum(channels.numel() for channels in kept.values()) / sum(
         layer.act_delta_channel_scale[adapter_name].numel() for layer in layers.values()
     )

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from act_peft.channels import is_quantised, kind_of
 from act_peft.donors import Donor, open_donor
-from act_peft.errors import ActValueError, ActWarning
+from act_peft.errors import ActTypeError, ActValueError, ActWarning
 from act_peft.layers import ActLayer
 from act_peft.layers.rows import ChannelRows
 from act_peft.lineage import Resemblance
@@ -74,17 +74,20 @@ def initialize_from_donor(
         # All of them before the first is written, each in the dtype and on the device of what it will overwrite.
         deltas = [(name, layers[name].as_stored(adapter_name, rows)) for name, _, rows in scaled]
         transfer.warn(stacklevel=2)
-    fill_deltas(layers, deltas, adapter_name=adapter_name)
-    if learned:
-        with torch.no_grad():
-            for layer in layers.values():
-                layer.act_delta_channel_scale[adapter_name].fill_(scale)
+    fill_deltas(layers, deltas, adapter_name=adapter_name, transfer_scale=scale)
     named = getattr(donor, "name_or_path", "") or None if isinstance(donor, nn.Module) else os.fspath(donor)
     config.transfer_scale, config.donor = float(scale), named
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """The model that the layers were injected into, without PEFT's wrappers around it."""
+    """The model that the layers were injected into, without the wrappers of PEFT and `torch.compile` around it.
+
+    Raises:
+        ActTypeError: for a wrapper that trains in parallel.
+    """
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise ActTypeError(f"got a {type(model).__name__}, expected the model inside (its attribute `module`)")
+    model = getattr(model, "_orig_mod", model)
     if isinstance(model, PeftModel):
         return model.get_base_model()
     return model.model if isinstance(model, BaseTuner) else model
@@ -241,8 +244,19 @@ def _plain(module: nn.Module) -> nn.Module:
 
 @skip_init_on_device  # inside `low_cpu_mem_usage` the deltas would be created on the meta device
 def fill_deltas(
-    layers: Mapping[str, ActLayer], deltas: Iterable[tuple[str, ChannelRows]], *, adapter_name: str
+    layers: Mapping[str, ActLayer],
+    deltas: Iterable[tuple[str, ChannelRows]],
+    *,
+    adapter_name: str,
+    transfer_scale: float,
 ) -> None:
-    """Write deltas, given by the names of their modules, into the layers, each as it comes."""
+    """Write deltas, given by the names of their modules, into the layers, each as it comes.
+
+    Args:
+        layers: module name -> layer.
+        deltas: module name and deltas; with learned scales the difference itself.
+        adapter_name: name of the adapter.
+        transfer_scale: where learned scales start.
+    """
     for name, rows in deltas:
-        layers[name].write_deltas(adapter_name, rows)
+        layers[name].write_deltas(adapter_name, rows, transfer_scale=transfer_scale)

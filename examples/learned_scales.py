@@ -5,7 +5,7 @@
 
     1. localize     which channels answer differently on the ability
     2. learn        one scale in [0, 1] for each of them, on examples of the ability; many become zero
-    3. prune        drop those; an ordinary small adapter is left
+    3. prune        drop those; an ordinary adapter is left, in float32 and with every channel that is not zero
     4. fine-tune    its rows, briefly
 
 While scales and rows train, the answers of the base itself to other examples hold on to what is to be kept. Both
@@ -48,7 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--keep-batch-size", type=int, default=48, help="examples to keep in an update (48)")
     parser.add_argument("--micro-batch-size", type=int, default=4, help="examples at a time (4)")
     parser.add_argument("--max-length", type=int, default=1024, help="tokens of an example (1024)")
-    parser.add_argument("--offload", action="store_true", help="keep the donor's difference in CPU memory")
+    parser.add_argument("--offload", action="store_true", help="the difference stays in CPU memory until it is pruned")
     parser.add_argument("--seed", type=int, default=0, help="(0)")
     arguments = parser.parse_args()
     for size in ("batch_size", "keep_batch_size"):
@@ -132,7 +132,8 @@ def main() -> None:
         trainer(model, ability, steps=steps, learning_rate=rate, callbacks=[keeping]).train()
 
     model.save_pretrained(arguments.output)
-    print(f"adapter: {arguments.output}")
+    size = (arguments.output / "adapter_model.safetensors").stat().st_size
+    print(f"adapter: {arguments.output} ({size / 1e6:.1f} MB)")
 
 
 if __name__ == "__main__":

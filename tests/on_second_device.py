@@ -93,6 +93,23 @@ def test_an_adapter_made_on_the_device_is_offloaded_at_once():
     assert torch.equal(logits(model).cpu(), logits(reference).cpu())
 
 
+@pytest.mark.parametrize("trainable", ["deltas", "scales"])
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_a_donor_on_disk_fills_an_adapter_on_the_device(trainable, low_cpu_mem_usage, tmp_path):
+    base, donor = build_relatives("qwen2")
+    donor.save_pretrained(tmp_path)
+    config = ActConfig(
+        channels=random_mask(base, 0.3), donor=str(tmp_path), trainable=trainable, task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(base.to(OTHER), config, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert set.union(*devices(model).values()) == {OTHER}
+    frozen = {n for n, p in model.named_parameters() if "act_delta_weight" in n and not p.requires_grad}
+    assert bool(frozen) is (trainable == "scales")
+    reference, _ = build_relatives("qwen2")
+    reference = get_peft_model(reference, copy.deepcopy(config)).to(OTHER)
+    assert torch.equal(logits(model).cpu(), logits(reference).cpu())
+
+
 def test_dtypes_change_where_the_deltas_are():
     model = learning("llama", offload=True).to(OTHER).to(torch.bfloat16)
     weights = [p for n, p in model.named_parameters() if "act_delta_weight" in n and p.dim() == 2]

@@ -57,7 +57,6 @@ ORDER = [
     "create",
     "model",
     "registration",
-    "predictions",
     "keeping",
     "heldout",
     "rowmoves",

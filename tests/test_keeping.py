@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny_data import build_tokenizer, prompt_completion, training_settings
 from tiny_models import batch, build, build_relatives, random_mask, state_bytes
 from transformers import TrainerCallback
@@ -203,11 +204,31 @@ def test_a_model_without_adapters_is_refused(tmp_path):
         train(build("llama"), tmp_path, KeepCallback([keep_batch()]))
 
 
-@pytest.mark.parametrize("setting", ["fp16", "deepspeed", "fsdp"])
-def test_backward_passes_that_it_cannot_join_are_refused(setting):
-    args = SimpleNamespace(**{setting: True})
-    with pytest.raises(ActValueError, match=f"KeepCallback: got {setting}=True, expected bf16 or float32"):
-        KeepCallback([keep_batch()]).on_train_begin(args, None, None, model=adapted())
+def test_a_backward_pass_that_it_cannot_join_is_refused():
+    model = adapted()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    copies = [p.detach().clone().requires_grad_() for p in parameters]
+    Accelerator(cpu=True)  # as a Trainer begins
+    scaled = AcceleratedOptimizer(torch.optim.SGD(parameters), scaler=torch.amp.GradScaler("cpu"))
+    for optimizer, what in (
+        (scaled, "float16 with a scaled loss"),
+        (torch.optim.SGD(copies), r"an optimizer of other parameters than the model's \(DeepSpeed, FSDP\)"),
+    ):
+        with pytest.raises(ActValueError, match=f"KeepCallback: got {what}, expected bf16 or float32"):
+            KeepCallback([keep_batch()]).on_train_begin(None, None, None, model=model, optimizer=optimizer)
+
+
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        (LoraConfig(target_modules=["q_proj"], bias="all", task_type="CAUSAL_LM"), "'default' with bias='all'"),
+        (PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), "'default' with PROMPT_TUNING"),
+    ],
+)
+def test_adapters_whose_base_cannot_be_asked_are_refused(config, match, tmp_path):
+    model = get_peft_model(build("qwen2"), config)
+    with pytest.raises(ActValueError, match=f"KeepCallback: got adapter {match}, expected one that leaves the base"):
+        train(model, tmp_path, KeepCallback([keep_batch()]))
 
 
 @pytest.mark.parametrize("weight", [0, -1, float("inf"), float("nan"), True, "1"])
@@ -237,8 +258,53 @@ def test_no_batch_is_refused(tmp_path):
 
 def test_a_batch_without_answers_is_refused(tmp_path):
     empty = {**keep_batch(), "labels": torch.full((4, 8), -100)}
+    keep = KeepCallback([keep_batch(), empty])
     with pytest.raises(ActValueError, match="keep_dataloader: batch 1: got no answer token"):
-        train(adapted(), tmp_path, KeepCallback([keep_batch(), empty]), steps=2)
+        train(adapted(), tmp_path, keep, steps=2)
+    train(adapted(), tmp_path, keep)  # the next one is the first again
+
+
+def test_tokens_that_the_base_excludes_count_nothing(tmp_path):
+    excluded = torch.tensor([7, 9])
+    model, plain = adapted(), adapted()
+    for tuned in (model, plain):
+        for parameter in (p for n, p in tuned.named_parameters() if "lm_head.act_delta" in n):
+            parameter.data.zero_()  # so that the same tokens are excluded with the adapter
+    head = model.get_base_model().lm_head
+    head.register_forward_hook(lambda _, __, output: output.index_fill(-1, excluded, float("-inf")))
+    inputs = keep_batch()
+    inputs["labels"] = inputs["labels"].masked_fill(torch.isin(inputs["labels"], excluded), -100)
+    gradients = Gradients()
+    trainer = train(model, tmp_path, KeepCallback([inputs], weight=5.0), gradients)
+    assert 0 < trainer.state.log_history[0]["keep_divergence"] < 1
+    assert all(torch.isfinite(gradient).all() for gradient in gradients.seen[0].values())
+
+
+def test_a_divergence_that_is_not_finite_is_refused(tmp_path):
+    model = adapted()
+    with torch.no_grad():
+        model.get_base_model().lm_head.act_delta_weight["default"][0] = float("nan")
+    with pytest.raises(ActValueError, match="the divergence from the base's answers is nan, expected a finite"):
+        train(model, tmp_path, KeepCallback([keep_batch()]))
+
+
+def test_a_resumed_training_goes_on_with_the_batches_that_follow(tmp_path):
+    batches = [keep_batch(seed) for seed in range(3)]
+
+    def run(resume=None):
+        model = adapted()
+        trainer = SFTTrainer(
+            model,
+            args=training_settings(tmp_path, max_steps=4, save_strategy="steps", save_steps=1),
+            train_dataset=prompt_completion(16),
+            processing_class=build_tokenizer(),
+            callbacks=[KeepCallback(batches, weight=20.0)],
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+    whole, resumed = run(), run(str(tmp_path / "checkpoint-2"))
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
 
 
 def test_probabilities_are_float32_over_a_bfloat16_model(tmp_path):

@@ -223,9 +223,41 @@ def test_without_scales_the_callback_says_so(tmp_path):
         train(model, tmp_path, ScaleSparsityCallback(0.1))
 
 
+def test_without_a_difference_the_callback_says_so(tmp_path):
+    base = build("llama")
+    config = {"channels": {"up_proj": [1]}, "task_type": "CAUSAL_LM"}
+    model = get_peft_model(copy.deepcopy(base), ActConfig(trainable="scales", **config))
+    with pytest.raises(ActValueError, match="ScaleSparsityCallback: all frozen differences are zero"):
+        train(model, tmp_path, ScaleSparsityCallback(0.1))
+    # Rows that train need not start anywhere.
+    train(get_peft_model(base, ActConfig(trainable="both", **config)), tmp_path, ScaleSparsityCallback(0.1))
+
+
+def test_an_optimizer_of_copies_is_refused():
+    model, _, _ = learning()
+    flat = nn.Parameter(torch.cat(list(scales_of(model).values())))
+    with pytest.raises(ActValueError, match="ScaleSparsityCallback: the optimizer has none of the scales"):
+        ScaleSparsityCallback(1.0).on_optimizer_step(
+            None, None, None, model=model, optimizer=torch.optim.SGD([flat], lr=0.1)
+        )
+
+
+def test_a_step_that_was_skipped_shrinks_nothing():
+    model, _, _ = learning()
+    before = scales_of(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for skipped in (True, False):
+        optimizer.step_was_skipped = skipped  # as accelerate's optimizer says it
+        ScaleSparsityCallback(1.0).on_optimizer_step(None, None, None, model=model, optimizer=optimizer)
+        assert all(torch.equal(scales, before[name]) for name, scales in scales_of(model).items()) is skipped
+
+
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
+        ({"l1": True}, "l1: got True"),
+        ({"l1": 0, "bounds": ("a", "b")}, r"bounds: got \('a', 'b'\)"),
+        ({"l1": 0, "bounds": (0, None)}, r"bounds: got \(0, None\)"),
         ({"l1": -1}, "l1: got -1, expected a finite number"),
         ({"l1": float("nan")}, "l1: got nan"),
         ({"l1": "x"}, "l1: got 'x'"),
@@ -328,6 +360,41 @@ def test_bad_pruning_is_refused_and_changes_nothing():
     prune_channels(model)
     with pytest.raises(ActValueError, match="adapter 'default' has no scales, expected one with trainable='scales'"):
         prune_channels(model)
+
+
+def test_scales_that_are_not_finite_are_not_pruned_away():
+    model, _, _ = learning()
+    with torch.no_grad():
+        model.get_base_model().lm_head.act_delta_channel_scale["default"][0] = float("nan")
+    with pytest.raises(ActValueError, match="lm_head: scales that are not finite, expected finite ones"):
+        prune_channels(model)
+
+
+def test_a_reference_that_shares_the_configuration_keeps_its_scales(tmp_path):
+    model, base, _ = learning()
+    model.add_adapter("ref", model.peft_config["default"])  # as TRL's trainers do
+    prune_channels(model)
+    assert model.peft_config["ref"].trainable == "scales"
+    assert model.peft_config["default"].trainable == model.base_model.peft_config["default"].trainable == "deltas"
+    model.save_pretrained(tmp_path)
+    for folder in (tmp_path, tmp_path / "ref"):
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
+        torch.testing.assert_close(loaded(batch()).logits, model(batch()).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_compiled_model_is_pruned_as_the_model_inside(tmp_path):
+    model, base, _ = learning()
+    randomize(model)
+    prune_channels(torch.compile(model, backend="eager"))
+    assert set(model.peft_config["default"].adapted_modules) == set(layers_of(model))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(base, tmp_path).eval()(batch()).logits, model(batch()).logits)
+
+
+def test_a_parallel_wrapper_is_refused():
+    model, _, _ = learning()
+    with pytest.raises(ActTypeError, match="got a DataParallel, expected the model inside"):
+        prune_channels(nn.DataParallel(model))
 
 
 # -------------------------------------------------------------------------------------------------------- files ---

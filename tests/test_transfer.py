@@ -171,10 +171,27 @@ def test_relatives_give_no_warning_and_strangers_do():
         initialize_from_donor(model, build("llama", seed=7))
 
 
-def test_low_cpu_mem_usage_does_not_lose_the_donor(tmp_path):
+@pytest.mark.parametrize("trainable", ["deltas", "scales", "both"])
+def test_low_cpu_mem_usage_does_not_lose_the_donor(tmp_path, trainable):
     base, donor = build_relatives("llama")
     donor.save_pretrained(tmp_path)
-    config = ActConfig(channels=random_mask(base, 0.3), donor=str(tmp_path), task_type="CAUSAL_LM")
+    config = ActConfig(
+        channels=random_mask(base, 0.3), donor=str(tmp_path), trainable=trainable, task_type="CAUSAL_LM"
+    )
     expected = get_peft_model(copy.deepcopy(base), copy.deepcopy(config))(batch()).logits
     model = get_peft_model(base, config, low_cpu_mem_usage=True)
     assert torch.equal(model(batch()).logits, expected)
+
+
+@pytest.mark.parametrize("trainable", ["deltas", "scales"])
+def test_parameters_without_data_get_theirs_from_the_donor(trainable):
+    base, donor = build_relatives("llama")
+    models = []
+    for low_cpu_mem_usage in (False, True):
+        config = ActConfig(channels=random_mask(base, 0.3), trainable=trainable, task_type="CAUSAL_LM")
+        model = get_peft_model(copy.deepcopy(base), config, low_cpu_mem_usage=low_cpu_mem_usage)
+        initialize_from_donor(model, donor, transfer_scale=0.7)
+        models.append(model)
+    assert torch.equal(models[1](batch()).logits, models[0](batch()).logits)
+    trains = [{n for n, p in model.named_parameters() if p.requires_grad} for model in models]
+    assert trains[0] == trains[1]

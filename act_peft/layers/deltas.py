@@ -237,17 +237,29 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         bias = None if rows.bias is None else rows.bias.to(device, weight.dtype)
         return ChannelRows(rows.index, rows.weight.to(device, weight.dtype), bias)
 
-    def write_deltas(self, adapter_name: str, rows: ChannelRows) -> None:
-        """Replace the deltas of an adapter; parameters without data get theirs."""
+    def write_deltas(self, adapter_name: str, rows: ChannelRows, *, transfer_scale: float) -> None:
+        """Replace the deltas of an adapter; parameters without data get theirs.
+
+        Args:
+            adapter_name: name of the adapter.
+            rows: its deltas.
+            transfer_scale: where learned scales start again.
+        """
         stored = self.as_stored(adapter_name, rows)
-        for container, delta in ((self.act_delta_weight, stored.weight), (self.act_delta_bias, stored.bias)):
-            if delta is None:
+        scales = torch.full((rows.index.numel(),), float(transfer_scale), dtype=torch.float32)
+        for container, values in (
+            (self.act_delta_weight, stored.weight),
+            (self.act_delta_bias, stored.bias),
+            (self.act_delta_channel_scale, scales),
+        ):
+            if adapter_name not in container or values is None:
                 continue
             parameter = container[adapter_name]
             if parameter.device.type == "meta":
-                container[adapter_name] = nn.Parameter(delta, parameter.requires_grad)
+                container[adapter_name] = nn.Parameter(values, parameter.requires_grad)
             else:
-                parameter.data.copy_(delta)
+                parameter.data.copy_(values)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
 
     def delta_dtype(self, adapter_name: str) -> torch.dtype:
         """Dtype of `delta`."""

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from act_peft.errors import ActTypeError, ActValueError
-from act_peft.localize.answer_tokens import IGNORED_LABEL, find_answer_tokens
 from act_peft.localize.batches import Batch, forward, over_batches
 from act_peft.localize.candidates import Candidates
 from act_peft.localize.interpolation import InterpolatedModel
 from act_peft.localize.parameters import ParameterPair, parameter_pairs
+from act_peft.localize.predictions import find_predictions
 from act_peft.localize.state import evaluation
 from act_peft.localize.sums import ChannelSums, sum_per_channel
 from act_peft.localize.vocabulary import CommonVocabulary
@@ -70,7 +70,8 @@ class _Attribution:
         totals = ChannelSums(self._num_comparable, what="gradients that are")
 
         def attribute(batch: Batch) -> None:
-            labels, num_tokens = _labels_of(batch)
+            predictions = find_predictions(batch)
+            labels, num_tokens = predictions.labels(), predictions.targets.numel()
             self._vocabulary.check(batch)
             self._batch = {
                 name: torch.zeros(count, dtype=torch.float64) for name, count in self._num_comparable.items()
@@ -96,32 +97,6 @@ class _Attribution:
             channel_dim=pair.channel_dim,
         )
         self._batch[name] += decrease.to("cpu", torch.float64)
-
-
-def _labels_of(batch: Batch) -> tuple[torch.Tensor, int]:
-    """Labels `[B, T]` at the answer tokens alone, and how many of them the loss counts.
-
-    The loss of a causal model predicts every token from those before it, so the first of a sample does not count.
-    """
-    tokens = find_answer_tokens(batch)
-    encoder_decoder = batch.get("decoder_input_ids") is not None
-    given = batch.get("labels")
-    if given is None:
-        given = batch.get("decoder_input_ids" if encoder_decoder else "input_ids")
-    if given is None:
-        raise ActValueError("got inputs_embeds without labels, expected labels (the loss needs them)")
-    labels = torch.full((tokens.batch_size * tokens.length,), IGNORED_LABEL, device=given.device)
-    index = tokens.index_on(given.device)
-    labels[index] = given.flatten()[index]
-    labels = labels.view(tokens.batch_size, tokens.length)
-    counted = labels if encoder_decoder else labels[:, 1:]
-    num_tokens = int((counted != IGNORED_LABEL).sum())
-    if num_tokens == 0:
-        raise ActValueError(
-            "got answer tokens at the first position of samples only, expected at least one that follows another "
-            "token (the loss does not count the first)"
-        )
-    return labels, num_tokens
 
 
 def _loss_of(output: object, model: nn.Module) -> torch.Tensor:

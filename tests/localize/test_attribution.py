@@ -179,6 +179,14 @@ def test_halves_add_up_and_batches_do_not_matter(doubles, samples, collate):
         assert_close(other, whole, **ROUNDED)
 
 
+def test_the_first_token_of_a_text_counts_on_neither_side_of_the_padding(doubles, samples, collate):
+    base, donor = doubles()
+    texts = [(ids, ids.clone()) for ids, _ in samples]  # nothing is a prompt
+    right, left = (localize(base, donor, [collate(texts, side)], score="attribution") for side in ("right", "left"))
+    assert left.num_tokens == right.num_tokens == sum(len(ids) - 1 for ids, _ in texts)
+    assert_close(left, right, **ROUNDED)
+
+
 def test_without_labels_the_tokens_are_the_labels(pair, batches):
     base, donor = pair()
     plain = {name: batches[0][name] for name in ("input_ids", "attention_mask")}

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from act_peft.errors import ActValueError
-from act_peft.localize.answer_tokens import find_answer_tokens
+from act_peft.localize.answer_tokens import IGNORED_LABEL, find_answer_tokens
 from act_peft.localize.batches import forward
 
 
@@ -23,12 +23,20 @@ class Predictions:
         shape: `(B, T)` of its outputs.
         positions: of the predictions in the flattened outputs, int64 `[N]`.
         targets: the tokens, int64 `[N]`.
+        encoder_decoder: whether they are a decoder's, whose loss compares labels with the outputs at their positions.
     """
 
     inputs: Mapping[str, Any]
     shape: tuple[int, int]
     positions: torch.Tensor
     targets: torch.Tensor
+    encoder_decoder: bool
+
+    def labels(self) -> torch.Tensor:
+        """Labels `[B, T]` with which a model's own loss counts these tokens and no others."""
+        labels = torch.full((self.shape[0] * self.shape[1],), IGNORED_LABEL)
+        labels[self.positions if self.encoder_decoder else self.positions + 1] = self.targets
+        return labels.view(self.shape)
 
 
 def find_predictions(batch: Mapping[str, Any]) -> Predictions:
@@ -60,7 +68,7 @@ def find_predictions(batch: Mapping[str, Any]) -> Predictions:
         raise ActValueError(
             "got answer tokens at the first position of samples only, expected at least one that follows another token"
         )
-    return Predictions(batch, shape, index, targets)
+    return Predictions(batch, shape, index, targets, encoder_decoder)
 
 
 def logits_of(model: nn.Module, batch: Predictions) -> torch.Tensor:
