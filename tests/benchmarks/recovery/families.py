@@ -19,7 +19,9 @@ from act_peft.scores import ChannelScores
 
 ABILITY, KEPT, UNTOUCHED = Language.SPANISH, Language.GERMAN, Language.ENGLISH
 
-Encoded = tuple[torch.Tensor, ...]  # token ids and labels, int64 [N, T] each; maybe a teacher's answers [N, T, V]
+Encoded = tuple[
+    torch.Tensor, ...
+]  # token ids and labels, int64 [N, T] each; maybe probabilities of the next tokens [N, T, V]
 Accuracies = dict[str, float]  # language -> share of the problems that is answered right
 
 
@@ -74,12 +76,14 @@ class Family:
         return {ABILITY: (ids[:half], labels[:half]), KEPT: (ids[half:], labels[half:])}
 
     @cached_property
-    def taught(self) -> Mapping[Language, Encoded]:
-        """The same with the probabilities of a teacher: of the donor for the ability, of the base for what is kept."""
-        teachers = {ABILITY: self.donor(), KEPT: self.base()}
-        with torch.inference_mode():
-            answers = {s: teachers[s].eval()(input_ids=e[0]).logits.softmax(-1) for s, e in self.training.items()}
-        return {skill: (*encoded, answers[skill].clone()) for skill, encoded in self.training.items()}
+    def anchored(self) -> Mapping[Language, Encoded]:
+        """The same with probabilities of what is to be learned: of the labels, and for what is kept the base's."""
+        (ids, labels), kept = self.training[ABILITY], self.training[KEPT]
+        with torch.no_grad():
+            answers = self.base().eval()(input_ids=kept[0]).logits.softmax(-1)  # [N, T, V], of the next token each
+        following = labels.roll(-1, dims=1).clamp(min=0)
+        exact = torch.nn.functional.one_hot(following, answers.shape[-1]).to(answers.dtype)
+        return {ABILITY: (ids, labels, exact), KEPT: (*kept, answers)}
 
     @cached_property
     def activation_scores(self) -> ChannelScores:

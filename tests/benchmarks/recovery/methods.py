@@ -97,7 +97,7 @@ def transfer(family: Family, budget: Budget, setting: Setting) -> Any:
 
 
 def _examples(family: Family, setting: Setting) -> Mapping[Language, Encoded]:
-    return family.taught if setting.get("teachers") else family.training
+    return family.anchored if setting.get("anchored") else family.training
 
 
 def row_fine_tune(select: Select) -> Callable[[Family, Budget, Setting], Any]:
@@ -105,7 +105,8 @@ def row_fine_tune(select: Select) -> Callable[[Family, Budget, Setting], Any]:
 
     def build(family: Family, budget: Budget, setting: Setting) -> Any:
         model = transferred(family, select(family, setting["density"]), setting["scale"])
-        Loop(budget.steps, setting["rate"], batch_size=budget.batch_size).run(model, _examples(family, setting))
+        loop = Loop(budget.steps, setting["rate"], setting["keep_share"], batch_size=budget.batch_size)
+        loop.run(model, _examples(family, setting))
         return model
 
     return build
@@ -156,59 +157,47 @@ def scales_then_rows(family: Family, budget: Budget, setting: Setting) -> Any:
     return model
 
 
+# Rates times shares of the skill to keep, around what was best when they were looked for.
 ROWS = [
-    {"density": 0.4, "scale": 0.3, "rate": 1e-3},
-    {"density": 0.4, "scale": 0.3, "rate": 5e-4},
-    {"density": 0.4, "scale": 0.3, "rate": 2e-3},
-    {"density": 0.2, "scale": 0.3, "rate": 1e-3},
-    {"density": 0.4, "scale": 0.2, "rate": 1e-3},
-    {"density": 0.2, "scale": 0.2, "rate": 5e-4},
+    {"density": 0.4, "scale": 0.3, "rate": 1e-3, "keep_share": 1 / 2},
+    {"density": 0.4, "scale": 0.3, "rate": 5e-4, "keep_share": 1 / 2},
+    {"density": 0.4, "scale": 0.3, "rate": 5e-4, "keep_share": 3 / 4},
+    {"density": 0.4, "scale": 0.2, "rate": 1e-3, "keep_share": 3 / 4},
+    {"density": 0.2, "scale": 0.3, "rate": 1e-3, "keep_share": 3 / 4},
 ]
 LORA = [
     {"rate": 2e-3, "keep_share": 1 / 2},
+    {"rate": 2e-3, "keep_share": 3 / 4},
     {"rate": 1e-3, "keep_share": 1 / 2},
-    {"rate": 4e-3, "keep_share": 1 / 2},
-    {"rate": 2e-3, "keep_share": 2 / 3},
-    {"rate": 1e-3, "keep_share": 2 / 3},
-    {"rate": 4e-3, "keep_share": 2 / 3},
+    {"rate": 1e-3, "keep_share": 3 / 4},
+    {"rate": 4e-3, "keep_share": 3 / 4},
 ]
 FULL = [
     {"rate": 5e-4, "keep_share": 1 / 2},
+    {"rate": 5e-4, "keep_share": 3 / 4},
     {"rate": 2.5e-4, "keep_share": 1 / 2},
-    {"rate": 1e-3, "keep_share": 1 / 2},
-    {"rate": 5e-4, "keep_share": 2 / 3},
-    {"rate": 2.5e-4, "keep_share": 2 / 3},
-    {"rate": 1.25e-4, "keep_share": 1 / 2},
+    {"rate": 2.5e-4, "keep_share": 3 / 4},
+    {"rate": 1e-3, "keep_share": 3 / 4},
 ]
 SCALES = [
-    {"init": 0.2, "rate": 0.05, "l1": 0.1, "keep_share": 2 / 3},
-    {"init": 0.2, "rate": 0.05, "l1": 0.2, "keep_share": 1 / 2},
-    {"init": 0.2, "rate": 0.05, "l1": 0.1, "keep_share": 1 / 2},
-    {"init": 0.2, "rate": 0.02, "l1": 0.1, "keep_share": 1 / 2},
-    {"init": 0.2, "rate": 0.05, "l1": 0.2, "keep_share": 2 / 3},
     {"init": 0.2, "rate": 0.05, "l1": 0.1, "keep_share": 3 / 4},
+    {"init": 0.2, "rate": 0.05, "l1": 0.1, "keep_share": 1 / 2},
+    {"init": 0.2, "rate": 0.05, "l1": 0.2, "keep_share": 1 / 2},
+    {"init": 0.2, "rate": 0.05, "l1": 0.15, "keep_share": 3 / 4},
+    {"init": 0.2, "rate": 0.05, "l1": 0.05, "keep_share": 4 / 5},
 ]
 SCALES_AND_ROWS = [
-    {"init": 0.2, "rate": 0.05, "l1": 0.2, "keep_share": 1 / 2, "row_rate": 1e-3},
-    {"init": 0.2, "rate": 0.05, "l1": 0.2, "keep_share": 2 / 3, "row_rate": 1e-3},
-    {"init": 0.2, "rate": 0.05, "l1": 0.2, "keep_share": 2 / 3, "row_rate": 5e-4},
-    {"init": 0.2, "rate": 0.05, "l1": 0.2, "keep_share": 2 / 3, "row_rate": 1e-3, "threshold": 0.1},
-    {"init": 0.2, "rate": 0.05, "l1": 0.2, "keep_share": 1 / 2, "row_rate": 5e-4},
-    {"init": 0.2, "rate": 0.05, "l1": 0.1, "keep_share": 2 / 3, "row_rate": 5e-4, "threshold": 0.1},
-]
-TAUGHT_SCALES_AND_ROWS = [
-    {"init": 0.2, "rate": 0.05, "l1": 0.2, "keep_share": 2 / 3, "row_rate": 5e-4},
-    {"init": 0.2, "rate": 0.05, "l1": 0.2, "keep_share": 2 / 3, "row_rate": 1e-3},
-    {"init": 0.2, "rate": 0.05, "l1": 0.2, "keep_share": 1 / 2, "row_rate": 5e-4},
-    {"init": 0.2, "rate": 0.05, "l1": 0.2, "keep_share": 3 / 4, "row_rate": 1e-3},
-    {"init": 0.2, "rate": 0.05, "l1": 0.1, "keep_share": 2 / 3, "row_rate": 5e-4, "threshold": 0.1},
-    {"init": 0.2, "rate": 0.05, "l1": 0.05, "keep_share": 3 / 4, "row_rate": 5e-4, "threshold": 0.1},
+    {"init": 0.2, "rate": 0.05, "l1": 0.1, "keep_share": 3 / 4, "row_rate": 5e-4},
+    {"init": 0.2, "rate": 0.05, "l1": 0.1, "keep_share": 3 / 4, "row_rate": 1e-3},
+    {"init": 0.2, "rate": 0.05, "l1": 0.1, "keep_share": 2 / 3, "row_rate": 5e-4},
+    {"init": 0.2, "rate": 0.05, "l1": 0.15, "keep_share": 3 / 4, "row_rate": 5e-4},
+    {"init": 0.2, "rate": 0.05, "l1": 0.1, "keep_share": 2 / 3, "row_rate": 1e-3, "threshold": 0.1},
 ]
 
 
-def taught(settings: list[Setting]) -> list[Setting]:
-    """The same with the donor (on the ability) and the base (on the skill to keep) as teachers, in place of labels."""
-    return [{**setting, "teachers": True} for setting in settings]
+def anchored(settings: list[Setting]) -> list[Setting]:
+    """The same with the base's own answers on the skill to keep in place of labels, as `KeepCallback` does it."""
+    return [{**setting, "anchored": True} for setting in settings]
 
 
 METHODS = {
@@ -233,9 +222,10 @@ METHODS = {
     "learned scales": Method(learned_scales(1.0, lambda budget: budget.steps), SCALES),
     "learned scales, top 40%": Method(learned_scales(0.4, lambda budget: budget.steps), SCALES),
     "learned scales, pruned, rows": Method(scales_then_rows, SCALES_AND_ROWS),
-    "LoRA, rank 8, taught": Method(lora, taught(LORA)),
-    "full fine-tune, taught": Method(full_fine_tune, taught(FULL)),
-    "ACT, share of every module, taught": Method(row_fine_tune(quota_mask), taught(ROWS)),
-    "learned scales, taught": Method(learned_scales(1.0, lambda budget: budget.steps), taught(SCALES)),
-    "learned scales, pruned, rows, taught": Method(scales_then_rows, taught(TAUGHT_SCALES_AND_ROWS)),
+    "LoRA, rank 8, anchored": Method(lora, anchored(LORA)),
+    "full fine-tune, anchored": Method(full_fine_tune, anchored(FULL)),
+    "ACT, share of every module, anchored": Method(row_fine_tune(quota_mask), anchored(ROWS)),
+    "random channels, anchored": Method(row_fine_tune(random_mask), anchored(ROWS)),
+    "learned scales, anchored": Method(learned_scales(1.0, lambda budget: budget.steps), anchored(SCALES)),
+    "learned scales, pruned, rows, anchored": Method(scales_then_rows, anchored(SCALES_AND_ROWS)),
 }

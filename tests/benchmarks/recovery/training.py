@@ -41,8 +41,8 @@ class Loop:
 
         Args:
             model: Any causal language model.
-            examples: Token ids and labels of the ability and of the skill to keep; a teacher's probabilities, if there
-                are any, take the place of the labels.
+            examples: Token ids and labels of the ability and of the skill to keep; probabilities, if there are any,
+                take the place of the labels.
             after_step: Called after every optimizer step with its learning rate.
         """
         generator = torch.Generator().manual_seed(self.seed)
@@ -68,12 +68,12 @@ class Loop:
 
 
 def _loss(model: Any, batch: list[torch.Tensor]) -> torch.Tensor:
-    ids, labels, *taught = batch  # [B, T]; [B, T, V]
-    if not taught:
+    ids, labels, *wanted = batch  # [B, T]; [B, T, V]
+    if not wanted:
         return model(input_ids=ids, labels=labels, use_cache=False).loss
     counted = labels[:, 1:] != IGNORED_LABEL
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-    return torch.nn.functional.cross_entropy(logits[counted], taught[0][:, :-1][counted])
+    return torch.nn.functional.cross_entropy(logits[counted], wanted[0][:, :-1][counted])
 
 
 def _draw(examples: Encoded, count: int, generator: torch.Generator) -> Iterator[Encoded]:
