@@ -66,8 +66,8 @@ class DemoSettings:
         scale_start: Where the learned scales start.
         scale_learning_rate: The first learning rate of the scales, which train for `steps` steps.
         l1: Weight of the penalty that makes scales zero.
-        keep_batch_size: How many examples of a step the base then teaches, of the skill to keep.
-        keep_weight: Weight of its answers in the loss.
+        keep_share: Share of the examples in a step of the scales or these rows that are of the skill to keep, with the
+            base as teacher.
         row_steps: Optimizer steps of the fine-tune of the rows that are left after them.
         row_learning_rate: Its first learning rate.
         problems: Test problems in each language, at most 500.
@@ -83,8 +83,7 @@ class DemoSettings:
     scale_start: float = 0.2
     scale_learning_rate: float = 0.05
     l1: float = 0.05
-    keep_batch_size: int = 48
-    keep_weight: float = 3.0
+    keep_share: float = 0.75
     row_steps: int = 50
     row_learning_rate: float = 5e-4
     problems: int = 500
@@ -185,7 +184,7 @@ class _Demo:
             accuracies[f"control: {name}"] = run_step(f"control: {name}", tuned, (), control)
         learned = {**localized, **problems, "steps": s.steps, "start": s.scale_start, "rate": s.scale_learning_rate}
         learned |= {"l1": s.l1, "row_steps": s.row_steps, "row_rate": s.row_learning_rate}
-        learned |= {"keep_batch_size": s.keep_batch_size, "keep_weight": s.keep_weight}
+        learned |= {"keep_share": s.keep_share}
         accuracies["learned scales"] = run_step(
             "learned scales, pruned, fine-tuned", learned, ("learned",), lambda: self._learn(scores)
         )
@@ -234,9 +233,10 @@ class _Demo:
         )
         model = get_peft_model(self._model("base"), config)
         ability, kept = (rows(skill, Split.TRAIN, count=s.examples) for skill in (ABILITY, KEPT))
-        keep_dataloader = self._trainer(self._model("base"), kept, batch_size=s.keep_batch_size).get_train_dataloader()
-        keeping = KeepCallback(keep_dataloader, s.keep_weight)
-        few = s.batch_size - s.keep_batch_size
+        many = round(s.keep_share * s.batch_size)
+        few = s.batch_size - many
+        keep_dataloader = self._trainer(self._model("base"), kept, batch_size=many).get_train_dataloader()
+        keeping = KeepCallback(keep_dataloader, weight=many / few)  # every example counts the same
         scaling = self._trainer(model, ability, batch_size=few, learning_rate=s.scale_learning_rate)
         scaling.add_callback(keeping)
         scaling.add_callback(ScaleSparsityCallback(s.l1))
