@@ -48,6 +48,7 @@ def _section(config: dict[str, Any]) -> str:
     revision = f" (revision {config['donor_revision']})" if config["donor_revision"] else ""
     modules = config["adapted_modules"] or {}
     selected = sum(entry["selected"] for entry in modules.values())
+    scale = "transfer scale λ" if config["trainable"] == "deltas" else "learned scales, which started at"
     density = "unknown" if config["density"] is None else f"{config['density']:.4g}"
     return f"""{BEGIN}
 ## ACT adapter
@@ -60,7 +61,7 @@ This adapter changes {selected} channels in {len(modules)} modules of its base m
 | base | {base} |
 | donor | {donor}{revision} |
 | density | {density} |
-| transfer scale λ | {config["transfer_scale"]} |
+| {scale} | {config["transfer_scale"]} |
 
 ```python
 import act_peft  # registers the method with PEFT; without it loading ends with KeyError: 'ACT'

@@ -192,6 +192,10 @@ def _provenance(sources: Sequence[Source], rule: Rule) -> str:
     """The part of the model card that says what the adapter was made from."""
     density = "" if rule.density is None else f", density {rule.density:g}"
     lines = [
+        "---",  # the card's metadata, which huggingface_hub misses otherwise
+        "library_name: peft",
+        "---",
+        "",
         "## Combined from",
         "",
         f"Combination type `{rule.combination_type.value}`{density} (`act_peft.combine`).",

@@ -21,6 +21,7 @@ from act_peft.channels import ChannelKind
 from act_peft.choices import member_of
 from act_peft.errors import ActLoadError, ActTypeError, ActValueError, ActWarning
 from act_peft.masks import ChannelMask, checked_indices
+from act_peft.scores import ChannelScores
 from act_peft.trainable import Trainable
 
 
@@ -107,10 +108,17 @@ class ActConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # PEFT hands over `peft_type` when it builds a config from a file, and users do not. What a file says is a
-        # record: the donor and the mask that it names are never opened.
+        # PEFT hands over `peft_type` as text when it builds a config from a file, and users do not. What a file says
+        # is a record: the donor that it names is never opened.
+        given = vars(self)["peft_type"]
         self._named_targets: set[str] | None = None
-        self._from_file = vars(self)["peft_type"] is not None and not isinstance(self.channels, ChannelMask)
+        as_text = isinstance(given, str) and not isinstance(given, PeftType)
+        self._from_file = as_text and not isinstance(self.channels, ChannelMask)  # no file holds a mask
+        if self._from_file and self.channels is not None:
+            raise ActValueError(
+                f"channels: got {str(self.channels)[:80]!r} in a configuration that was read from a file, which names "
+                "none (to make a new adapter, leave peft_type out: ActConfig(channels=..., donor=...))"
+            )
         self.peft_type = PeftType("ACT")
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
@@ -118,6 +126,8 @@ class ActConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)
         if self.channels is not None:
             self.channels = _checked_channels(self.channels)
+        if self.donor is not None:
+            self.donor = _checked_donor(self.donor)
         if not isinstance(self.transfer_scale, (int, float)) or not math.isfinite(self.transfer_scale):
             raise ActValueError(f"transfer_scale: got {self.transfer_scale!r}, expected a finite number")
         self.trainable = member_of(Trainable, self.trainable, "trainable").value
@@ -267,6 +277,20 @@ def _check_record(modules: Any) -> None:
         )
 
 
+def _checked_donor(donor: Any) -> str:
+    """The donor's name as text, which a file can hold.
+
+    Raises:
+        ActTypeError: for anything else.
+    """
+    if not isinstance(donor, (str, os.PathLike)):
+        raise ActTypeError(
+            f"donor: got {type(donor).__name__}, expected a folder or Hub id (for a model in memory leave it out and "
+            "call initialize_from_donor(model, donor))"
+        )
+    return os.fspath(donor)
+
+
 def _sorted_if_set(names: Any) -> Any:
     return sorted(names) if isinstance(names, set) else names
 
@@ -280,6 +304,8 @@ def _checked_channels(channels: Any) -> Any:
     """
     if isinstance(channels, (ChannelMask, str, os.PathLike)):
         return channels
+    if isinstance(channels, ChannelScores):
+        raise ActTypeError("channels: got ChannelScores, expected a ChannelMask (scores.top(density) selects)")
     if not isinstance(channels, Mapping):
         raise ActTypeError(
             f"channels: got {type(channels).__name__}, expected a ChannelMask, a dict of lists or a path"

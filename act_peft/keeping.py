@@ -34,7 +34,7 @@ class KeepCallback(TrainerCallback):
 
     For language models with any PEFT method whose adapters leave the base as it is when they are off. With several
     adapters the base is the model without all of them. A resumed training goes on with the batch that it would have
-    come to.
+    come to, provided that the callback was new when that training began.
 
     Every log of the Trainer gets `keep_divergence`: the mean divergence since the last log, in nats a token.
     Callbacks that the Trainer calls before this one (those of `report_to`) find it in `state.log_history`.
@@ -61,6 +61,11 @@ class KeepCallback(TrainerCallback):
             raise ActTypeError(
                 f"keep_dataloader: got {type(keep_dataloader).__name__}, expected an iterable of batches (put one "
                 "batch into a list)"
+            )
+        if isinstance(keep_dataloader, Iterator):
+            raise ActTypeError(
+                f"keep_dataloader: got {type(keep_dataloader).__name__}, expected something that can be gone through "
+                "again and again (a DataLoader or a list of batches, no generator)"
             )
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
             raise ActValueError(f"weight: got {weight!r}, expected a finite number above 0")
@@ -93,8 +98,8 @@ class KeepCallback(TrainerCallback):
         reason = _other_backward(model, kwargs["optimizer"])
         if reason is not None:
             raise ActValueError(
-                f"KeepCallback: got {reason}, expected bf16 or float32, on one device or with DistributedDataParallel "
-                "(its gradient is added outside the Trainer's own backward pass)"
+                f"KeepCallback: got {reason}, expected bf16 or float32 on one device or with DistributedDataParallel, "
+                "and an optimizer of all that trains (its gradient is added outside the Trainer's own backward pass)"
             )
         while self._drawn < state.global_step * self.batches_per_step:  # a resumed training
             self._next()
@@ -134,10 +139,7 @@ class KeepCallback(TrainerCallback):
                 self._drawn += 1
                 return batch
             self._batches = None
-        raise ActValueError(
-            "keep_dataloader: got no batch, expected at least one, again and again (is the dataset empty, or a "
-            "generator already used up?)"
-        )
+        raise ActValueError("keep_dataloader: got no batch, expected at least one (is the dataset empty?)")
 
 
 def _answers_of_base(model: PeftModel, batch: Predictions) -> torch.Tensor:
@@ -153,7 +155,10 @@ def _other_backward(model: nn.Module, optimizer: Any) -> str | None:
     training = [parameter for parameter in model.parameters() if parameter.requires_grad]
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if any(isinstance(parameter, DTensor) or id(parameter) not in held for parameter in training):
-        return "an optimizer of other parameters than the model's (DeepSpeed, FSDP)"
+        return (
+            "an optimizer without some of the parameters that train (of DeepSpeed or FSDP; of a Trainer made before "
+            "prune_channels, which takes a new one; of a choice of parameters, whose others are to be frozen)"
+        )
     return None
 
 

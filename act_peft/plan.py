@@ -148,11 +148,6 @@ def _check_names(channels: Mapping[str, Any], model: nn.Module) -> None:
 def resolved_channels(config: ActConfig) -> Mapping[str, Any]:
     """The channels of a configuration as a mapping; a saved mask is read once."""
     if isinstance(config.channels, (str, os.PathLike)):
-        if config.from_file:
-            raise ActValueError(
-                f"channels: got the path {os.fspath(config.channels)!r} in a configuration that was read from a file, "
-                "which is never opened (pass ChannelMask.load(path))"
-            )
         config.channels = ChannelMask.load(config.channels)
     return config.channels if config.channels is not None else (config.adapted_modules or {})
 

@@ -76,7 +76,8 @@ class ScaleSparsityCallback(TrainerCallback):
         ]
         if not training:
             raise ActValueError(
-                "ScaleSparsityCallback: no scale trains, expected a model with ActConfig(trainable='scales') or 'both'"
+                "ScaleSparsityCallback: no scale trains, expected a model with ActConfig(trainable='scales') or "
+                "'both' (a saved one is to be loaded with is_trainable=True)"
             )
         rows = [layer.act_delta_weight[name] for layer, name in training]
         if not any(weight.requires_grad or bool(weight.any()) for weight in rows):
@@ -190,8 +191,8 @@ def prune_channels(model: nn.Module, *, threshold: float = 0.0, adapter_name: st
     }
     if not any(channels.numel() for channels in kept.values()):
         raise ActValueError(
-            f"threshold: got {threshold}, which no scale exceeds, so nothing would be left (a lower threshold, or a "
-            "weaker penalty in training)"
+            f"threshold: got {threshold}, which no scale exceeds, so nothing would be left "
+            f"({'a lower threshold, or ' if threshold else ''}a weaker penalty in training)"
         )
     configs, base = cast(Any, model).peft_config, base_model(model)
     config = configs[adapter_name] = copy.copy(configs[adapter_name])  # TRL's reference adapter shares it

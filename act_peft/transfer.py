@@ -125,6 +125,7 @@ class Transfer:
         self._base, self._donor, self._axes = base, donor, axes
         self._notes = list(donor.notes)
         self._resemblance = Resemblance()
+        self._differs = False
 
     def __enter__(self) -> Transfer:
         return self
@@ -182,6 +183,7 @@ class Transfer:
                 mine = self._base.rows(f"{name}.{part}", channels, dim)
                 difference = self._donor.difference(name, part, channels, dim, mine)
                 self._resemblance.add_(name, mine, difference)
+                self._differs = self._differs or bool(difference.any())
                 base[part], deltas[part] = mine, difference.mul_(transfer_scale)
             yield (
                 name,
@@ -196,8 +198,11 @@ class Transfer:
             stacklevel: as in `warnings.warn`, counted from the caller.
 
         Warns:
-            ActWarning: if there is anything to say.
+            ActWarning: if there is anything to say; if nothing differs.
         """
+        if not self._differs:
+            message = f"{self._donor.location}: is the base's equal in all selected channels, nothing moves over"
+            warnings.warn(message, ActWarning, stacklevel=stacklevel + 1)
         notes = self._notes if self._donor.is_adapter else [*self._notes, *self._resemblance.notes()]
         if notes:
             warnings.warn(f"donor and base differ: {'; '.join(notes)}", ActWarning, stacklevel=stacklevel + 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from huggingface_hub import ModelCard
 from peft import get_peft_model
-from tiny_models import build, random_mask
+from tiny_models import build, build_relatives, random_mask
 
 from act_peft import ActConfig
 
@@ -20,7 +20,7 @@ def save(tmp_path, **settings):
 
 
 def test_the_card_says_what_the_adapter_is_and_how_to_load_it(tmp_path):
-    donor = build("llama")
+    _, donor = build_relatives("llama")
     donor.save_pretrained(tmp_path / "donor")
     _, mask = save(tmp_path, donor=str(tmp_path / "donor"), transfer_scale=0.7)
     card = ModelCard.load(tmp_path / "adapter" / "README.md")

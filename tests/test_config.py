@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import pickle
 
 import pytest
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, get_peft_config, get_peft_model
 from peft.utils import PeftType
 from safetensors.torch import load_file
 from tiny_models import build
 
-from act_peft import ActConfig, ActTypeError, ActValueError, ActWarning, ChannelMask
+from act_peft import ActConfig, ActTypeError, ActValueError, ActWarning, ChannelMask, ChannelScores
 
 MASK = ChannelMask({"lin": [2, 0]}, {"lin": 3, "out": 5})
 
@@ -79,6 +80,34 @@ def test_what_was_written_is_read_again_and_known_as_a_file(tmp_path):
         assert (config.donor, config.transfer_scale, config.target_modules) == ("org/donor", 0.7, {"a"})
         assert config.from_file
     assert not ActConfig(channels=MASK, donor="org/donor").from_file
+
+
+@pytest.mark.parametrize("channels", [MASK, {"q_proj": [3, 17]}])
+def test_replaced_fields_make_a_configuration_of_a_user_s(channels):
+    config = dataclasses.replace(ActConfig(channels=channels, donor="org/donor"), transfer_scale=0.7)
+    assert (config.transfer_scale, config.donor, config.from_file) == (0.7, "org/donor", False)
+
+
+@pytest.mark.parametrize("channels", [{"q_proj": [3, 17]}, "mask.safetensors"])
+def test_channels_in_what_looks_like_a_file_are_refused(channels):
+    with pytest.raises(ActValueError, match=r"read from a file, which names none .*leave peft_type out"):
+        get_peft_config({"peft_type": "ACT", "channels": channels, "donor": "org/donor"})
+
+
+def test_a_donor_is_kept_as_text(tmp_path):
+    ActConfig(channels=MASK, donor=tmp_path).save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path).donor == str(tmp_path)
+
+
+@pytest.mark.parametrize("donor", [3, torch.nn.Linear(2, 2)])
+def test_a_donor_in_memory_is_refused(donor):
+    with pytest.raises(ActTypeError, match=rf"donor: got {type(donor).__name__}, .* call initialize_from_donor"):
+        ActConfig(channels=MASK, donor=donor)
+
+
+def test_scores_are_no_channels():
+    with pytest.raises(ActTypeError, match=r"got ChannelScores, expected a ChannelMask \(scores.top\(density\)"):
+        ActConfig(channels=ChannelScores({"q_proj": torch.ones(4)}, 3))
 
 
 def test_copies_and_pickles_keep_everything():

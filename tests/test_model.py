@@ -308,8 +308,9 @@ def test_set_scale_refuses_what_cannot_be():
     tuned = two_adapters()
     with pytest.raises(ActValueError, match="got adapter 'other', expected one of"):
         tuned.set_scale("other", 1.0)
-    with pytest.raises(ActValueError, match="got nan, expected a finite number"):
-        tuned.set_scale("default", float("nan"))
+    for scale in (float("nan"), "a"):
+        with pytest.raises(ActValueError, match=f"got {scale!r}, expected a finite number"):
+            tuned.set_scale("default", scale)
 
 
 def test_safe_merge_checks_every_layer_before_it_writes_any():

@@ -229,6 +229,29 @@ def test_merging_quantises_the_sum_and_unmerging_gives_the_codes_back(base, forw
 
 
 @MERGING
+@pytest.mark.parametrize("kind", ["four_bit", "four_bit_nested", "eight_bit"])
+def test_a_base_that_has_run_is_merged_as_what_it_computes_with(kind, tmp_path):
+    sizes = {**SIZES, "hidden_size": 128}  # two blocks a row
+    plain = build("qwen2", **sizes)
+    plain.save_pretrained(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=QUANTISED[kind](), device_map="cpu")
+    tuned = get_peft_model(base.eval(), ActConfig(channels=random_mask(plain, 0.3), init_weights=False))
+    for parameter in (p for n, p in tuned.named_parameters() if "act_delta_" in n):
+        parameter.data *= 0.05
+    with torch.no_grad():
+        expected = tuned(batch()).logits
+        for name, layer in linear_layers(tuned).items():
+            weight = plain.get_submodule(name).weight
+            lost = (dequantised(layer) - weight).abs().mean() / weight.abs().mean()
+            assert lost < 0.2, name  # 4 bits; scrambled blocks are off by more than half
+        tuned.merge_adapter()
+        merged = tuned(batch()).logits
+        tuned.unmerge_adapter()
+        assert torch.equal(tuned(batch()).logits, expected)
+    assert (merged - expected).abs().mean() / expected.abs().mean() < 0.5
+
+
+@MERGING
 @pytest.mark.filterwarnings("ignore:Already following adapters were merged:UserWarning")
 def test_merging_one_after_the_other_and_scaling_rounds_once(base):
     tuned = adapted(base)

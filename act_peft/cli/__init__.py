@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -38,6 +39,7 @@ _DESCRIPTION = (
     "Move a lost ability from a related model: localize its channels, transfer only them, fine-tune briefly."
 )
 _EXAMPLE = "act-peft demo --output act-peft-demo"
+_KEYWORD = re.compile(r"(?<=\s)(\w+)=(?:True|'([^']*)')")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -86,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(arguments, "debug", False):
             traceback.print_exc()
         else:
-            print(f"act-peft: {_one_line(error)}", file=sys.stderr)
+            print(f"act-peft: {_with_options(_one_line(error), arguments)}", file=sys.stderr)
         return FAILED
     return DONE
 
@@ -108,3 +110,16 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def _with_options(line: str, arguments: argparse.Namespace) -> str:
+    """A line in which keywords of the library, `overwrite=True` say, are the options of the command that they mean."""
+
+    def option(keyword: re.Match[str]) -> str:
+        name, value = keyword.groups()
+        if name not in vars(arguments):
+            return keyword[0]
+        flag = f"--{name.replace('_', '-')}"
+        return flag if value is None else f"{flag} {value}"
+
+    return _KEYWORD.sub(option, line)

@@ -1,13 +1,17 @@
-"""Examples as TRL tokenises, masks and batches them for training."""
+"""Models, and examples for them as TRL tokenises, masks and batches them for training."""
 
 from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from act_peft.errors import ActValueError
+
 DEVICE = "cuda if there is one"
+DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
+_BAD_EXAMPLES = (AttributeError, KeyError, RuntimeError, TypeError, ValueError)  # what TRL raises for them
 
 
 def add_examples(parser: argparse.ArgumentParser, *, samples: int, batch_size: int) -> None:
@@ -19,22 +23,60 @@ def add_examples(parser: argparse.ArgumentParser, *, samples: int, batch_size: i
         batch_size: default of `--batch-size`.
     """
     parser.add_argument("--split", default="train", help="split of the datasets (train)")
-    parser.add_argument("--samples", type=int, default=samples, help=f"how many examples of each, drawn ({samples})")
+    parser.add_argument(
+        "--samples", type=_integer_from(1), default=samples, help=f"how many examples of each, drawn ({samples})"
+    )
     parser.add_argument("--assistant-only", action="store_true", help="count the assistant's tokens only")
-    parser.add_argument("--batch-size", type=int, default=batch_size, help=f"examples at a time ({batch_size})")
-    parser.add_argument("--max-length", type=int, default=1024, help="tokens of an example (1024)")
-    parser.add_argument("--dtype", default="auto", help="dtype of the models (that of their checkpoints)")
+    parser.add_argument(
+        "--batch-size", type=_integer_from(1), default=batch_size, help=f"examples at a time ({batch_size})"
+    )
+    parser.add_argument("--max-length", type=_integer_from(1), default=1024, help="tokens of an example (1024)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="dtype of the models (auto: that of their checkpoints)"
+    )
     parser.add_argument("--device", default=DEVICE, help="where the models run")
-    parser.add_argument("--seed", type=int, default=0, help="of the drawing (0)")
+    parser.add_argument("--seed", type=_integer_from(0), default=0, help="of the drawing (0)")
 
 
 def device_of(arguments: argparse.Namespace) -> str:
-    """The device that `--device` means."""
+    """The device that `--device` means.
+
+    Raises:
+        ActValueError: there is no such device here.
+    """
     import torch
 
-    if arguments.device != DEVICE:
-        return str(arguments.device)
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if arguments.device == DEVICE:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=arguments.device).item()
+    except (AssertionError, RuntimeError) as error:  # torch asserts that it was built for the device
+        raise ActValueError(
+            f"device: got {arguments.device!r}, expected one that torch can use here ({str(error)[:120]}; "
+            "try --device cpu)"
+        ) from error
+    return str(arguments.device)
+
+
+def load_model(name: str, arguments: argparse.Namespace) -> Any:
+    """A model, as `--dtype` and `--device` say.
+
+    Args:
+        name: its folder or Hub id.
+        arguments: of the command; `device` is one that `device_of` gave.
+
+    Raises:
+        ActValueError: there is no model of this name.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=arguments.dtype)
+    except ValueError as error:
+        raise ActValueError(
+            f"{name}: cannot be loaded, expected the folder or Hub id of a causal language model ({str(error)[:300]})"
+        ) from error
+    return model.to(arguments.device)
 
 
 def batches_of(
@@ -57,10 +99,20 @@ def batches_of(
         max_length: tokens of an example; what is longer is cut off.
         assistant_only: whether only the assistant's tokens count.
         device: where the model is.
+
+    Raises:
+        ActValueError: the model has no tokenizer, or the examples are not what TRL's formats say.
     """
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
+    try:
+        processing = AutoTokenizer.from_pretrained(tokenizer)
+    except ValueError as error:
+        raise ActValueError(
+            f"{tokenizer}: its tokenizer cannot be loaded, expected one beside the model ({str(error)[:300]}; save it "
+            "there)"
+        ) from error
     with tempfile.TemporaryDirectory() as unused:  # TRL makes its folder, although nothing is saved there
         settings = SFTConfig(
             output_dir=unused,
@@ -72,10 +124,23 @@ def batches_of(
             dataloader_pin_memory=False,
             report_to="none",
         )
-        tokenizing = SFTTrainer(
-            model,
-            args=settings,
-            train_dataset=examples,
-            processing_class=AutoTokenizer.from_pretrained(tokenizer),
-        )
+        try:
+            tokenizing = SFTTrainer(model, args=settings, train_dataset=examples, processing_class=processing)
+        except _BAD_EXAMPLES as error:
+            raise ActValueError(
+                f"dataset with the columns {examples.column_names}: TRL cannot tokenise it, expected examples in one "
+                f"of its formats ({type(error).__name__}: {str(error)[:300]})"
+            ) from error
         return tokenizing.get_train_dataloader()
+
+
+def _integer_from(smallest: int) -> Callable[[str], int]:
+    """The type of an argument that is an integer, and not below the smallest one."""
+
+    def integer(text: str) -> int:
+        number = int(text)
+        if number < smallest:
+            raise argparse.ArgumentTypeError(f"got {number}, expected an integer from {smallest} on")
+        return number
+
+    return integer

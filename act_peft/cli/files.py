@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +40,46 @@ def load_examples(dataset: str, *, split: str, samples: int | None, seed: int) -
         seed: of the drawing.
 
     Raises:
-        ActValueError: there is no such dataset or split.
+        ActValueError: there is no such dataset or split, or it is damaged, empty, or in none of TRL's formats.
     """
     from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
 
+    path = Path(dataset)
+    expected = "expected a JSON or JSONL file, a folder or a Hub id"
+    if not path.exists() and (path.suffix in (".json", ".jsonl") or path.is_absolute() or dataset[:1] in (".", "~")):
+        raise ActValueError(f"dataset {dataset!r}: there is no such file or folder, {expected} (check the path)")
     try:
-        if Path(dataset).is_file():
+        if path.is_file():
             examples = load_dataset("json", data_files=dataset, split=split)
         else:
             examples = load_dataset(dataset, split=split)
-    except (FileNotFoundError, ValueError, ConnectionError) as error:
+    except StopIteration:  # of a file without a line
+        examples = []
+    except DatasetGenerationError as error:
         raise ActValueError(
-            f"dataset {dataset!r}: cannot be loaded, expected a JSON or JSONL file, a folder or a Hub id ({error})"
+            f"dataset {dataset!r}: got a file that cannot be read, {expected} ({error.__cause__ or error})"
         ) from error
+    except (FileNotFoundError, ValueError, ConnectionError) as error:
+        where = "cannot be loaded" if path.exists() else "there is no such file or folder, nor can it be loaded"
+        raise ActValueError(f"dataset {dataset!r}: {where}, {expected} ({error})") from error
+    if not len(examples):
+        raise ActValueError(f"dataset {dataset!r}: got no examples, expected at least one (in split {split!r})")
+    _check_columns(dataset, examples.column_names)
     if samples is None or samples >= len(examples):
         return examples
     return examples.shuffle(seed=seed).select(range(samples))
+
+
+def _check_columns(dataset: str, columns: Sequence[str]) -> None:
+    """Check that a dataset has the columns of a format that `SFTTrainer` reads.
+
+    Raises:
+        ActValueError: it has not.
+    """
+    needed = {"completion"} if "prompt" in columns else {"text", "messages", "conversations"}
+    if not (needed | {"input_ids"}).intersection(columns):
+        raise ActValueError(
+            f"dataset {dataset!r}: got the columns {columns}, expected those of one of TRL's formats: 'prompt' and "
+            "'completion', 'messages', or 'text' (rename them)"
+        )

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from act_peft.errors import ActValueError
+
 SUMMARY = "Show what a file of scores, a mask or an adapter holds."
 EXAMPLE = "act-peft inspect ability --json"
 
@@ -40,6 +42,7 @@ def describe(path: Path) -> dict[str, Any]:
     from act_peft import ActConfig, ChannelMask, ChannelScores, tensorfile
 
     if path.is_dir():
+        _check_adapter(path)
         config = ActConfig.from_pretrained(str(path))
         return {
             "kind": "adapter",
@@ -72,3 +75,22 @@ def describe(path: Path) -> dict[str, Any]:
             name: {"selected": index.numel(), "channels": mask.num_channels[name]} for name, index in mask.items()
         },
     }
+
+
+def _check_adapter(folder: Path) -> None:
+    """Check that a folder is one of an ACT adapter.
+
+    Raises:
+        ActValueError: it holds no adapter, or one of another method.
+    """
+    from act_peft.adapterfile import CONFIG
+    from act_peft.checkpoint import read_json
+
+    expected = "expected an ACT adapter, or a file of a mask or of scores"
+    if not (folder / CONFIG).is_file():
+        raise ActValueError(f"{folder}: got a folder without {CONFIG}, {expected} (name the file, or the adapter)")
+    kind = read_json(folder, CONFIG).get("peft_type")
+    if kind != "ACT":
+        raise ActValueError(
+            f"{folder}: got an adapter of type {str(kind)[:40]}, {expected} (use PEFT for adapters of other methods)"
+        )

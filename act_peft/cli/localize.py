@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from act_peft.cli.examples import add_examples, batches_of, device_of
+from act_peft.cli.examples import add_examples, batches_of, device_of, load_model
 from act_peft.cli.files import add_output, check_output_file, load_examples
 
 SUMMARY = "Score every channel by how differently base and donor answer, on examples of the ability."
@@ -40,8 +40,6 @@ def run(arguments: argparse.Namespace) -> None:
     """Localize and print what was written."""
     _check_datasets(arguments)
     check_output_file(arguments.output, overwrite=arguments.overwrite)
-    from transformers import AutoModelForCausalLM
-
     from act_peft import localize
     from act_peft.donors import is_adapter
 
@@ -52,10 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
         if dataset is not None
     }
 
-    def load(name: str) -> Any:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=arguments.dtype).to(arguments.device)
-
-    base = load(arguments.base)
+    base = load_model(arguments.base, arguments)
     data: dict[str, Any] = {
         name: batches_of(
             dataset,
@@ -70,7 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
     }
     scores = localize(
         base,
-        arguments.donor if is_adapter(arguments.donor) else load(arguments.donor),
+        arguments.donor if is_adapter(arguments.donor) else load_model(arguments.donor, arguments),
         score=arguments.score,
         target_modules=arguments.target_modules,
         exclude_modules=arguments.exclude_modules,

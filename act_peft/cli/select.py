@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from act_peft.cli.files import add_output, check_output_file
+from act_peft.errors import ActValueError
 
 SUMMARY = "Select the channels with the highest scores."
 EXAMPLE = "act-peft select scores.safetensors --density 0.05 --output mask.safetensors"
@@ -21,11 +22,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Select and print what was written."""
+    """Select and print what was written.
+
+    Raises:
+        ActValueError: the share is too small for a single channel.
+    """
     check_output_file(arguments.output, overwrite=arguments.overwrite)
     from act_peft import ChannelScores
 
     scores = ChannelScores.load(arguments.scores)
     mask = scores.top(arguments.density, scope=arguments.scope, normalize=arguments.normalize)
+    if not mask.num_selected:
+        raise ActValueError(
+            f"density: got {arguments.density}, which selects none of {sum(mask.num_channels.values())} channels, "
+            "expected one that selects some (a higher --density)"
+        )
     mask.save(arguments.output)
     print(f"{arguments.output}: {mask}")

@@ -9,7 +9,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from act_peft.cli.examples import add_examples, batches_of, device_of
+from act_peft.cli.examples import add_examples, batches_of, device_of, load_model
 from act_peft.cli.files import add_output, check_output_file, load_examples
 
 SUMMARY = "Try densities and transfer scales on held-out examples, without training, and recommend one of each."
@@ -57,8 +57,6 @@ def run(arguments: argparse.Namespace) -> None:
     for path in (arguments.output, arguments.figure):
         if path is not None:
             check_output_file(path, overwrite=arguments.overwrite)
-    from transformers import AutoModelForCausalLM
-
     from act_peft import ChannelScores, sweep
     from act_peft.plots import check_matplotlib, plot_sweep
 
@@ -67,10 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
     arguments.device = device_of(arguments)
     scores = ChannelScores.load(arguments.scores)
 
-    def load(name: str) -> Any:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=arguments.dtype).to(arguments.device)
-
-    base = load(arguments.base)
+    base = load_model(arguments.base, arguments)
 
     def read(dataset: str) -> Any:
         return batches_of(
@@ -86,7 +81,7 @@ def run(arguments: argparse.Namespace) -> None:
     grid = {name: getattr(arguments, name) for name in ("densities", "scales")}
     result = sweep(
         base,
-        load(arguments.donor) if arguments.measure_donor else arguments.donor,
+        load_model(arguments.donor, arguments) if arguments.measure_donor else arguments.donor,
         scores,
         read(arguments.dataset),
         {name: read(dataset) for name, dataset in zip(names, arguments.keep_dataset, strict=True)},

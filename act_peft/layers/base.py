@@ -65,8 +65,8 @@ class ActLayer(DeltaLayer):
         Raises:
             ActValueError: if `scale` is not finite.
         """
-        if not math.isfinite(scale):
-            raise ActValueError(f"set_scale({adapter_name!r}): got {scale}, expected a finite number")
+        if isinstance(scale, str) or not math.isfinite(scale):
+            raise ActValueError(f"set_scale({adapter_name!r}): got {scale!r}, expected a finite number")
         if adapter_name not in self.act_delta_scale:
             return
         self.act_delta_scale[adapter_name] = float(scale)

@@ -98,12 +98,15 @@ def _form_of(base: Any) -> _Form:
 
 
 def _complete(base: Any) -> nn.Parameter:
-    """The weight as bitsandbytes made it: its layers rearrange it when they run for the first time."""
+    """The weight as bitsandbytes lays it out at first: its layers rearrange it when they run for the first time."""
     weight = base.weight
     if type(weight).__name__ == "Int8Params" and weight.SCB is None:  # moved to the layer
         weight.CB, weight.SCB = weight.data, base.state.SCB
     if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
-        base.state_dict()  # undoes the packing of a Linear4bit
+        block_scales = weight.quant_state.absmax.T.reshape(-1).float()  # as the packed kernel uses them
+        base.state_dict()  # undoes the packing of a Linear4bit's codes, but leaves or rounds the scales of its blocks
+        state = base.weight.quant_state
+        state.absmax, state.nested, state.offset, state.state2 = block_scales, False, None, None
     return base.weight
 
 

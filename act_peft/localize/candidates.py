@@ -88,6 +88,14 @@ def find_candidates(
     )
 
 
+def unmatched_names(model: nn.Module, patterns: Patterns) -> list[str]:
+    """Those of several names that match no module with channels, misspelt ones; none of a regular expression."""
+    if patterns is None or isinstance(patterns, str):
+        return []
+    names = [name for name, module in named_modules(model) if channel_kind(module.layer) is not None]
+    return sorted(pattern for pattern in patterns if not any(matches(name, [pattern]) for name in names))
+
+
 def _select(model: nn.Module, targets: Patterns, excluded: Patterns) -> dict[str, NamedModule]:
     modules = {name: module for name, module in named_modules(model) if channel_kind(module.layer) is not None}
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
 from act_peft.choices import member_of
-from act_peft.errors import ActValueError
+from act_peft.errors import ActValueError, ActWarning
 from act_peft.localize.activations import score_activations
 from act_peft.localize.adapters import Donor, open_pair
 from act_peft.localize.attribution import POINTS, score_attributions
-from act_peft.localize.candidates import find_candidates
+from act_peft.localize.candidates import find_candidates, unmatched_names
 from act_peft.localize.vocabulary import warn_left_out
 from act_peft.localize.weights import score_weights
 from act_peft.names import Patterns
@@ -104,26 +105,35 @@ def localize(
             (experts, encoders of other inputs) or that does not run; by attributions, a model without a loss.
 
     Warns:
-        ActWarning: if the models know different numbers of tokens.
+        ActWarning: if the models know different numbers of tokens; if all scores are 0; for a name to select or leave
+            out modules by that matches none.
     """
     kind = member_of(ScoreKind, score, "score")
     _check_settings(kind, dataloader=dataloader, keep_dataloader=keep_dataloader, points=points)
     base, donor = open_pair(base, donor, merged=kind is not ScoreKind.ACTIVATION)
     candidates = find_candidates(base, donor, target_modules=target_modules, exclude_modules=exclude_modules)
     warn_left_out(candidates, stacklevel=2)
+    for argument, patterns in (("target_modules", target_modules), ("exclude_modules", exclude_modules)):
+        unmatched = unmatched_names(base, patterns)
+        if unmatched:
+            warnings.warn(f"{argument}: {unmatched} match no module that has channels", ActWarning, stacklevel=2)
     if dataloader is None:
-        return score_weights(candidates)
-    if kind is ScoreKind.ACTIVATION:
-        return score_activations(base, donor, candidates, dataloader, show_progress=show_progress)
-    return score_attributions(
-        base,
-        donor,
-        candidates,
-        dataloader,
-        keep_dataloader=keep_dataloader,
-        points=POINTS if points is None else points,
-        show_progress=show_progress,
-    )
+        scores = score_weights(candidates)
+    elif kind is ScoreKind.ACTIVATION:
+        scores = score_activations(base, donor, candidates, dataloader, show_progress=show_progress)
+    else:
+        scores = score_attributions(
+            base,
+            donor,
+            candidates,
+            dataloader,
+            keep_dataloader=keep_dataloader,
+            points=POINTS if points is None else points,
+            show_progress=show_progress,
+        )
+    if not any(bool(values.any()) for values in scores.values()):
+        warnings.warn("all scores are 0: donor and base are alike (is one given as both?)", ActWarning, stacklevel=2)
+    return scores
 
 
 def _check_settings(kind: ScoreKind, *, dataloader: object, keep_dataloader: object, points: object) -> None:

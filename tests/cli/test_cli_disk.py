@@ -120,7 +120,10 @@ def test_an_output_that_exists_is_refused(folder, capsys, command, output):
         (["select", "{}/scores.safetensors", "--density", "0.1", "--output", "{}/no/m"], "does not exist"),
         (["inspect", "{}/examples.jsonl"], "safetensors cannot read"),
         (["inspect", "{}/nothing"], "no such file"),
-        (["localize", "--base", "x", "--donor", "x", "--dataset", "{}/no", "--output", "{}/s"], "cannot be loaded"),
+        (
+            ["localize", "--base", "x", "--donor", "x", "--dataset", "{}/no", "--output", "{}/s"],
+            "/no': there is no such file",
+        ),
     ],
 )
 def test_failures_are_one_line(folder, capsys, command, message):
@@ -129,6 +132,51 @@ def test_failures_are_one_line(folder, capsys, command, message):
     assert captured.err.startswith("act-peft: ")
     assert captured.err.count("\n") == 1
     assert message in captured.err
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["select", "{}/scores.safetensors", "--density", "0", "--output", "{}/m"], "selects none of 2505 channels"),
+        (["select", "{}/scores.safetensors", "--density", "1e-9", "--output", "{}/m"], "(a higher --density)"),
+        (["inspect", str(BASE)], "base: got a folder without adapter_config.json, expected an ACT adapter, or a file"),
+        (["inspect", "{}/stock"], "stock: got an adapter of type LORA, expected an ACT adapter, or a file"),
+        (["inspect", "{}/damaged"], "adapter_config.json: is not JSON"),
+    ],
+)
+def test_what_is_none_of_ours_or_selects_nothing_is_refused(folder, capsys, command, message):
+    lora = ["export-lora", str(folder / "ability"), "--output", str(folder / "stock"), "--base", str(BASE)]
+    assert main([*lora, "--biases", "modules_to_save", "--overwrite"]) == 0
+    (folder / "damaged").mkdir(exist_ok=True)
+    (folder / "damaged" / "adapter_config.json").write_text("{")
+    capsys.readouterr()
+    assert main([part.format(folder) for part in command]) == 1
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err.count("\n")) == ("", 1)
+    assert message in captured.err
+    assert not (folder / "m").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "hint"),
+    [
+        (["merge", "--base", str(BASE), "--adapter", "{}/ability", "--output", "{}/merged"], "or pass --overwrite)"),
+        (["combine", "{}/ability", "--output", "{}/merged"], "or pass --overwrite)"),
+        (["export-lora", "{}/ability", "--output", "{}/merged"], "or pass --biases modules_to_save to save"),
+        (
+            ["export-lora", "{}/ability", "--output", "{}/merged", "--biases", "modules_to_save"],
+            "base: needed for --biases modules_to_save of an adapter on disk",
+        ),
+    ],
+)
+def test_hints_name_options_of_the_command(folder, tmp_path, capsys, command, hint):
+    if "--biases" in hint:
+        command = [part.replace("{}/merged", str(tmp_path / "lora")) for part in command]
+    assert main([part.format(folder) for part in command]) == 1
+    error = capsys.readouterr().err
+    assert hint in error
+    assert "=True" not in error
+    assert "biases='" not in error
 
 
 def test_overwrite_replaces(folder, capsys):

@@ -96,6 +96,12 @@ def test_attribution_with_a_skill_to_keep(folder):
         (["--score", "weight", "--keep-dataset", "x"], "--keep-dataset: not used with --score weight"),
         (["--dataset", "x", "--keep-dataset", "x"], "--keep-dataset: not used with --score activation"),
         (["--dataset", "x", "--score", "loss"], "invalid choice: 'loss'"),
+        (["--dataset", "x", "--samples", "0"], "argument --samples: got 0, expected an integer from 1 on"),
+        (["--dataset", "x", "--samples", "few"], "argument --samples: invalid integer value: 'few'"),
+        (["--dataset", "x", "--batch-size", "0"], "argument --batch-size: got 0, expected an integer from 1 on"),
+        (["--dataset", "x", "--max-length", "0"], "argument --max-length: got 0, expected an integer from 1 on"),
+        (["--dataset", "x", "--seed", "-1"], "argument --seed: got -1, expected an integer from 0 on"),
+        (["--dataset", "x", "--dtype", "float33"], "argument --dtype: invalid choice: 'float33'"),
     ],
 )
 def test_bad_arguments(arguments, message, folder, capsys):
@@ -103,3 +109,65 @@ def test_bad_arguments(arguments, message, folder, capsys):
         main(["localize", "--base", "x", "--donor", "y", "--output", str(folder / "z"), *arguments])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def refused(folder, capsys, *arguments):
+    """What the last line on the error stream says; datasets and transformers may have said something before."""
+    command = ["localize", "--base", str(BASE), "--donor", str(DONOR), "--device", "cpu", "--output", f"{folder}/new"]
+    assert main([*command, *arguments]) == 1
+    assert not (folder / "new").exists()
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "got no examples, expected at least one (in split 'train')"),
+        ("hello there", "a JSON or JSONL file, a folder or a Hub id (JSON parse error: "),
+        ("1\n2\n", "got a file that cannot be read, expected a JSON or JSONL file"),
+        ("[]", "cannot be loaded, expected a JSON or JSONL file"),
+        ('{"foo": 1}\n{"foo": 2}\n', "got the columns ['foo'], expected those of one of TRL's formats: 'prompt' and"),
+        ('{"prompt": "a", "text": "b"}', "got the columns ['prompt', 'text'], expected those of one of TRL's formats"),
+        ('{"prompt": "a", "completion": null}', "['prompt', 'completion']: TRL cannot tokenise it, expected examples"),
+        ('{"text": 1}', "dataset with the columns ['text']: TRL cannot tokenise it, expected examples"),
+    ],
+)
+def test_bad_datasets_are_one_line(tmp_path, capsys, text, message):
+    data = tmp_path / "data.jsonl"
+    data.write_text(text)
+    line = refused(tmp_path, capsys, "--dataset", str(data))
+    assert message in line
+    assert str(data) in line or "dataset with the columns" in line
+
+
+@pytest.mark.parametrize("name", ["nosuch.jsonl", "data/nosuch.json", "{}/nosuch", "./nosuch", "../nosuch/x"])
+def test_a_path_that_does_not_exist_is_not_looked_for_on_the_hub(folder, capsys, name):
+    name = name.format(folder)
+    line = refused(folder, capsys, "--dataset", name)
+    assert f"dataset '{name}': there is no such file or folder, expected a JSON or JSONL file" in line
+    assert line.endswith("(check the path)")
+
+
+def test_a_name_that_is_on_no_disk_and_not_on_the_hub(folder, capsys, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    line = refused(folder, capsys, "--dataset", "data/nosuch")
+    assert "'data/nosuch': there is no such file or folder, nor can it be loaded, expected a JSON or JSONL" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "cuda:99"], "device: got 'cuda:99', expected one that torch can use here"),
+        (["--device", "toaster"], "device: got 'toaster', expected one that torch can use here"),
+        (["--device", "meta"], "device: got 'meta', expected one that torch can use here"),
+        (["--split", "test"], "cannot be loaded, expected a JSON or JSONL file, a folder or a Hub id (Unknown split"),
+        (["--assistant-only"], "TRL cannot tokenise it, expected examples in one of its formats (ValueError: You set"),
+        (["--base", "{}"], "cannot be loaded, expected the folder or Hub id of a causal language model"),
+        (["--base", "{}/merged"], "merged: its tokenizer cannot be loaded, expected one beside the model"),
+    ],
+)
+def test_what_cannot_be_loaded_is_one_line(folder, capsys, arguments, message):
+    data = ["--dataset", str(folder / f"{Language.SPANISH.value}.jsonl")]
+    line = refused(folder, capsys, *data, *(argument.format(folder) for argument in arguments))
+    assert line.startswith("act-peft: ")
+    assert message in line

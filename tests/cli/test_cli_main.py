@@ -45,6 +45,9 @@ def test_success(command, capsys):
         ),
         (OSError("no space"), "act-peft: no space"),
         (OSError(), "act-peft: OSError"),
+        (ActValueError("x: exists (pass overwrite=True)"), "act-peft: x: exists (pass --overwrite)"),
+        (ActValueError("x: or transfer_scale='y' here"), "act-peft: x: or --transfer-scale y here"),
+        (ActValueError("expected trainable='scales'"), "act-peft: expected trainable='scales'"),  # no option of it
     ],
 )
 def test_failure_is_one_line(command, capsys, error, line):

@@ -93,6 +93,8 @@ def test_json_donor_two_skills_and_a_figure(folder, capsys):
         (["--keep-dataset", "{}/german.jsonl", "{}/german.jsonl"], "got german, german, expected different names"),
         (["--scope", "layer"], "invalid choice: 'layer'"),
         (["--densities", "many"], "invalid float value: 'many'"),
+        (["--samples", "0"], "argument --samples: got 0, expected an integer from 1 on"),
+        (["--dtype", "float33"], "argument --dtype: invalid choice: 'float33'"),
     ],
 )
 def test_bad_arguments(folder, capsys, arguments, message):
@@ -109,7 +111,9 @@ def test_bad_arguments(folder, capsys, arguments, message):
         (["--figure", "{}/no/x.png"], "does not exist, expected an existing one"),
         (["--scores", "{}/nothing"], "nothing: no such file"),
         (["--densities", "0"], "densities: got 0.0, expected numbers above 0 and at most 1"),
-        (["--keep-dataset", "{}/nothing"], "nothing': cannot be loaded"),
+        (["--keep-dataset", "{}/nothing"], "nothing': there is no such file or folder"),
+        (["--dataset", "{}/scores"], "scores': got a file that cannot be read"),
+        (["--device", "cuda:99"], "device: got 'cuda:99', expected one that torch can use here"),
     ],
 )
 def test_failures_write_nothing(folder, capsys, arguments, message):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_models import VOCABULARY, build, random_mask
+from tiny_models import VOCABULARY, build, build_relatives, random_mask
 
 from act_peft import ActConfig, ActTypeError, ActValueError, ActWarning, create_adapter, initialize_from_donor
 
@@ -197,6 +197,7 @@ def test_a_specialised_base_with_added_tokens_takes_from_its_ancestor(tmp_path):
 
 
 def test_the_recorded_configuration_names_the_donor(tmp_path):
-    build("llama").save_pretrained(tmp_path / "donor")
-    with_donor(build("llama"), tmp_path / "donor").save_pretrained(tmp_path / "adapter")
+    base, donor = build_relatives("llama")
+    donor.save_pretrained(tmp_path / "donor")
+    with_donor(base, tmp_path / "donor").save_pretrained(tmp_path / "adapter")
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["donor"] == str(tmp_path / "donor")

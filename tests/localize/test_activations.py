@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 from transformers import BatchEncoding
 
 from act_peft.channels import channel_kind
-from act_peft.errors import ActTypeError, ActValueError
+from act_peft.errors import ActTypeError, ActValueError, ActWarning
 from act_peft.localize import localize
 
 FAMILIES = ["llama", "qwen2", "gpt2", "gemma3"]
@@ -135,8 +135,20 @@ def test_models_of_different_dtypes(dtypes, toy, batches):
 
 def test_a_model_does_not_differ_from_itself(pair, batches):
     base, _ = pair()
-    scores = localize(base, base, batches)
+    with pytest.warns(ActWarning, match="all scores are 0: donor and base are alike"):
+        scores = localize(base, base, batches)
     assert all(torch.equal(values, torch.zeros_like(values)) for values in scores.values())
+
+
+def test_names_that_match_nothing_are_said(pair, batches):
+    base, donor = pair()
+    expected = localize(base, donor, batches, exclude_modules=["embed_tokens"])
+    with pytest.warns(
+        ActWarning, match=r"exclude_modules: \['embed_token', 'foo'\] match no module that has channels"
+    ):
+        assert localize(base, donor, batches, exclude_modules=["foo", "embed_token", "embed_tokens"]) == expected
+    with pytest.warns(ActWarning, match=r"target_modules: \['q_projs'\] match no module"):
+        localize(base, donor, batches, target_modules=["q_projs", "v_proj"])
 
 
 def test_batch_encodings_and_dataloaders(pair, samples, collate, batches):
