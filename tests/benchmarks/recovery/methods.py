@@ -100,14 +100,19 @@ def _examples(family: Family, setting: Setting) -> Mapping[Language, Encoded]:
     return family.anchored if setting.get("anchored") else family.training
 
 
+def _fine_tuned(model: Any, family: Family, budget: Budget, setting: Setting) -> Any:
+    """The model after the whole budget at the setting's rate and share of the skill to keep."""
+    loop = Loop(budget.steps, setting["rate"], setting["keep_share"], batch_size=budget.batch_size)
+    loop.run(model, _examples(family, setting))
+    return model
+
+
 def row_fine_tune(select: Select) -> Callable[[Family, Budget, Setting], Any]:
     """Transfer with one fixed λ, then a fine-tune of the selected rows."""
 
     def build(family: Family, budget: Budget, setting: Setting) -> Any:
         model = transferred(family, select(family, setting["density"]), setting["scale"])
-        loop = Loop(budget.steps, setting["rate"], setting["keep_share"], batch_size=budget.batch_size)
-        loop.run(model, _examples(family, setting))
-        return model
+        return _fine_tuned(model, family, budget, setting)
 
     return build
 
@@ -117,17 +122,12 @@ def lora(family: Family, budget: Budget, setting: Setting) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = get_peft_model(family.base(), LoraConfig(r=8, lora_alpha=16, target_modules=LINEAR))
-    loop = Loop(budget.steps, setting["rate"], setting["keep_share"], batch_size=budget.batch_size)
-    loop.run(model, _examples(family, setting))
-    return model
+    return _fine_tuned(model, family, budget, setting)
 
 
 def full_fine_tune(family: Family, budget: Budget, setting: Setting) -> Any:
     """All parameters train."""
-    model = family.base()
-    loop = Loop(budget.steps, setting["rate"], setting["keep_share"], batch_size=budget.batch_size)
-    loop.run(model, _examples(family, setting))
-    return model
+    return _fine_tuned(family.base(), family, budget, setting)
 
 
 def learned_scales(density: float, steps: Callable[[Budget], int]) -> Callable[[Family, Budget, Setting], Any]:
