@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from act_peft.arithmetic import scaled_channels
+from act_peft.channels import ChannelKind
 from act_peft.checkpoint import read_json
 from act_peft.errors import ActLoadError, ActValueError
 from act_peft.folders import file_in
@@ -89,6 +90,13 @@ class AdapterFolder:
         entry = self._recorded.get(module)
         found = entry.get("base") if isinstance(entry, dict) else None
         return found if isinstance(found, str) else None
+
+    def recorded_axis(self, module: str) -> int | None:
+        """The axis of a module's channels, by the kind that its configuration records."""
+        entry = self._recorded.get(module)
+        kinds = {kind.value: kind for kind in ChannelKind}
+        kind = kinds.get(str(entry.get("kind"))) if isinstance(entry, dict) else None
+        return None if kind is None else kind.channel_dim
 
     def scaled(self, module: str, rows: torch.Tensor, dim: int, channels: slice | torch.Tensor = _ALL) -> torch.Tensor:
         """Rows that were read, times the learned scales of their channels; as they are, where the adapter has none.

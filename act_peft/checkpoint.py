@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,8 @@ SMALL_FILES = (
     "LICENSE*",
     "NOTICE*",
 )
+_LEFT_OUT = ("*.index.json", "trainer_state.json", "adapter_config.json", "all_results.json", "*_results.json")
+_TEMPLATES = "additional_chat_templates"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -227,3 +230,16 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 
 def _is_shard_name(file: Any) -> bool:
     return isinstance(file, str) and file.endswith(".safetensors") and os.path.basename(file) == file
+
+
+def small_files(folder: Path) -> list[str]:
+    """The files beside the weights that belong to the model, by their names in the folder."""
+    names = sorted(os.listdir(folder))
+    small = [n for n in names if n == INDEX or (_is_like(n, SMALL_FILES) and not _is_like(n, _LEFT_OUT))]
+    if (folder / _TEMPLATES).is_dir():
+        small += [f"{_TEMPLATES}/{n}" for n in sorted(os.listdir(folder / _TEMPLATES)) if n.endswith(".jinja")]
+    return small
+
+
+def _is_like(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)

@@ -6,7 +6,6 @@ that stay. No model is built, and no more than some megabytes of it are in memor
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import math
 import os
@@ -24,7 +23,7 @@ from tqdm import tqdm
 
 from act_peft.adapterfile import AdapterFolder, ModuleDelta
 from act_peft.arithmetic import ScaledDelta, merged_rows
-from act_peft.checkpoint import INDEX, SMALL_FILES, Checkpoint, read_json
+from act_peft.checkpoint import INDEX, Checkpoint, read_json, small_files
 from act_peft.errors import ActLoadError, ActValueError, ActWarning
 from act_peft.fingerprint import Fingerprint
 from act_peft.folders import check_output, check_room, copy_file, file_in, new_folder
@@ -34,8 +33,6 @@ from act_peft.shards import Shard, header_with
 from act_peft.skeleton import load_config, tied_weights
 from act_peft.weighting import weighted_adapters
 
-_LEFT_OUT = ("*.index.json", "trainer_state.json", "adapter_config.json", "all_results.json", "*_results.json")
-_TEMPLATES = "additional_chat_templates"
 _SMALL_ROW = 64  # bytes; a tensor with shorter rows is copied before it is written, as are columns
 _WORKERS = 2  # parts at a time: more of them wait for the same disk
 _PART = 64 << 20  # bytes
@@ -88,7 +85,7 @@ def merge_checkpoint(
         ]
         check_output(output, [checkpoint.folder, *(s.adapter.folder for s in sources)], overwrite=overwrite)
         plan = _make_plan(checkpoint, sources)
-        small = _small_files(checkpoint.folder)
+        small = small_files(checkpoint.folder)
         grown = [checkpoint.info(source) for source in plan.untied.values()]
         needed = sum(checkpoint.shard(file).size for file in checkpoint.files)
         needed += sum(file_in(checkpoint.folder, name).stat().st_size for name in small)
@@ -212,7 +209,16 @@ def _check_parts(checkpoint: Checkpoint, module: str, key: str, parts: Sequence[
                 "another model)"
             )
         axes &= fitting
-    dim = min(axes, default=0)  # where both axes fit, all channels are selected, and the numbers are the same
+    dim = min(axes, default=0)
+    if len(axes) > 1:  # all channels of a square weight are selected: only learned scales depend on the axis
+        recorded = [source.adapter.recorded_axis(module) for source, delta in parts if delta.scales is not None]
+        known = {axis for axis in recorded if axis is not None}
+        if len(known) > 1 or None in recorded:
+            raise ActLoadError(
+                f"{module}: all channels of a square weight have learned scales, expected adapted_modules to say its "
+                "kind (adapter_config.json is damaged)"
+            )
+        dim = min(known, default=dim)
     for source, delta in parts:
         if delta.index.numel() and int(delta.index[-1]) >= info.shape[dim]:
             raise ActLoadError(
@@ -363,19 +369,6 @@ def _deltas_between(change: _Change, first: int, stop: int) -> Iterator[ScaledDe
             channels = entries = slice(i, j)
         rows = adapter.shard.view(part.key, entries.start, entries.stop)
         yield part.index[channels], adapter.scaled(part.module, rows, change.dim, channels), part.source.weight
-
-
-def _small_files(folder: Path) -> list[str]:
-    """The files beside the weights that belong to the model, by their names in the folder."""
-    names = sorted(os.listdir(folder))
-    small = [n for n in names if n == INDEX or (_is_like(n, SMALL_FILES) and not _is_like(n, _LEFT_OUT))]
-    if (folder / _TEMPLATES).is_dir():
-        small += [f"{_TEMPLATES}/{n}" for n in sorted(os.listdir(folder / _TEMPLATES)) if n.endswith(".jinja")]
-    return small
-
-
-def _is_like(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
 def _write_untied(checkpoint: Checkpoint, plan: _Plan, folder: Path) -> None:

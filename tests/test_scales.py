@@ -451,6 +451,23 @@ def test_training_resumes_where_it_was(tmp_path):
     assert all(torch.equal(resumed[name], scales) for name, scales in whole.items())
 
 
+def test_the_channels_of_a_square_weight_lie_where_its_kind_says(tmp_path):
+    model, base, _ = learning("gpt2", density=1.0)
+    randomize(model)
+    base.save_pretrained(tmp_path / "base")
+    model.save_pretrained(tmp_path / "scales")
+    merge_checkpoint(tmp_path / "base", tmp_path / "scales", tmp_path / "out")
+    got, expected = load_file(tmp_path / "out" / "model.safetensors"), model.merge_and_unload().state_dict()
+    assert got["transformer.h.0.attn.c_proj.weight"].shape == (16, 16)  # a Conv1D
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in got.items())
+    config = json.loads((tmp_path / "scales" / "adapter_config.json").read_text())
+    config["adapted_modules"]["transformer.h.0.attn.c_proj"]["kind"] = "?"
+    (tmp_path / "scales" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ActLoadError, match=r"attn.c_proj: all channels of a square weight have learned scales"):
+        merge_checkpoint(tmp_path / "base", tmp_path / "scales", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize("how", ["merge", "export"])
 def test_saved_scales_count_wherever_files_are_read(tmp_path, how):
     model, base, _ = learning()

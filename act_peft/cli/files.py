@@ -56,13 +56,10 @@ def load_examples(dataset: str, *, split: str, samples: int | None, seed: int) -
             examples = load_dataset(dataset, split=split)
     except StopIteration:  # of a file without a line
         examples = []
-    except DatasetGenerationError as error:
-        raise ActValueError(
-            f"dataset {dataset!r}: got a file that cannot be read, {expected} ({error.__cause__ or error})"
-        ) from error
-    except (FileNotFoundError, ValueError, ConnectionError) as error:
+    except (DatasetGenerationError, FileNotFoundError, ValueError, ConnectionError) as error:
         where = "cannot be loaded" if path.exists() else "there is no such file or folder, nor can it be loaded"
-        raise ActValueError(f"dataset {dataset!r}: {where}, {expected} ({error})") from error
+        reason = error.__cause__ if isinstance(error, DatasetGenerationError) else error  # the reader's own words
+        raise ActValueError(f"dataset {dataset!r}: {where}, {expected} ({reason or error})") from error
     if not len(examples):
         raise ActValueError(f"dataset {dataset!r}: got no examples, expected at least one (in split {split!r})")
     _check_columns(dataset, examples.column_names)

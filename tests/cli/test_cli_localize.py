@@ -123,8 +123,8 @@ def refused(folder, capsys, *arguments):
     ("text", "message"),
     [
         ("", "got no examples, expected at least one (in split 'train')"),
-        ("hello there", "a JSON or JSONL file, a folder or a Hub id (JSON parse error: "),
-        ("1\n2\n", "got a file that cannot be read, expected a JSON or JSONL file"),
+        ("hello there", "cannot be loaded, expected a JSON or JSONL file"),
+        ("1\n2\n", "cannot be loaded, expected a JSON or JSONL file"),
         ("[]", "cannot be loaded, expected a JSON or JSONL file"),
         ('{"foo": 1}\n{"foo": 2}\n', "got the columns ['foo'], expected those of one of TRL's formats: 'prompt' and"),
         ('{"prompt": "a", "text": "b"}', "got the columns ['prompt', 'text'], expected those of one of TRL's formats"),

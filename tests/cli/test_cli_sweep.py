@@ -112,7 +112,7 @@ def test_bad_arguments(folder, capsys, arguments, message):
         (["--scores", "{}/nothing"], "nothing: no such file"),
         (["--densities", "0"], "densities: got 0.0, expected numbers above 0 and at most 1"),
         (["--keep-dataset", "{}/nothing"], "nothing': there is no such file or folder"),
-        (["--dataset", "{}/scores"], "scores': got a file that cannot be read"),
+        (["--dataset", "{}/scores"], "scores': cannot be loaded"),
         (["--device", "cuda:99"], "device: got 'cuda:99', expected one that torch can use here"),
     ],
 )
