@@ -56,7 +56,7 @@ def load_examples(dataset: str, *, split: str, samples: int | None, seed: int) -
             examples = load_dataset(dataset, split=split)
     except StopIteration:  # of a file without a line
         examples = []
-    except (DatasetGenerationError, FileNotFoundError, ValueError, ConnectionError) as error:
+    except (DatasetGenerationError, FileNotFoundError, TypeError, ValueError, ConnectionError) as error:
         where = "cannot be loaded" if path.exists() else "there is no such file or folder, nor can it be loaded"
         reason = error.__cause__ if isinstance(error, DatasetGenerationError) else error  # the reader's own words
         raise ActValueError(f"dataset {dataset!r}: {where}, {expected} ({reason or error})") from error
