@@ -3,21 +3,22 @@
 `import act_peft` registers the method with PEFT; see `ActConfig` and `localize` for where to start.
 """
 
-from act_peft.combine import combine, find_conflicts
-from act_peft.config import ActConfig
-from act_peft.create import create_adapter
+from act_peft.adapter.config import ActConfig
+from act_peft.channels.masks import ChannelMask
+from act_peft.channels.scores import ChannelScores
+from act_peft.combination.combine import combine, find_conflicts
 from act_peft.errors import ActError, ActLoadError, ActTypeError, ActValueError, ActWarning
 from act_peft.export import export_lora
-from act_peft.keeping import KeepCallback
-from act_peft.localize import localize
-from act_peft.masks import ChannelMask
+from act_peft.localization import localize
 from act_peft.merge import merge_checkpoint
-from act_peft.model import ActModel
-from act_peft.registration import register
-from act_peft.scales import ScaleSparsityCallback, prune_channels
-from act_peft.scores import ChannelScores
-from act_peft.sweep import sweep
-from act_peft.transfer import initialize_from_donor
+from act_peft.sweeps.sweep import sweep
+from act_peft.training.keep import KeepCallback
+from act_peft.training.prune import prune_channels
+from act_peft.training.scales import ScaleSparsityCallback
+from act_peft.transfer.in_model import initialize_from_donor
+from act_peft.transfer.on_disk import create_adapter
+from act_peft.tuner.model import ActModel
+from act_peft.tuner.registration import register
 
 __version__ = "0.1.0"
 

@@ -24,15 +24,17 @@ from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig
 from torch import nn
 
-from act_peft.adapterfile import TENSORS, AdapterFolder
-from act_peft.arithmetic import factor_rank, factors
-from act_peft.changes import OUTER, AdapterChanges, ModuleChange, changes_in_folder, changes_in_model
-from act_peft.channels import ChannelKind
-from act_peft.checkpoint import Checkpoint
-from act_peft.choices import member_of
+from act_peft.adapter.changes import OUTER, AdapterChanges, ModuleChange, changes_in_folder
+from act_peft.adapter.file import TENSORS, AdapterFolder
+from act_peft.channels.kinds import ChannelKind
+from act_peft.channels.rows import wide_dtype
+from act_peft.checks import member_of
+from act_peft.disk.atomic import new_folder
+from act_peft.disk.checkpoint import Checkpoint
+from act_peft.disk.folders import check_output, check_room
+from act_peft.disk.writing import size_of, write_tensors
 from act_peft.errors import ActTypeError, ActValueError
-from act_peft.folders import check_output, check_room, new_folder
-from act_peft.tensorstream import size_of, write_tensors
+from act_peft.layers.changes import changes_in_model
 
 _NAMED = 8  # modules that a message names
 _SLACK = 1 << 20  # bytes kept free for configuration and card
@@ -354,3 +356,32 @@ def _card_lines(source: AdapterChanges, plan: _Plan, errors: Mapping[str, float]
     yield "\n| module | rank | relative error |\n|---|---|---|"
     for name, rank in plan.ranks.items():
         yield f"| {name} | {rank} | {errors[name]:.3g} |"
+
+
+def factors(rows: torch.Tensor, max_rank: int | None) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Two factors of a delta's rows: exact ones, or beyond `max_rank` the best of that rank.
+
+    Args:
+        rows: `[K, I]`, finite.
+        max_rank: from 1 on, or None.
+
+    Returns:
+        `left` `[K, r]` and `right` `[r, I]` in the dtype of `rows`, and |rows - left right| / |rows| in the Frobenius
+        norm, from the singular values that are left out.
+    """
+    count, width = rows.shape
+    if max_rank is None or count <= max_rank:
+        return torch.eye(count, dtype=rows.dtype), rows, 0.0
+    if width <= max_rank:
+        return rows, torch.eye(width, dtype=rows.dtype), 0.0
+    u, s, vh = torch.linalg.svd(rows.to(wide_dtype(rows.dtype)), full_matrices=False)
+    squares = s.double().square()
+    total = float(squares.sum())
+    error = (float(squares[max_rank:].sum()) / total) ** 0.5 if total else 0.0
+    right = s[:max_rank, None] * vh[:max_rank]
+    return u[:, :max_rank].to(rows.dtype), right.to(rows.dtype), error
+
+
+def factor_rank(count: int, width: int, max_rank: int | None) -> int:
+    """Rank of the factors that `factors` gives."""
+    return count if max_rank is None or count <= max_rank else min(max_rank, width)

@@ -21,17 +21,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from act_peft.adapterfile import AdapterFolder, ModuleDelta
-from act_peft.arithmetic import ScaledDelta, merged_rows
-from act_peft.checkpoint import INDEX, Checkpoint, read_json, small_files
+from act_peft.adapter.base_record import Fingerprint
+from act_peft.adapter.file import AdapterFolder, ModuleDelta
+from act_peft.channels.rows import ScaledDelta, merged_rows
+from act_peft.combination.weighting import weighted_adapters
+from act_peft.disk.atomic import new_folder
+from act_peft.disk.checkpoint import INDEX, Checkpoint, read_json, small_files
+from act_peft.disk.folders import check_output, check_room, copy_file, file_in
+from act_peft.disk.keys import key_for, prefix_change
+from act_peft.disk.shard import Shard, header_with
+from act_peft.disk.skeleton import load_config, tied_weights
+from act_peft.disk.writing import GatheringWriter
 from act_peft.errors import ActLoadError, ActValueError, ActWarning
-from act_peft.fingerprint import Fingerprint
-from act_peft.folders import check_output, check_room, copy_file, file_in, new_folder
-from act_peft.gather import GatheringWriter
-from act_peft.names import key_for, prefix_change
-from act_peft.shards import Shard, header_with
-from act_peft.skeleton import load_config, tied_weights
-from act_peft.weighting import weighted_adapters
 
 _SMALL_ROW = 64  # bytes; a tensor with shorter rows is copied before it is written, as are columns
 _WORKERS = 2  # parts at a time: more of them wait for the same disk

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from act_peft.choices import member_of
+from act_peft.channels.scores import ChannelScores, Scope
+from act_peft.checks import member_of
 from act_peft.errors import ActError, ActValueError
-from act_peft.scores import ChannelScores, Scope
-from act_peft.sweep_result import Measurement, SweepResult
+from act_peft.sweeps.result import Measurement, SweepResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

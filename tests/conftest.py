@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import DTYPES, FAMILIES
+
+from tests.support.tiny_models import DTYPES, FAMILIES
 
 
 @pytest.fixture(autouse=True)

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import save_adapter, save_relatives
 
 from act_peft import ActError, create_adapter, merge_checkpoint
+from tests.support.tiny_checkpoints import save_adapter, save_relatives
 
 FILES = {
     "base": ["model.safetensors", "config.json"],

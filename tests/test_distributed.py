@@ -14,8 +14,8 @@ import copy, os, sys
 sys.path.insert(0, {tests!r})
 import torch
 from peft import get_peft_model
-from tiny_data import build_tokenizer, prompt_completion
-from tiny_models import batch, build_relatives, random_mask, state_bytes
+from tests.support.tiny_data import build_tokenizer, prompt_completion
+from tests.support.tiny_models import batch, build_relatives, random_mask, state_bytes
 from trl import SFTConfig, SFTTrainer
 from act_peft import ActConfig, KeepCallback, ScaleSparsityCallback, initialize_from_donor
 
@@ -54,7 +54,7 @@ torch.save(state, {folder!r} + f"/rank{{os.environ.get('RANK', 'alone')}}.pt")
 def test_two_processes_train_what_one_trains(tmp_path, trainable, offload):
     script = tmp_path / "train.py"
     settings = {"trainable": trainable, "offload": offload}
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), folder=str(tmp_path), **settings))
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parents[1]), folder=str(tmp_path), **settings))
     launch = [
         sys.executable,
         "-W",

@@ -15,17 +15,16 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.conversion import save_as_lora
 from safetensors.torch import load_file, save_file
-from tiny_models import DTYPES, FAMILIES, batch, build, random_mask
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 import act_peft.export
 from act_peft import ActConfig, ActLoadError, ActTypeError, ActValueError, export_lora
-from act_peft.arithmetic import factors
-from act_peft.channels import ChannelKind
-from act_peft.export import Biases
+from act_peft.channels.kinds import ChannelKind
+from act_peft.channels.masks import ChannelMask
+from act_peft.export import Biases, factors
 from act_peft.layers import ActLayer
-from act_peft.masks import ChannelMask
+from tests.support.tiny_models import DTYPES, FAMILIES, batch, build, random_mask
 
 QUERY = "model.layers.0.self_attn.q_proj"
 OUTER = "base_model.model."

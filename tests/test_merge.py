@@ -10,15 +10,16 @@ import time
 
 import pytest
 import torch
-from killed_runs import contents, slow_runs
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import save_adapter, save_relatives
-from tiny_models import batch, build, random_mask, state_bytes
 from transformers import AutoModelForCausalLM
 
 import act_peft
-from act_peft import ActLoadError, ActTypeError, ActValueError, ActWarning, merge, merge_checkpoint, shards
+from act_peft import ActLoadError, ActTypeError, ActValueError, ActWarning, merge, merge_checkpoint
+from act_peft.disk import shard as shards
+from tests.support.killed_runs import contents, slow_runs
+from tests.support.tiny_checkpoints import save_adapter, save_relatives
+from tests.support.tiny_models import batch, build, random_mask, state_bytes
 
 TIED = "Model with `tie_word_embeddings=True`|Input and output embeddings are no longer tied"
 

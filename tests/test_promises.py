@@ -9,10 +9,10 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny_models import batch, build, build_relatives, candidates, random_mask, state_bytes
 
 from act_peft import ActConfig, ActWarning, ChannelMask, initialize_from_donor
-from act_peft.channels import channel_kind
+from act_peft.channels.kinds import channel_kind
+from tests.support.tiny_models import batch, build, build_relatives, candidates, random_mask, state_bytes
 
 pytestmark = [
     # Two of the families tie their embeddings and the masks cover every module.
@@ -150,9 +150,9 @@ def test_loading_opens_neither_donor_nor_mask_and_runs_nothing(tmp_path, monkeyp
     def forbidden(*args, **kwargs):
         raise AssertionError(f"called with {args}")
 
-    monkeypatch.setattr("act_peft.model.donor_for_model", forbidden)
+    monkeypatch.setattr("act_peft.tuner.model.donor_for_model", forbidden)
     monkeypatch.setattr("torch.load", forbidden)
-    monkeypatch.setattr("act_peft.plan.ChannelMask.load", forbidden)
+    monkeypatch.setattr("act_peft.layers.targets.ChannelMask.load", forbidden)
     loaded = PeftModel.from_pretrained(fresh, tmp_path / "adapter")
     assert torch.equal(loaded(batch()).logits, expected)
 
@@ -168,8 +168,8 @@ def test_a_hostile_configuration_makes_nothing_open(tmp_path, monkeypatch):
     def forbidden(*args, **kwargs):
         raise AssertionError(f"called with {args}")
 
-    monkeypatch.setattr("act_peft.model.donor_for_model", forbidden)
-    monkeypatch.setattr("act_peft.plan.ChannelMask.load", forbidden)
+    monkeypatch.setattr("act_peft.tuner.model.donor_for_model", forbidden)
+    monkeypatch.setattr("act_peft.layers.targets.ChannelMask.load", forbidden)
     with pytest.raises(ValueError, match=r"channels: got '.*mask' in a configuration that was read from a file"):
         PeftModel.from_pretrained(fresh, tmp_path)
 

@@ -14,7 +14,10 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
-from random_models import (
+from transformers import AutoModelForCausalLM
+
+from act_peft import ActConfig, ChannelMask, ChannelScores, combine, create_adapter, merge_checkpoint, prune_channels
+from tests.support.random_models import (
     BITS,
     NAMES,
     Base,
@@ -33,11 +36,8 @@ from random_models import (
     tune,
     with_adapter,
 )
-from tiny_checkpoints import SHARD_SIZE
-from tiny_models import state_bytes
-from transformers import AutoModelForCausalLM
-
-from act_peft import ActConfig, ChannelMask, ChannelScores, combine, create_adapter, merge_checkpoint, prune_channels
+from tests.support.tiny_checkpoints import SHARD_SIZE
+from tests.support.tiny_models import state_bytes
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{message}:UserWarning")

@@ -39,7 +39,8 @@ def describe(path: Path) -> dict[str, Any]:
     Raises:
         ActValueError: it is none of ours, or damaged.
     """
-    from act_peft import ActConfig, ChannelMask, ChannelScores, tensorfile
+    from act_peft import ActConfig, ChannelMask, ChannelScores
+    from act_peft.disk import tensorfile
 
     if path.is_dir():
         _check_adapter(path)
@@ -83,8 +84,8 @@ def _check_adapter(folder: Path) -> None:
     Raises:
         ActValueError: it holds no adapter, or one of another method.
     """
-    from act_peft.adapterfile import CONFIG
-    from act_peft.checkpoint import read_json
+    from act_peft.adapter.file import CONFIG
+    from act_peft.disk.checkpoint import read_json
 
     expected = "expected an ACT adapter, or a file of a mask or of scores"
     if not (folder / CONFIG).is_file():

@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
     _check_datasets(arguments)
     check_output_file(arguments.output, overwrite=arguments.overwrite)
     from act_peft import localize
-    from act_peft.donors import is_adapter
+    from act_peft.transfer.donors import is_adapter
 
     arguments.device = device_of(arguments)
     examples: dict[str, Any] = {

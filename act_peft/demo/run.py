@@ -26,19 +26,20 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from act_peft.config import ActConfig
+from act_peft.adapter.config import ActConfig
+from act_peft.channels.masks import ChannelMask
+from act_peft.channels.scores import ChannelScores
 from act_peft.demo.family import BASE, DONOR, encode
 from act_peft.demo.steps import RECORD, Report, Steps
 from act_peft.demo.surroundings import offline, one_thread, quiet
 from act_peft.demo.task import Row, Split, accuracy, rows
 from act_peft.demo.words import Language
 from act_peft.errors import ActError, ActValueError
-from act_peft.keeping import KeepCallback
-from act_peft.localize import localize
-from act_peft.masks import ChannelMask
+from act_peft.localization import localize
 from act_peft.plots import check_matplotlib, plot_demo
-from act_peft.scales import ScaleSparsityCallback, prune_channels
-from act_peft.scores import ChannelScores
+from act_peft.training.keep import KeepCallback
+from act_peft.training.prune import prune_channels
+from act_peft.training.scales import ScaleSparsityCallback
 
 ABILITY, KEPT, UNTOUCHED = Language.SPANISH, Language.GERMAN, Language.ENGLISH
 _LABELS = {

@@ -10,11 +10,11 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
-from act_peft.arithmetic import merged_rows
+from act_peft.channels.rows import ChannelRows, merged_rows
 from act_peft.errors import ActValueError, ActWarning
 from act_peft.layers.deltas import DeltaLayer
-from act_peft.layers.quantised import QuantisedRows
-from act_peft.layers.rows import BaseRows, ChannelRows
+from act_peft.layers.quantized import QuantisedRows
+from act_peft.layers.rows import BaseRows
 
 
 def remove_adapter(model: nn.Module, name: str, adapter_name: str) -> None:

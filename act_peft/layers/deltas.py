@@ -10,11 +10,10 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from act_peft.arithmetic import scaled_channels, wide_dtype
-from act_peft.channels import ChannelKind, features, is_quantised
-from act_peft.layers.rows import ChannelRows
+from act_peft.adapter.config import Trainable
+from act_peft.channels.kinds import ChannelKind, features, is_quantised
+from act_peft.channels.rows import ChannelRows, scaled_channels, wide_dtype
 from act_peft.layers.state import check_adapter_state
-from act_peft.trainable import Trainable
 
 PREFIX = "act_delta_"  # `act_` alone is part of the names of modules in half of all transformers models
 

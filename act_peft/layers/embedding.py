@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from act_peft.channels import ChannelKind
+from act_peft.channels.kinds import ChannelKind
 from act_peft.layers.base import ActLayer
 
 

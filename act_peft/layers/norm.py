@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from act_peft.channels import ChannelKind, norm_epsilon, normalize
+from act_peft.channels.kinds import ChannelKind, norm_epsilon, normalize
 from act_peft.layers.base import ActLayer
 
 

@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from act_peft.channels import ChannelKind
-
-
-@dataclass(frozen=True)
-class ChannelRows:
-    """The parameters of some channels of one module.
-
-    `weight` has the module's own orientation: `[K, I]` for a linear layer, `[I, K]` for Conv1D, `[V, K]` for an
-    embedding, `[K]` for a norm. `bias` is `[K]`, or None where the module has none.
-    """
-
-    index: torch.Tensor
-    weight: torch.Tensor
-    bias: torch.Tensor | None
+from act_peft.channels.kinds import ChannelKind
+from act_peft.channels.rows import ChannelRows
 
 
 class BaseRows:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from act_peft.localize import localize
+from act_peft.localization import localize
 
 
 def build_model(args: argparse.Namespace, seed: int) -> LlamaForCausalLM:

@@ -27,7 +27,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from act_peft import ActConfig, ChannelMask, create_adapter, initialize_from_donor, merge_checkpoint
-from act_peft.channels import channel_kind, num_channels
+from act_peft.channels.kinds import channel_kind, num_channels
 
 DENSITY = 0.05
 MERGE_TARGET, MEMORY_TARGET, CREATE_TARGET = 1.5, 300, 0.1

@@ -19,7 +19,7 @@ from bench_localize import build_batches, build_model, measure
 from transformers import LlamaForCausalLM
 
 from act_peft import localize, sweep
-from act_peft.sweep import DENSITIES, SCALES
+from act_peft.sweeps.sweep import DENSITIES, SCALES
 
 TARGET = 1.1
 

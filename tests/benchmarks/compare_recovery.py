@@ -6,7 +6,7 @@ problems of Spanish and German. Its settings are tried on all seeds; among those
 (the one that costs least, if all cost more). Results are cached, so that a second run costs nothing; families that
 `--families` lacks are trained first (about two minutes each).
 
-    python tests/benchmarks/compare_recovery.py --families families --cache recovery.json
+    python -m tests.benchmarks.compare_recovery --families families --cache recovery.json
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recovery.families import ABILITY, KEPT, UNTOUCHED, Accuracies, Family
-from recovery.methods import METHODS, Budget, Setting
 
 from act_peft.errors import ActWarning
+from tests.benchmarks.recovery.families import ABILITY, KEPT, UNTOUCHED, Accuracies, Family
+from tests.benchmarks.recovery.methods import METHODS, Budget, Setting
 
 Result = dict[str, Accuracies]  # "validation" and "test" -> language -> accuracy
 

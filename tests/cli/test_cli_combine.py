@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from tiny_checkpoints import save_adapter, save_relatives
 
 from act_peft import combine, find_conflicts
 from act_peft.cli import main
+from tests.support.tiny_checkpoints import save_adapter, save_relatives
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from act_peft import ChannelScores, localize
+from act_peft.channels.scores import ScoreKind
 from act_peft.cli import main
 from act_peft.demo.family import BASE, DONOR
 from act_peft.demo.task import Split, rows
 from act_peft.demo.words import Language
-from act_peft.donors import is_adapter
-from act_peft.scores import ScoreKind
+from act_peft.transfer.donors import is_adapter
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of the libraries below TRL

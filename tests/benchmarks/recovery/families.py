@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from act_peft.channels.scores import ChannelScores
 from act_peft.demo.family import encode, train_family
 from act_peft.demo.task import Row, Split, accuracy, rows
 from act_peft.demo.words import Language
-from act_peft.localize import localize
-from act_peft.scores import ChannelScores
+from act_peft.localization import localize
 
 ABILITY, KEPT, UNTOUCHED = Language.SPANISH, Language.GERMAN, Language.ENGLISH
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from peft.utils.merge_utils import dare_linear, task_arithmetic, ties
 
-from recovery.families import Family
+from tests.benchmarks.recovery.families import Family
 
 Merge = Callable[[list[torch.Tensor], torch.Tensor], torch.Tensor]
 

@@ -12,10 +12,11 @@ from peft import LoraConfig, get_peft_model
 
 from act_peft import ActConfig, ChannelMask
 from act_peft.demo.words import Language
-from act_peft.scales import prune_channels, soft_threshold_
-from recovery.families import Encoded, Family
-from recovery.merging import with_dare, with_task_arithmetic, with_ties
-from recovery.training import Loop
+from act_peft.training.prune import prune_channels
+from act_peft.training.scales import soft_threshold_
+from tests.benchmarks.recovery.families import Encoded, Family
+from tests.benchmarks.recovery.merging import with_dare, with_task_arithmetic, with_ties
+from tests.benchmarks.recovery.training import Loop
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
 

@@ -10,7 +10,7 @@ import torch
 
 from act_peft.demo.family import IGNORED_LABEL
 from act_peft.demo.words import Language
-from recovery.families import ABILITY, KEPT, Encoded
+from tests.benchmarks.recovery.families import ABILITY, KEPT, Encoded
 
 DECAY = 1 / 3  # the last share of the steps, in which the learning rate falls linearly to zero
 MAX_GRAD_NORM = 1.0  # as in transformers' Trainer

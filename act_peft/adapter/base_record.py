@@ -1,0 +1,81 @@
+"""A fingerprint of base rows: by it an adapter recognises the base that it was made for."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from act_peft.channels.kinds import ChannelKind
+from act_peft.errors import ActValueError
+
+LENGTH = 16  # hexadecimal digits kept of the sha256
+
+
+class Fingerprint:
+    """A fingerprint in the making; `fingerprint` is the short form."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Add rows, any shape; adding parts along the first axis one after the other equals adding the whole."""
+        rounded = rows.detach().to("cpu", torch.bfloat16).contiguous()
+        self._digest.update(rounded.view(torch.int16).numpy().data)
+
+    def result(self) -> str:
+        """16 hexadecimal digits of the sha256 over the values rounded to bfloat16."""
+        return self._digest.hexdigest()[:LENGTH]
+
+
+def fingerprint(weight: torch.Tensor, bias: torch.Tensor | None = None) -> str:
+    """Hash of some rows of one module, the same for a float32 and a bfloat16 copy of them.
+
+    Args:
+        weight: selected part of the module's weight, any shape, in the module's orientation.
+        bias: `[K]`, the elements of the bias that belong to it, if there is a bias.
+
+    Returns:
+        16 hexadecimal digits of the sha256 over the values rounded to bfloat16.
+    """
+    whole = Fingerprint()
+    for tensor in (weight, bias):
+        if tensor is not None:
+            whole.add(tensor)
+    return whole.result()
+
+
+def module_record(kind: ChannelKind, *, selected: int, channels: int, base: str | None) -> dict[str, Any]:
+    """An entry of `adapted_modules`.
+
+    Args:
+        kind: of the module.
+        selected: number of its selected channels K.
+        channels: number of its channels C.
+        base: fingerprint of the base rows; None where they cannot be read.
+    """
+    return {"kind": kind.value, "selected": selected, "channels": channels, "base": base}
+
+
+def _check_record(modules: Any) -> None:
+    """Check `adapted_modules` as it comes out of a file.
+
+    Raises:
+        ActValueError: if it is not what the library writes.
+    """
+    if modules is None:
+        return
+    good = isinstance(modules, Mapping) and all(
+        isinstance(entry, Mapping)
+        and isinstance(entry.get("selected"), int)
+        and isinstance(entry.get("base"), (str, type(None)))
+        and isinstance(entry.get("kind"), (str, type(None)))
+        for entry in modules.values()
+    )
+    if not good:
+        raise ActValueError(
+            f"adapted_modules: got {str(modules)[:80]}, expected module name -> "
+            "{'kind': str, 'selected': int, 'channels': int, 'base': str} (adapter_config.json is damaged)"
+        )

@@ -1,0 +1,301 @@
+"""`ActConfig`: what PEFT needs to know to build an ACT adapter, and what an adapter's file says about itself."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import tempfile
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from typing import Any, cast
+
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
+from peft.utils.other import EMBEDDING_LAYER_NAMES
+from safetensors import SafetensorError, safe_open
+
+from act_peft.adapter.base_record import _check_record
+from act_peft.adapter.card import write_model_card
+from act_peft.channels.masks import ChannelMask, checked_indices
+from act_peft.channels.scores import ChannelScores
+from act_peft.checks import member_of
+from act_peft.errors import ActLoadError, ActTypeError, ActValueError, ActWarning
+
+
+class Trainable(Enum):
+    """What of an adapter trains; `ActConfig.trainable`.
+
+    DELTAS: the rows of the selected channels. SCALES: one scale per channel on the donor's frozen difference. BOTH:
+    one scale per channel and the rows that it multiplies.
+    """
+
+    DELTAS = "deltas"
+    SCALES = "scales"
+    BOTH = "both"
+
+    @property
+    def has_scales(self) -> bool:
+        """Whether an adapter has one scale per channel."""
+        return self is not Trainable.DELTAS
+
+    @property
+    def trains_rows(self) -> bool:
+        """Whether the rows train."""
+        return self is not Trainable.SCALES
+
+
+@dataclass
+class ActConfig(PeftConfig):
+    """Configuration of an ACT adapter: which channels of which modules, and what moves into them.
+
+    Constructing `ActConfig()` without channels is allowed; `get_peft_model` needs them.
+
+    Args:
+        channels: the selected channels: a `ChannelMask`, a dict `module name -> channels`, or the path of a saved
+            mask. A name matches a module exactly or as a dotted suffix, as `target_modules` does (`"q_proj"` matches
+            every `...q_proj`). Never written to `adapter_config.json`: the adapter's tensors hold the indices.
+        donor: folder or Hub id of the model whose channels move over. Read once, when the adapter is created; loading
+            an adapter never opens it.
+        donor_revision: revision of a donor on the Hub.
+        transfer_scale: λ, the share of the donor's difference that moves over. With 1 the selected rows are the
+            donor's.
+        target_modules: narrows `channels` to these modules; names or one regular expression, as in PEFT. By default
+            every module that `channels` names. Entries of `channels` outside are left aside.
+        exclude_modules: modules to leave out, names or one regular expression.
+        modules_to_save: further modules to train and save as a whole.
+        trainable_token_indices: rows of the token embedding to train, as in PEFT.
+        layers_to_transform: only modules in the layers of these numbers.
+        layers_pattern: name of the list of layers that `layers_to_transform` counts in.
+        init_weights: True: the deltas start at zero (or at the donor's difference); False: random, for tests.
+        trainable: what trains. `"deltas"`: the selected rows. `"scales"`: one scale per channel, which starts at
+            `transfer_scale`, on the donor's frozen difference. `"both"`: the scales and the rows that they multiply.
+            See `ScaleSparsityCallback` and `prune_channels`.
+        offload_deltas: with `trainable="scales"`: the frozen differences stay in CPU memory, wherever the model goes,
+            and are copied to its device layer by layer, in every forward and every backward pass. For models whose
+            differences do not fit beside them; costs the time of these copies. Ends with `prune_channels`.
+        density: selected channels / all channels of the mask; filled in by the library.
+        adapted_modules: module name -> kind, number of channels, number of selected ones, fingerprint of their base
+            rows; filled in by the library.
+
+    Raises:
+        ActValueError, ActTypeError: for values that can never be right; what depends on the model is checked when the
+            adapter is created.
+    """
+
+    channels: Any = field(
+        default=None,
+        metadata={"help": "The selected channels: a ChannelMask, a dict of lists, or the path of a saved mask."},
+    )
+    donor: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of the model whose channels move over."}
+    )
+    donor_revision: str | None = field(default=None, metadata={"help": "Revision of a donor on the Hub."})
+    transfer_scale: float = field(
+        default=0.4, metadata={"help": "Share of the donor's difference that is added to the selected channels."}
+    )
+    target_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Modules to adapt, names or a regular expression; default: all in `channels`."}
+    )
+    exclude_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Modules to leave out, names or a regular expression."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules to train and save as a whole."}
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Rows of the token embedding to train as well, as in PEFT."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Only modules in the layers of these numbers."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of layers that `layers_to_transform` counts in."}
+    )
+    init_weights: bool = field(
+        default=True, metadata={"help": "Zero (or the donor's difference) if True, random otherwise (for tests)."}
+    )
+    trainable: str = field(default="deltas", metadata={"help": "'deltas' (the selected rows), 'scales' or 'both'."})
+    offload_deltas: bool = field(
+        default=False, metadata={"help": "Keep the frozen differences of trainable='scales' in CPU memory."}
+    )
+    density: float | None = field(
+        default=None, metadata={"help": "Share of the channels that is selected; filled in by the library."}
+    )
+    adapted_modules: dict[str, dict[str, Any]] | None = field(
+        default=None, metadata={"help": "What the adapter holds, per module; filled in by the library."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # PEFT hands over `peft_type` as text when it builds a config from a file, and users do not. What a file says
+        # is a record: the donor that it names is never opened.
+        given = vars(self)["peft_type"]
+        self._named_targets: set[str] | None = None
+        as_text = isinstance(given, str) and not isinstance(given, PeftType)
+        self._from_file = as_text and not isinstance(self.channels, ChannelMask)  # no file holds a mask
+        if self._from_file and self.channels is not None:
+            raise ActValueError(
+                f"channels: got {str(self.channels)[:80]!r} in a configuration that was read from a file, which names "
+                "none (to make a new adapter, leave peft_type out: ActConfig(channels=..., donor=...))"
+            )
+        self.peft_type = PeftType("ACT")
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+        if self.channels is not None:
+            self.channels = _checked_channels(self.channels)
+        if self.donor is not None:
+            self.donor = _checked_donor(self.donor)
+        if not isinstance(self.transfer_scale, (int, float)) or not math.isfinite(self.transfer_scale):
+            raise ActValueError(f"transfer_scale: got {self.transfer_scale!r}, expected a finite number")
+        self.trainable = member_of(Trainable, self.trainable, "trainable").value
+        if self.offload_deltas and Trainable(self.trainable).trains_rows:
+            raise ActValueError(
+                f"offload_deltas: got True with trainable={self.trainable!r}, expected 'scales' (rows that train have "
+                "to be where the model is)"
+            )
+        _check_record(self.adapted_modules)
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ActValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ActValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
+        if self.donor_revision is not None and self.donor is None:
+            raise ActValueError("donor_revision: given without a donor (name the donor, or leave the revision out)")
+
+    @property
+    def from_file(self) -> bool:
+        """Whether this config was read from an adapter's folder rather than written by the user."""
+        return self._from_file
+
+    @property
+    def chosen_targets(self) -> set[str] | str | None:
+        """`target_modules` as the user chose them; None where `name_targets` filled them in."""
+        return None if self.target_modules == self._named_targets else cast(Any, self.target_modules)
+
+    def name_targets(self, names: Iterable[str]) -> None:
+        """Fill in `target_modules`, where the user chose none, for tools that read them from the configuration.
+
+        PEFT's `convert_to_lora` does. It would also save a whole embedding whose name it finds there, so modules at
+        the top of a model that are called as embeddings usually are (`lm_head`) are left out.
+
+        Args:
+            names: the modules that have an adapter.
+        """
+        if self.chosen_targets is None:
+            self.target_modules = self._named_targets = set(names) - set(EMBEDDING_LAYER_NAMES)
+
+    def forget_named_targets(self) -> None:
+        """Undo `name_targets`: PEFT would shorten a long list of names, which then looks like a choice of the user."""
+        self.target_modules = self.chosen_targets
+        self._named_targets = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as a dict of plain values, without the channel indices."""
+        names = [f.name for f in fields(self) if f.name not in ("channels", "target_modules")]
+        plain = {name: copy.deepcopy(getattr(self, name)) for name in names}
+        return {"channels": None, "target_modules": copy.copy(self.chosen_targets), **plain}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json` and, beside an adapter's tensors, the model card.
+
+        Args:
+            save_directory: the adapter's folder.
+            kwargs: as in PEFT.
+
+        Raises:
+            ActValueError: if there is a file of this name.
+        """
+        config = copy.copy(self)
+        config.target_modules = _sorted_if_set(self.chosen_targets)
+        config.exclude_modules = _sorted_if_set(self.exclude_modules)
+        if os.path.isfile(save_directory):
+            raise ActValueError(f"{save_directory}: got a file, expected a folder to save the adapter in")
+        os.makedirs(save_directory, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=save_directory, prefix=".") as beside:
+            super(ActConfig, config).save_pretrained(beside, **kwargs)
+            os.replace(os.path.join(beside, CONFIG_NAME), os.path.join(save_directory, CONFIG_NAME))
+        if os.path.isfile(os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME)):
+            write_model_card(save_directory, self.to_dict())
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """Read the configuration of a saved adapter.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub id of the adapter.
+            subfolder: folder inside it.
+            kwargs: as in PEFT.
+
+        Raises:
+            ActValueError: if the path is a file.
+            ActLoadError: if the folder's tensors cannot be read.
+
+        Warns:
+            ActWarning: if a local folder holds pickled tensors only.
+        """
+        _check_tensor_file(os.path.join(pretrained_model_name_or_path, subfolder or ""))
+        if os.path.isfile(pretrained_model_name_or_path):
+            raise ActValueError(
+                f"{pretrained_model_name_or_path}: got a file, expected the adapter's folder (with {CONFIG_NAME})"
+            )
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+
+def _check_tensor_file(folder: str) -> None:
+    """Look at the tensors of a local adapter before PEFT touches the model; a Hub id is left to PEFT."""
+    path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+    if os.path.isfile(path):
+        try:
+            with safe_open(path, framework="pt") as file:
+                file.keys()
+        except (SafetensorError, OSError) as error:
+            raise ActLoadError(
+                f"{path}: cannot be read, expected a safetensors file ({error}; copy or download it again)"
+            ) from error
+    elif os.path.isfile(os.path.join(folder, WEIGHTS_NAME)):
+        warnings.warn(
+            f"{folder}: the adapter is pickled ({WEIGHTS_NAME}), which PEFT reads with torch's restricted unpickler "
+            "(save it with safe_serialization=True instead)",
+            ActWarning,
+            stacklevel=4,
+        )
+
+
+def _checked_donor(donor: Any) -> str:
+    """The donor's name as text, which a file can hold.
+
+    Raises:
+        ActTypeError: for anything else.
+    """
+    if not isinstance(donor, (str, os.PathLike)):
+        raise ActTypeError(
+            f"donor: got {type(donor).__name__}, expected a folder or Hub id (for a model in memory leave it out and "
+            "call initialize_from_donor(model, donor))"
+        )
+    return os.fspath(donor)
+
+
+def _sorted_if_set(names: Any) -> Any:
+    return sorted(names) if isinstance(names, set) else names
+
+
+def _checked_channels(channels: Any) -> Any:
+    """A mask and a path as they are; a dict with its channels as sorted lists.
+
+    Raises:
+        ActTypeError: for anything else.
+        ActValueError: for a negative or repeated channel.
+    """
+    if isinstance(channels, (ChannelMask, str, os.PathLike)):
+        return channels
+    if isinstance(channels, ChannelScores):
+        raise ActTypeError("channels: got ChannelScores, expected a ChannelMask (scores.top(density) selects)")
+    if not isinstance(channels, Mapping):
+        raise ActTypeError(
+            f"channels: got {type(channels).__name__}, expected a ChannelMask, a dict of lists or a path"
+        )
+    return {name: checked_indices(f"channels[{name!r}]", indices).tolist() for name, indices in channels.items()}

@@ -1,0 +1,163 @@
+"""The folder of a saved ACT adapter, read without a model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from act_peft.channels.kinds import ChannelKind
+from act_peft.channels.rows import scaled_channels
+from act_peft.disk.checkpoint import read_json
+from act_peft.disk.folders import file_in
+from act_peft.disk.locations import local_folder
+from act_peft.disk.shard import Shard
+from act_peft.errors import ActLoadError, ActValueError
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+_ALL = slice(None)
+_OUTER = "base_model.model."
+_PARTS = ("act_delta_index", "act_delta_weight", "act_delta_bias", "act_delta_channel_scale")
+
+
+@dataclass(frozen=True)
+class ModuleDelta:
+    """What an adapter holds for one module: channels int64 `[K]`, ascending, and where its deltas are.
+
+    `scales` are the learned ones, float `[K]`, that the rows are multiplied with; None where the rows are the deltas.
+    """
+
+    index: torch.Tensor
+    weight: str
+    weight_shape: tuple[int, ...]
+    bias: str | None
+    scales: torch.Tensor | None
+
+
+class AdapterFolder:
+    """A saved ACT adapter, open for reading; a context manager.
+
+    Args:
+        location: a folder or Hub id.
+        revision: revision on the Hub; left aside for a folder.
+
+    Attributes:
+        location: what the user named.
+        folder: the local folder.
+        config: what `adapter_config.json` says.
+        modules: module name -> `ModuleDelta`.
+
+    Raises:
+        ActValueError: no such adapter, a damaged file, an adapter of another method.
+        ActLoadError: tensors that no ACT adapter has.
+    """
+
+    def __init__(self, location: str | os.PathLike[str], *, revision: str | None = None) -> None:
+        self.location = os.fspath(location)
+        files = [CONFIG, TENSORS]
+        self.folder = local_folder(location, expected=f"an adapter ({CONFIG})", files=files, revision=revision)
+        self.config = read_json(self.folder, CONFIG)
+        if self.config.get("peft_type") != "ACT":
+            raise ActValueError(
+                f"{self.location}: got an adapter of type {str(self.config.get('peft_type'))[:40]}, expected ACT "
+                "(merge other adapters with PEFT)"
+            )
+        recorded = self.config.get("adapted_modules") or {}
+        self._recorded: Mapping[str, Any] = recorded if isinstance(recorded, dict) else {}
+        self.shard = Shard(file_in(self.folder, TENSORS))
+        try:
+            self.modules = self._read_modules()
+        except BaseException:
+            self.shard.close()
+            raise
+
+    def close(self) -> None:
+        """Close the file; closing twice is harmless."""
+        self.shard.close()
+
+    def __enter__(self) -> AdapterFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def recorded_base(self, module: str) -> str | None:
+        """Fingerprint of the base rows of a module that the adapter was made for, if it recorded one."""
+        entry = self._recorded.get(module)
+        found = entry.get("base") if isinstance(entry, dict) else None
+        return found if isinstance(found, str) else None
+
+    def recorded_axis(self, module: str) -> int | None:
+        """The axis of a module's channels, by the kind that its configuration records."""
+        entry = self._recorded.get(module)
+        kinds = {kind.value: kind for kind in ChannelKind}
+        kind = kinds.get(str(entry.get("kind"))) if isinstance(entry, dict) else None
+        return None if kind is None else kind.channel_dim
+
+    def scaled(self, module: str, rows: torch.Tensor, dim: int, channels: slice | torch.Tensor = _ALL) -> torch.Tensor:
+        """Rows that were read, times the learned scales of their channels; as they are, where the adapter has none.
+
+        Args:
+            module: name of the module.
+            rows: of its `act_delta_weight` or `act_delta_bias`, channels along `dim`.
+            dim: axis of the channels.
+            channels: which of the selected channels they are, a slice or int64 `[n]`; all by default.
+        """
+        scales = self.modules[module].scales
+        return rows if scales is None else scaled_channels(rows, scales[channels], dim)
+
+    def _read_modules(self) -> dict[str, ModuleDelta]:
+        parts: dict[str, dict[str, str]] = {}
+        for key in self.shard.tensors:
+            module, _, part = key.removeprefix(_OUTER).rpartition(".")
+            if part not in _PARTS or not module or not key.startswith(_OUTER):
+                raise ActLoadError(
+                    f"{self.location}: {key}: got a tensor that is no channel delta, expected only "
+                    f"{', '.join(_PARTS)} (modules_to_save and trainable tokens have to be merged in memory, with "
+                    "model.merge_and_unload())"
+                )
+            parts.setdefault(module, {})[part] = key
+        return {module: self._read_module(module, keys) for module, keys in parts.items()}
+
+    def _read_module(self, module: str, keys: Mapping[str, str]) -> ModuleDelta:
+        where = f"{self.location}: {module}"
+        missing = [part for part in _PARTS[:2] if part not in keys]
+        if missing:
+            raise ActLoadError(f"{where}: the adapter has no {missing[0]}, expected one (the file is incomplete)")
+        info = self.shard.info(keys["act_delta_index"])
+        if info.dtype != "I64" or len(info.shape) != 1:
+            raise ActLoadError(
+                f"{where}: channel indices are {info.dtype} of shape {list(info.shape)}, expected I64 of shape [K]"
+            )
+        index = self.shard.tensor(keys["act_delta_index"])
+        if index.numel() and (int(index[0]) < 0 or not bool((index[1:] > index[:-1]).all())):
+            raise ActLoadError(
+                f"{where}: channel indices from {int(index.min())} to {int(index.max())}, expected ascending ones "
+                "from 0 on without repetition (the file is damaged)"
+            )
+        weight = self.shard.info(keys["act_delta_weight"])
+        bias = self.shard.info(keys["act_delta_bias"]) if "act_delta_bias" in keys else None
+        for part, tensor in (("act_delta_weight", weight), ("act_delta_bias", bias)):
+            if tensor is not None and not tensor.is_plain:
+                raise ActLoadError(f"{where}: {part} is {tensor.dtype}, expected a floating point dtype")
+        if bias is not None and bias.shape != tuple(index.shape):
+            raise ActLoadError(f"{where}: act_delta_bias has {list(bias.shape)}, expected {list(index.shape)}")
+        scales = (
+            self._read_scales(where, keys["act_delta_channel_scale"], index)
+            if "act_delta_channel_scale" in keys
+            else None
+        )
+        return ModuleDelta(index, keys["act_delta_weight"], weight.shape, keys.get("act_delta_bias"), scales)
+
+    def _read_scales(self, where: str, key: str, index: torch.Tensor) -> torch.Tensor:
+        info = self.shard.info(key)
+        if not info.is_plain or info.shape != tuple(index.shape):
+            raise ActLoadError(
+                f"{where}: act_delta_channel_scale is {info.dtype} {list(info.shape)}, expected floating point "
+                f"numbers of shape {list(index.shape)}"
+            )
+        return self.shard.tensor(key)

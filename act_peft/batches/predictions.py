@@ -1,0 +1,90 @@
+"""Which outputs of a language model predict the answer tokens of a batch, and their logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from act_peft.batches.answer_tokens import IGNORED_LABEL, find_answer_tokens
+from act_peft.batches.forward import forward
+from act_peft.errors import ActValueError
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The N answer tokens of a batch that follow another token, and where a model predicts them.
+
+    Attributes:
+        inputs: the batch.
+        shape: `(B, T)` of its outputs.
+        positions: of the predictions in the flattened outputs, int64 `[N]`.
+        targets: the tokens, int64 `[N]`.
+        encoder_decoder: whether they are a decoder's, whose loss compares labels with the outputs at their positions.
+    """
+
+    inputs: Mapping[str, Any]
+    shape: tuple[int, int]
+    positions: torch.Tensor
+    targets: torch.Tensor
+    encoder_decoder: bool
+
+    def labels(self) -> torch.Tensor:
+        """Labels `[B, T]` with which a model's own loss counts these tokens and no others."""
+        labels = torch.full((self.shape[0] * self.shape[1],), IGNORED_LABEL)
+        labels[self.positions if self.encoder_decoder else self.positions + 1] = self.targets
+        return labels.view(self.shape)
+
+
+def find_predictions(batch: Mapping[str, Any]) -> Predictions:
+    """Find them as causal language models count their loss, one position before the token.
+
+    In batches with `decoder_input_ids` labels are those of the decoder's positions, and not shifted.
+
+    Raises:
+        ActTypeError, ActValueError: as `find_answer_tokens`; ActValueError also if no answer token follows another.
+    """
+    tokens = find_answer_tokens(batch)
+    encoder_decoder = batch.get("decoder_input_ids") is not None
+    prefix = "decoder_" if encoder_decoder else ""
+    labels, ids = batch.get("labels"), batch.get(f"{prefix}input_ids")
+    given = ids if labels is None else labels
+    if given is None:
+        raise ActValueError("got inputs_embeds without labels, expected labels (they say what is right)")
+    index, shape = tokens.index, (tokens.batch_size, tokens.length)
+    targets = given.cpu().flatten()[index]
+    if not (encoder_decoder and labels is not None):
+        mask = batch.get(f"{prefix}attention_mask")
+        seen = torch.ones(shape, dtype=torch.bool)
+        if mask is not None and mask.shape == shape:
+            seen &= mask.cpu() != 0
+        follows = index % tokens.length > 0
+        follows &= seen.flatten()[(index - 1).clamp(min=0)]
+        index, targets = index[follows] - 1, targets[follows]
+    if not index.numel():
+        raise ActValueError(
+            "got answer tokens at the first position of samples only, expected at least one that follows another token"
+        )
+    return Predictions(batch, shape, index, targets, encoder_decoder)
+
+
+def logits_of(model: nn.Module, batch: Predictions) -> torch.Tensor:
+    """Run a model on a batch.
+
+    Returns:
+        Its logits `[B * T, V]`, of which those at `batch.positions` predict the answer.
+
+    Raises:
+        ActValueError: the model gives no such logits.
+    """
+    logits = getattr(forward(model, batch.inputs), "logits", None)
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 3 or tuple(logits.shape[:2]) != batch.shape:
+        got = list(logits.shape) if isinstance(logits, torch.Tensor) else "none"
+        raise ActValueError(
+            f"{type(model).__name__}: got logits {got}, expected [{batch.shape[0]}, {batch.shape[1]}, V] (take a "
+            "language model, such as AutoModelForCausalLM)"
+        )
+    return logits.flatten(0, 1)

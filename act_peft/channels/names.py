@@ -1,0 +1,47 @@
+"""How module names are matched: the semantics of PEFT's `target_modules`, in one place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Container, Iterator
+
+from act_peft.disk.keys import _is_suffix
+from act_peft.errors import ActTypeError
+
+Patterns = str | Collection[str] | None
+
+
+def matches(name: str, patterns: Patterns) -> bool:
+    """Whether a module name is meant by `patterns`, as PEFT reads `target_modules` and `exclude_modules`.
+
+    Args:
+        name: dotted module path, as in `named_modules()`.
+        patterns: a string is a regular expression that must match the whole name; a list, set or tuple holds names
+            that match exactly or as a dotted suffix (`"q_proj"` means `"layers.0.self_attn.q_proj"`, never
+            `"my_q_proj"`); None is "not given" and matches nothing.
+
+    Raises:
+        ActTypeError: `patterns` is something else.
+    """
+    if patterns is None:
+        return False
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    if not isinstance(patterns, (list, set, tuple, frozenset)):
+        raise ActTypeError(
+            f"module names: got {type(patterns).__name__}, expected a regular expression (str) or a list of names "
+            "(write [name] for a single one)"
+        )
+    return any(_is_suffix(pattern, name) for pattern in patterns)
+
+
+def matching_key(name: str, keys: Container[str]) -> str | None:
+    """The key (of a mapping, say) that means module `name`: equal to it, else its longest dotted suffix, else None."""
+    return next((suffix for suffix in suffixes(name) if suffix in keys), None)
+
+
+def suffixes(name: str) -> Iterator[str]:
+    """The name itself and its dotted suffixes, longest first: `a.b.c`, `b.c`, `c`."""
+    while name:
+        yield name
+        name = name.partition(".")[2]

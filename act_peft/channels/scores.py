@@ -1,0 +1,347 @@
+"""How differently two models answer, per channel, and the selection of the top channels."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from act_peft.channels.masks import ChannelMask
+from act_peft.checks import member_of
+from act_peft.disk import tensorfile
+from act_peft.errors import ActError, ActTypeError, ActValueError
+
+_KIND = "channel scores"
+# Version 2 adds to the metadata what scores by activations over one vocabulary do not need; these stay in version 1.
+_PLAIN_VERSION, _VERSION = 1, 2
+
+
+class ScoreKind(Enum):
+    """What the score of a channel measures; the formulas stand in `localize`."""
+
+    ACTIVATION = "activation"
+    WEIGHT = "weight"
+    ATTRIBUTION = "attribution"
+
+
+class Scope(Enum):
+    """Among which channels `ChannelScores.top` ranks: all modules together (the paper), or each module by itself."""
+
+    GLOBAL = "global"
+    MODULE = "module"
+
+
+class Normalization(Enum):
+    """What `ChannelScores.top` does to the scores of a module before it ranks them."""
+
+    NONE = "none"
+    RMS = "rms"
+
+
+@dataclass(frozen=True, init=False, eq=False, repr=False)
+class ChannelScores(Mapping[str, torch.Tensor]):
+    """One score for every channel: module name -> float64 tensor `[C]` on the CPU.
+
+    By default the mean absolute activation difference. Equation of the paper (arXiv 2601.09398), with T the answer
+    tokens of all samples:
+
+        score_i = (1 / |T|) * sum over t in T of | a_donor[i, t] - a_base[i, t] |
+
+    The sums and the number of tokens are kept apart, so `a + b` pools two runs of the same pair of models exactly as
+    one run over the data of both would: sums and counts are added, and divided once. Modules are in the model's
+    order. The object is immutable; every access hands out a new tensor.
+
+    The channels of an output layer are tokens. Where one model has more of them than the other, only the first ones,
+    which both have, are comparable: the others have the score 0, and `top` never selects them.
+
+    Args:
+        sums: module name -> sum of the scores over the tokens, floating `[C]`. Negative values are attributions only.
+        num_tokens: number of tokens |T| that were summed, at least 1; 0 for scores by weights, which see no tokens:
+            their sums are the scores.
+        kind: what the scores measure.
+        num_comparable: module name -> how many of its first channels are comparable, from 1 to C; all channels of the
+            modules that are not named.
+
+    Raises:
+        ActTypeError: sums that are not floating 1-D tensors, names that are no str, counts that are no int.
+        ActValueError: no module, a number of tokens that does not fit the kind, a non-finite sum, a negative one that
+            is no attribution, one other than 0 for a channel that is not comparable.
+    """
+
+    _sums: dict[str, torch.Tensor]
+    _num_tokens: int
+    _kind: ScoreKind
+    _num_comparable: dict[str, int]  # of the modules that have fewer than C
+
+    def __init__(
+        self,
+        sums: Mapping[str, torch.Tensor],
+        num_tokens: int,
+        *,
+        kind: str | ScoreKind = ScoreKind.ACTIVATION,
+        num_comparable: Mapping[str, int] | None = None,
+    ) -> None:
+        kind = member_of(ScoreKind, kind, "kind")
+        if not isinstance(num_tokens, int) or isinstance(num_tokens, bool):
+            raise ActTypeError(f"num_tokens: got {num_tokens!r}, expected an int")
+        if kind is ScoreKind.WEIGHT and num_tokens != 0:
+            raise ActValueError(f"num_tokens: got {num_tokens}, expected 0 (scores by weights see no tokens)")
+        if kind is not ScoreKind.WEIGHT and num_tokens < 1:
+            raise ActValueError(f"num_tokens: got {num_tokens}, expected at least 1")
+        if not sums:
+            raise ActValueError("sums: got no module, expected at least one")
+        checked = {name: _checked_sums(name, values, kind) for name, values in sums.items()}
+        object.__setattr__(self, "_sums", checked)
+        object.__setattr__(self, "_num_tokens", num_tokens)
+        object.__setattr__(self, "_kind", kind)
+        object.__setattr__(self, "_num_comparable", _checked_comparable(checked, num_comparable or {}))
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._sums[name] / max(self._num_tokens, 1)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sums)
+
+    def __len__(self) -> int:
+        return len(self._sums)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._sums
+
+    def __repr__(self) -> str:
+        total = sum(self.num_channels.values())
+        text = f"{total} channels in {len(self)} modules, {self._num_tokens} tokens"
+        return f"ChannelScores({text}{'' if self._kind is ScoreKind.ACTIVATION else f', by {self._kind.value}'})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ChannelScores):
+            return NotImplemented
+        return (
+            (self._num_tokens, self._kind, self._num_comparable)
+            == (other._num_tokens, other._kind, other._num_comparable)
+            and self._sums.keys() == other._sums.keys()
+            and all(torch.equal(values, other._sums[name]) for name, values in self._sums.items())
+        )
+
+    def __add__(self, other: ChannelScores) -> ChannelScores:
+        if not isinstance(other, ChannelScores):
+            return NotImplemented
+        if self._kind is not other._kind or self._kind is ScoreKind.WEIGHT:
+            raise ActValueError(
+                f"got scores by {self._kind.value} on the left and by {other._kind.value} on the right, expected two "
+                "runs over data with the same kind of score (scores by weights do not depend on data)"
+            )
+        mine, theirs = self.num_comparable, other.num_comparable
+        differing = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
+        if differing:
+            name = differing[0]
+            raise ActValueError(
+                f"{name}: got {_in_words(mine.get(name))} on the left and {_in_words(theirs.get(name))} on the right, "
+                f"expected two runs of the same pair of models ({len(differing)} of {len({**mine, **theirs})} modules "
+                "differ; use the same target_modules and exclude_modules)"
+            )
+        sums = {name: values + other._sums[name] for name, values in self._sums.items()}
+        return ChannelScores(
+            sums, self._num_tokens + other._num_tokens, kind=self._kind, num_comparable=self._num_comparable
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens N that the scores are a mean over; 0 for scores by weights."""
+        return self._num_tokens
+
+    @property
+    def kind(self) -> ScoreKind:
+        """What the scores measure."""
+        return self._kind
+
+    @property
+    def num_channels(self) -> Mapping[str, int]:
+        """Module name -> number of channels C; read-only."""
+        return MappingProxyType({name: values.numel() for name, values in self._sums.items()})
+
+    @property
+    def num_comparable(self) -> Mapping[str, int]:
+        """Module name -> number of channels, the first ones, that both models have; read-only."""
+        return MappingProxyType({**self.num_channels, **self._num_comparable})
+
+    def top(
+        self,
+        density: float,
+        *,
+        scope: str | Scope = Scope.GLOBAL,
+        normalize: str | Normalization = Normalization.NONE,
+    ) -> ChannelMask:
+        """Select the channels with the highest scores.
+
+        k = round(density * number of comparable channels) channels are taken; an exact half is rounded to the even k,
+        as by Python's `round`. Among equal scores, the module that comes first wins, then the lower channel. Negative
+        scores (attributions: channels that would do harm) come last, as their value says; nothing else leaves them
+        out.
+
+        Args:
+            density: share of the channels to select, from 0 to 1.
+            scope: `"global"` ranks the channels of all modules together (the paper), `"module"` takes the share of
+                every module by itself.
+            normalize: `"none"` ranks the scores themselves (the paper), `"rms"` divides the scores of a module by
+                their root mean square first, so that modules with large activations do not crowd out the others. The
+                order within a module stays, so it changes nothing with `scope="module"`.
+
+        Returns:
+            A mask over all modules of the scores.
+
+        Raises:
+            ActTypeError: `density` is not a number.
+            ActValueError: `density` is outside 0 to 1, or an unknown `scope` or `normalize`.
+        """
+        density = _checked_density(density)
+        select = _SELECTIONS[member_of(Scope, scope, "scope")]
+        rescale = _NORMALIZATIONS[member_of(Normalization, normalize, "normalize")]
+        comparable = self.num_comparable
+        ranked = {name: rescale(scores[: comparable[name]]) for name, scores in self.items()}
+        return ChannelMask(select(ranked, density), self.num_channels)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the scores to one safetensors file, whole or not at all.
+
+        Layout: one float64 tensor `[C]` per module under the module's name, the sum over the tokens, and in the
+        metadata `modules: [name, ...]` in order and `num_tokens`. In version 2, which is written only where it is
+        needed, also `score: "activation" | "weight" | "attribution"` and `num_comparable: {name: count}` with the
+        modules that have fewer comparable channels than channels.
+
+        Raises:
+            ActValueError: `path` is a folder or lies in a folder that does not exist.
+        """
+        metadata: dict[str, Any] = {"modules": list(self._sums), "num_tokens": self._num_tokens}
+        version = _PLAIN_VERSION
+        if self._kind is not ScoreKind.ACTIVATION or self._num_comparable:
+            version = _VERSION
+            metadata |= {"score": self._kind.value, "num_comparable": self._num_comparable}
+        tensorfile.write(path, _KIND, version, self._sums, metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ChannelScores:
+        """Read scores that `save` wrote.
+
+        Raises:
+            ActValueError: the file is missing, damaged, holds no scores, or is of a newer version.
+        """
+        tensors, metadata = tensorfile.read(path, _KIND, _VERSION)
+        modules = metadata.get("modules")
+        if not isinstance(modules, list) or sorted(map(str, modules)) != sorted(tensors):
+            raise ActValueError(
+                f"{path}: got tensors for {len(tensors)} modules, expected exactly those that its metadata lists "
+                "(save the scores again)"
+            )
+        comparable = metadata.get("num_comparable", {})
+        if not isinstance(comparable, dict):
+            raise ActValueError(f"{path}: num_comparable: got {comparable!r:.100}, expected an object of counts")
+        try:
+            return cls(
+                {name: tensors[name] for name in modules},
+                metadata.get("num_tokens"),  # type: ignore[arg-type]
+                kind=metadata.get("score", ScoreKind.ACTIVATION),
+                num_comparable=comparable,
+            )
+        except ActError as error:
+            raise ActValueError(f"{path}: {error}") from error
+
+
+def _checked_sums(name: str, values: torch.Tensor, kind: ScoreKind) -> torch.Tensor:
+    """A private float64 copy `[C]` of one module's sums."""
+    if not isinstance(name, str):
+        raise ActTypeError(f"{name!r}: got {type(name).__name__} as a module name, expected a str")
+    if not isinstance(values, torch.Tensor) or not values.is_floating_point():
+        got = values.dtype if isinstance(values, torch.Tensor) else type(values).__name__
+        raise ActTypeError(f"{name}: got {got}, expected a floating point tensor [C]")
+    if values.dim() != 1 or values.numel() == 0:
+        raise ActTypeError(f"{name}: got sums of shape {list(values.shape)}, expected [C]")
+    values = values.detach().to(device="cpu", dtype=torch.float64, copy=True)
+    wrong = ~torch.isfinite(values)
+    if kind is not ScoreKind.ATTRIBUTION:
+        wrong |= values < 0
+    wrong = wrong.nonzero()
+    if wrong.numel():
+        channel = int(wrong[0])
+        raise ActValueError(
+            f"{name}: got {float(values[channel])} for channel {channel}, expected finite sums"
+            f"{'' if kind is ScoreKind.ATTRIBUTION else ' of absolute differences'} ({len(wrong)} of {values.numel()} "
+            "channels are wrong)"
+        )
+    return values
+
+
+def _checked_comparable(sums: Mapping[str, torch.Tensor], counts: Mapping[str, int]) -> dict[str, int]:
+    """The counts of the modules where fewer than all channels are comparable."""
+    for name, count in counts.items():
+        if name not in sums:
+            raise ActValueError(f"{name}: num_comparable has it, expected one of the modules of the scores")
+        if not isinstance(count, int) or isinstance(count, bool):
+            raise ActTypeError(f"{name}: got {count!r} as number of comparable channels, expected an int")
+        if not 1 <= count <= sums[name].numel():
+            raise ActValueError(
+                f"{name}: got {count} comparable channels, expected 1 to {sums[name].numel()}, its number of channels"
+            )
+        if sums[name][count:].any():
+            raise ActValueError(
+                f"{name}: got a score other than 0 for a channel after the {count} comparable ones, expected 0"
+            )
+    return {name: count for name, count in counts.items() if count < sums[name].numel()}
+
+
+def _checked_density(density: float) -> float:
+    if isinstance(density, (bool, str)):
+        raise ActTypeError(f"density: got {density!r}, expected a number from 0 to 1")
+    try:
+        value = float(density)
+    except (TypeError, ValueError) as error:
+        raise ActTypeError(f"density: got {density!r}, expected a number from 0 to 1") from error
+    if not 0 <= value <= 1:  # also false for NaN
+        raise ActValueError(f"density: got {density}, expected a number from 0 to 1 (5% is 0.05)")
+    return value
+
+
+def _in_words(count: int | None) -> str:
+    return "no such module" if count is None else f"{count} channels"
+
+
+def _top_indices(values: torch.Tensor, density: float) -> torch.Tensor:
+    """Indices `[K]` of the highest values; the sort is stable, so the lower index wins among equals."""
+    return values.sort(descending=True, stable=True).indices[: round(density * values.numel())]
+
+
+def _select_global(scores: Mapping[str, torch.Tensor], density: float) -> dict[str, torch.Tensor]:
+    everything = torch.cat(list(scores.values()))
+    selected = torch.zeros(everything.numel(), dtype=torch.bool)
+    selected[_top_indices(everything, density)] = True
+    parts = selected.split([values.numel() for values in scores.values()])
+    return {name: part.nonzero().flatten() for name, part in zip(scores, parts, strict=True)}
+
+
+def _select_per_module(scores: Mapping[str, torch.Tensor], density: float) -> dict[str, torch.Tensor]:
+    return {name: _top_indices(values, density) for name, values in scores.items()}
+
+
+def _divide_by_rms(scores: torch.Tensor) -> torch.Tensor:
+    largest = float(scores.abs().max())
+    if largest == 0:
+        return scores
+    scores = scores / largest  # before squaring, so that neither huge nor tiny scores leave the range of float64
+    return scores / math.sqrt(float(scores.square().mean()))
+
+
+_SELECTIONS: dict[Scope, Callable[[Mapping[str, torch.Tensor], float], dict[str, torch.Tensor]]] = {
+    Scope.GLOBAL: _select_global,
+    Scope.MODULE: _select_per_module,
+}
+
+_NORMALIZATIONS: dict[Normalization, Callable[[torch.Tensor], torch.Tensor]] = {
+    Normalization.NONE: lambda scores: scores,
+    Normalization.RMS: _divide_by_rms,
+}

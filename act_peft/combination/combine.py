@@ -1,0 +1,275 @@
+"""Several ACT adapters of one base into one, each with a weight: from folder to folder, or in a model."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from act_peft.adapter.changes import OUTER, changes_in_folder
+from act_peft.adapter.config import ActConfig
+from act_peft.adapter.file import TENSORS, AdapterFolder
+from act_peft.combination.conflicts import ConflictReport, Conflicts
+from act_peft.combination.rules import CombinationType, MajoritySign, Rule, make_rule
+from act_peft.combination.same_base import different_bases, records, records_on
+from act_peft.combination.union import Source, UnionModule, union_modules
+from act_peft.combination.weighting import Weighted, checked_weights, weighted_adapters
+from act_peft.disk.atomic import new_folder
+from act_peft.disk.checkpoint import Checkpoint
+from act_peft.disk.folders import check_output, check_room
+from act_peft.disk.writing import size_of, write_tensors
+from act_peft.errors import ActTypeError, ActValueError, ActWarning
+from act_peft.layers.changes import changes_in_model
+from act_peft.layers.deltas import PREFIX
+
+_SLACK = 1 << 20  # bytes kept free for configuration and card
+
+
+@dataclass(frozen=True)
+class Combined:
+    """What `combine` wrote.
+
+    Attributes:
+        folder: the adapter's folder.
+        num_modules: how many modules it changes.
+        num_channels: how many channels.
+        conflicts: where the adapters pull on the same channels, with their weights.
+    """
+
+    folder: Path
+    num_modules: int
+    num_channels: int
+    conflicts: ConflictReport
+
+
+# --------------------------------------------------------------------------------------------------------- on disk ---
+
+
+def combine(
+    adapters: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Mapping[str, str | os.PathLike[str]],
+    output_dir: str | os.PathLike[str],
+    *,
+    weights: Sequence[float] | Mapping[str, float] | None = None,
+    combination_type: str | CombinationType = CombinationType.LINEAR,
+    density: float | None = None,
+    majority_sign_method: str | MajoritySign = MajoritySign.TOTAL,
+    base: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+) -> Combined:
+    """Combine saved ACT adapters of one base into one adapter, without a model.
+
+        delta[i] = Σ weight * delta_adapter[i]      over the adapters that have channel i       ("linear", "sum")
+
+    (eq. 5 of arXiv 2601.09398.) The result has the channels of all adapters. A channel of one adapter alone gets
+    weight * delta whatever the type; the type decides about the channels that several adapters share, see
+    `CombinationType`. Pruning (`density`) works on shared channels only, for each module and each set of adapters
+    that share channels there; a bias element belongs to the row of its channel. The two DARE types draw from torch's
+    global generator (`torch.manual_seed`). The deltas are float32, or wider if an adapter's are.
+
+    The tensors are, bit for bit, those of `model.add_weighted_adapter` and `save_pretrained`; the deltas are read and
+    written module by module. The folder loads with `PeftModel.from_pretrained`; its card lists adapters and weights.
+
+    Args:
+        adapters: folders or Hub ids of ACT adapters: one, several, or name -> folder.
+        output_dir: the folder to write. It appears whole or not at all.
+        weights: a factor for each adapter, in the order of `adapters` or by name; 1 by default.
+        combination_type: a `CombinationType` or its value.
+        density: share of the values that the pruning types keep, in (0, 1]; for `"ties"`, `"dare_linear"`,
+            `"dare_ties"` and `"magnitude_prune"`, and only for them.
+        majority_sign_method: `"total"` or `"frequency"`, for `"ties"` and `"dare_ties"`.
+        base: folder or Hub id of the base's checkpoint, whose fingerprint the result then records. Without it the
+            fingerprint is known only for modules whose channels are those of one of the adapters.
+        overwrite: whether an older adapter at `output_dir` is replaced.
+
+    Returns:
+        What was written, and the conflicts between the adapters.
+
+    Raises:
+        ActValueError: no or a damaged adapter or base; settings that do not go together; deltas that are not finite;
+            an output that exists or lies inside an input; no room on the disk. Nothing is written then.
+        ActLoadError: adapters of different models; a base that they do not fit.
+        ActTypeError: a weight or density that is no number.
+
+    Warns:
+        ActWarning: once, if adapters (and base) name different bases or were made for different ones.
+    """
+    rule = make_rule(combination_type, density=density, majority_sign_method=majority_sign_method)
+    chosen = weighted_adapters(adapters, weights)
+    output = Path(os.path.abspath(output_dir))
+    with ExitStack() as stack:
+        sources = _open(stack, chosen)
+        checkpoint = None if base is None else stack.enter_context(Checkpoint.open(base))
+        inputs = [folder for source in sources for folder in source.changes.inputs]
+        check_output(output, [*inputs, *([] if checkpoint is None else [checkpoint.folder])], overwrite=overwrite)
+        modules = union_modules(sources)
+        notes = list(different_bases(sources))
+        settings = _settings(sources)
+        settings.inference_mode = True
+        settings.adapted_modules = records(modules, sources)
+        if checkpoint is not None:
+            settings.adapted_modules, differing = records_on(checkpoint, modules, sources)
+            notes += differing
+        infos = _infos(modules)
+        check_room(output, size_of(infos) + _SLACK)
+        conflicts = Conflicts([source.name for source in sources])
+        with new_folder(output) as folder:
+            write_tensors(folder / TENSORS, infos, _tensors(modules, sources, rule, conflicts))
+            (folder / "README.md").write_text(_provenance(sources, rule), encoding="utf-8")
+            settings.save_pretrained(str(folder))
+        _warn(notes, stacklevel=2)
+    return Combined(output, len(modules), sum(m.index.numel() for m in modules), conflicts.report())
+
+
+def _open(stack: ExitStack, chosen: Sequence[Weighted]) -> list[Source]:
+    names = [one.name for one in chosen]
+    unique = len(set(names)) == len(names)
+    return [
+        Source(
+            one.name if unique else one.location,
+            changes_in_folder(stack.enter_context(AdapterFolder(one.location)), None),
+            one.weight,
+        )
+        for one in chosen
+    ]
+
+
+def _warn(notes: Sequence[str], *, stacklevel: int) -> None:
+    if notes:
+        warnings.warn(
+            f"the adapters do not seem to belong to one base: {'; '.join(notes)} (combine adapters of the same base; "
+            "on another one their channels may do nothing or harm)",
+            ActWarning,
+            stacklevel=stacklevel + 1,
+        )
+
+
+def _settings(sources: Sequence[Source]) -> ActConfig:
+    """The configuration of the result: that of the first adapter, and of the donor's record what all agree on."""
+    configs = [source.changes.config for source in sources]
+    first = configs[0]
+    settings = ActConfig(
+        task_type=first.task_type,
+        base_model_name_or_path=first.base_model_name_or_path,
+        revision=first.revision,
+        auto_mapping=first.auto_mapping,
+        inference_mode=first.inference_mode,
+        transfer_scale=1.0,  # the rows count as the adapters hold them
+    )
+    if len({(c.donor, c.donor_revision, c.transfer_scale) for c in configs}) == 1:
+        settings.donor, settings.donor_revision = first.donor, first.donor_revision
+        settings.transfer_scale = first.transfer_scale
+    return settings
+
+
+def _infos(modules: Sequence[UnionModule]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """The tensors of the file in their order: wide dtypes first, then by name, as in a file that PEFT saves."""
+    infos: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for module in modules:
+        infos[f"{OUTER}{module.name}.{PREFIX}index"] = (torch.int64, (module.index.numel(),))
+    for module in modules:
+        for part, shape in sorted(module.shapes().items()):
+            infos[f"{OUTER}{module.name}.{PREFIX}{part}"] = (module.dtype, shape)
+    return infos
+
+
+def _tensors(
+    modules: Sequence[UnionModule], sources: Sequence[Source], rule: Rule, conflicts: Conflicts
+) -> Iterator[torch.Tensor]:
+    """The tensors in the order of `_infos`, each made when it is asked for."""
+    yield from (module.index for module in modules)
+    for module in modules:
+        made = module.combine(sources, rule, conflicts)
+        yield from (made[part] for part in sorted(made))
+
+
+def _provenance(sources: Sequence[Source], rule: Rule) -> str:
+    """The part of the model card that says what the adapter was made from."""
+    density = "" if rule.density is None else f", density {rule.density:g}"
+    lines = [
+        "---",  # the card's metadata, which huggingface_hub misses otherwise
+        "library_name: peft",
+        "---",
+        "",
+        "## Combined from",
+        "",
+        f"Combination type `{rule.combination_type.value}`{density} (`act_peft.combine`).",
+        "",
+        "| adapter | weight | donor | transfer scale λ |",
+        "|---|---|---|---|",
+    ]
+    for source in sources:
+        config = source.changes.config
+        lines.append(f"| {source.name} | {source.weight:g} | {config.donor or ''} | {config.transfer_scale:g} |")
+    return "\n".join(lines) + "\n"
+
+
+# ------------------------------------------------------------------------------------------------------- in memory ---
+
+
+def _sources_in(tuner: Any, adapters: Any, weights: Any) -> list[Source]:
+    if isinstance(adapters, str) or not isinstance(adapters, Sequence) or not adapters:
+        raise ActTypeError(f"adapters: got {adapters!r:.80}, expected a list with the names of at least one adapter")
+    known = getattr(tuner, "peft_config", {})
+    unknown = [name for name in adapters if name not in known]
+    if unknown:
+        raise ActValueError(f"adapters: got {unknown[0]!r}, expected some of {sorted(known)}")
+    factors = checked_weights(adapters, weights)
+    sources = []
+    for name, weight in zip(adapters, factors, strict=True):
+        changes = changes_in_model(tuner, name)
+        if changes.extra:
+            raise ActValueError(
+                f"adapters: {name!r} holds {next(iter(changes.extra)).removeprefix(OUTER)}, expected channel deltas "
+                "only (modules_to_save and trainable tokens have no deltas that could be combined: merge the adapters "
+                "with model.merge_and_unload())"
+            )
+        sources.append(Source(name, changes, weight))
+    return sources
+
+
+# ---------------------------------------------------------------------------------------------------- conflicts ---
+
+
+def find_conflicts(
+    adapters: Any,
+    *,
+    model: nn.Module | None = None,
+    weights: Sequence[float] | Mapping[str, float] | None = None,
+) -> ConflictReport:
+    """Where several ACT adapters change the same channels, and how much of their change cancels in the sum.
+
+        cosine    = a·b / (|a|₂ |b|₂)
+        cancelled = 1 - |a + b|₁ / (|a|₁ + |b|₁)
+
+    for each pair of adapters and each module, over the weighted deltas a and b of the channels that both have (row
+    and bias element together), and over all modules.
+
+    Args:
+        adapters: folders or Hub ids of ACT adapters, or name -> folder; with `model` the names of its adapters.
+        model: a model with these adapters in memory; the factors of `set_scale` count.
+        weights: a factor for each adapter, in order or by name; 1 by default.
+
+    Returns:
+        The figures of every pair and module; `print(report)` shows a table, `report.to_dict()` is for JSON.
+
+    Raises:
+        ActValueError: no or a damaged adapter, weights that are not one for each, deltas that are not finite.
+        ActLoadError: adapters of different models.
+        ActTypeError: a weight that is no number.
+    """
+    with ExitStack() as stack:
+        if model is None:
+            sources = _open(stack, weighted_adapters(adapters, weights))
+        else:
+            sources = _sources_in(model, adapters, weights)
+        conflicts = Conflicts([source.name for source in sources])
+        for module in union_modules(sources):
+            conflicts.add_(module.name, module.read(sources))
+    return conflicts.report()

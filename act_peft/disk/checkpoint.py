@@ -1,0 +1,245 @@
+"""The one reader of checkpoints on disk: a folder or Hub id, one safetensors file or several, read row by row."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from act_peft.disk.folders import file_in
+from act_peft.disk.locations import is_local, local_folder
+from act_peft.disk.shard import DTYPES, Shard, TensorInfo
+from act_peft.errors import ActValueError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# What stands beside the weights: configuration, tokenizer, chat template, code of the model, licence.
+SMALL_FILES = (
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*.tiktoken",
+    "*.spm",
+    "*.vocab",
+    "*.py",
+    "LICENSE*",
+    "NOTICE*",
+)
+_LEFT_OUT = ("*.index.json", "trainer_state.json", "adapter_config.json", "all_results.json", "*_results.json")
+_TEMPLATES = "additional_chat_templates"
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+class Checkpoint:
+    """A checkpoint on disk, open for reading. Made by `Checkpoint.open`; a context manager.
+
+    Nothing is read before it is asked for: neither the shards of a checkpoint on the Hub, which are downloaded one by
+    one, nor a whole tensor where rows will do. Every tensor that it hands out is a copy.
+
+    Attributes:
+        location: what the user named.
+        folder: the local folder.
+    """
+
+    def __init__(self, location: str, folder: Path, *, repository: tuple[str, str] | None = None) -> None:
+        """See `Checkpoint.open`; `repository` is a Hub id with the revision that `folder` is a snapshot of."""
+        self.location = location
+        self.folder = folder
+        self._repository = repository
+        self._shards: dict[str, Shard] = {}
+        self._place = self._find_tensors()
+
+    @classmethod
+    def open(cls, location: str | os.PathLike[str], *, revision: str | None = None) -> Checkpoint:
+        """Open a checkpoint.
+
+        Args:
+            location: a folder or a Hub id.
+            revision: revision on the Hub; left aside for a folder.
+
+        Raises:
+            ActValueError: nothing there, pickled weights only, a missing or damaged file, a link that leaves the
+                folder.
+        """
+        folder = local_folder(location, expected="a checkpoint", files=SMALL_FILES, revision=revision)
+        repository = None if is_local(location) else (os.fspath(location), folder.name)
+        return cls(os.fspath(location), folder, repository=repository)
+
+    def close(self) -> None:
+        """Close all files; closing twice is harmless."""
+        for shard in self._shards.values():
+            shard.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._place
+
+    # --------------------------------------------------------------------------------------------------- asking ---
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The keys of all tensors."""
+        return tuple(self._place)
+
+    @property
+    def files(self) -> Sequence[str]:
+        """The names of the files that hold the tensors, sorted."""
+        return tuple(sorted(set(self._place.values())))
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """What `config.json` says; read-only.
+
+        Raises:
+            ActValueError: if there is none, or no JSON object in it.
+        """
+        return MappingProxyType(read_json(self.folder, "config.json"))
+
+    def file_of(self, name: str) -> str:
+        """The name of the file that holds a tensor.
+
+        Raises:
+            ActValueError: if there is no such tensor.
+        """
+        if name not in self._place:
+            raise ActValueError(
+                f"{self.location}: {name} is missing in the checkpoint, expected it among its {len(self._place)} "
+                "tensors (it is incomplete, or of another model)"
+            )
+        return self._place[name]
+
+    def shard(self, file: str) -> Shard:
+        """One of `files`, opened on first use and downloaded where needed.
+
+        Raises:
+            ActValueError: if it is missing, damaged, or lies outside the folder.
+        """
+        if file not in self._shards:
+            if self._repository is not None:
+                repository, revision = self._repository
+                try:
+                    hf_hub_download(repository, file, revision=revision)
+                except (OSError, HfHubHTTPError, HFValidationError) as error:
+                    raise ActValueError(
+                        f"{self.location}: {file} cannot be downloaded ({str(error)[:300]}), expected every file that "
+                        "its index names"
+                    ) from error
+            self._shards[file] = Shard(file_in(self.folder, file))
+        return self._shards[file]
+
+    def info(self, name: str) -> TensorInfo:
+        """Dtype, shape and place of a tensor.
+
+        Raises:
+            ActValueError: if there is no such tensor, or its file is missing, damaged or lacks it.
+        """
+        return self.shard(self.file_of(name)).info(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return self.info(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a tensor."""
+        return DTYPES[self.info(name).dtype]
+
+    # -------------------------------------------------------------------------------------------------- reading ---
+
+    def rows(self, name: str, index: torch.Tensor, dim: int = 0) -> torch.Tensor:
+        """A copy of rows (`dim` 0) or columns (`dim` 1) of a tensor; `index` is int64 `[K]`, ascending.
+
+        Raises:
+            ActValueError, ActTypeError: as `Shard.rows`, and no such tensor.
+        """
+        return self.shard(self.file_of(name)).rows(name, index, dim)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A copy of a whole tensor.
+
+        Raises:
+            ActValueError: if there is no such tensor.
+        """
+        return self.shard(self.file_of(name)).tensor(name)
+
+    def _find_tensors(self) -> dict[str, str]:
+        """Key -> name of the file that holds it."""
+        if self._repository is None and os.path.lexists(self.folder / SINGLE):
+            return dict.fromkeys(self.shard(SINGLE).tensors, SINGLE)
+        if os.path.lexists(self.folder / INDEX):
+            table = read_json(self.folder, INDEX).get("weight_map")
+            if not isinstance(table, dict) or not all(_is_shard_name(file) for file in table.values()):
+                raise ActValueError(
+                    f"{self.folder / INDEX}: weight_map is {str(table)[:80]}, expected names of tensors with the "
+                    "names of safetensors files (the index is damaged)"
+                )
+            if self._repository is None:
+                for file in sorted(set(table.values())):
+                    if not os.path.lexists(self.folder / file):
+                        raise ActValueError(
+                            f"{self.folder / INDEX}: names {file}, which is missing in the folder (the checkpoint is "
+                            "incomplete; copy or download it again)"
+                        )
+            return dict(table)
+        if self._repository is not None:
+            return dict.fromkeys(self.shard(SINGLE).tensors, SINGLE)
+        pickled = sorted(file for file in os.listdir(self.folder) if file.endswith(_PICKLED))
+        if pickled:
+            raise ActValueError(
+                f"{self.location}: got pickled weights ({pickled[0]}), expected safetensors (load the model with "
+                "transformers where you trust it, and write it with model.save_pretrained(folder))"
+            )
+        raise ActValueError(
+            f"{self.location}: has neither {SINGLE} nor {INDEX}, expected a folder with a checkpoint (cannot be "
+            "opened)"
+        )
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """The object in a JSON file of a folder.
+
+    Raises:
+        ActValueError: no such file, not JSON, not an object.
+    """
+    try:
+        value = json.loads(file_in(folder, name).read_bytes())
+    except ActValueError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise ActValueError(
+            f"{folder / name}: is not JSON ({str(error)[:120]}), expected an object (the file is damaged)"
+        ) from error
+    if not isinstance(value, dict):
+        raise ActValueError(f"{folder / name}: got {str(value)[:80]}, expected an object (the file is damaged)")
+    return value
+
+
+def _is_shard_name(file: Any) -> bool:
+    return isinstance(file, str) and file.endswith(".safetensors") and os.path.basename(file) == file
+
+
+def small_files(folder: Path) -> list[str]:
+    """The files beside the weights that belong to the model, by their names in the folder."""
+    names = sorted(os.listdir(folder))
+    small = [n for n in names if n == INDEX or (_is_like(n, SMALL_FILES) and not _is_like(n, _LEFT_OUT))]
+    if (folder / _TEMPLATES).is_dir():
+        small += [f"{_TEMPLATES}/{n}" for n in sorted(os.listdir(folder / _TEMPLATES)) if n.endswith(".jinja")]
+    return small
+
+
+def _is_like(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)

@@ -1,0 +1,152 @@
+"""Writing a file from many pieces of memory: rows of one tensor put between those of another, without a copy."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+
+from act_peft.disk.shard import DTYPES
+
+_AT_ONCE = 1000  # pieces in one call; POSIX systems take 1024
+_WAITING = 16 << 20  # bytes that are collected before they are written
+_HAS_WRITEV = hasattr(os, "writev")
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class GatheringWriter:
+    """A file that is written from a place to another, front to back; a context manager.
+
+    Pieces are kept as they are and written many at a time: they must not change before the block ends.
+
+    Args:
+        path: a file that does not exist yet; with `start`, one that does.
+        start: where in the file to begin; several writers may fill different places.
+
+    Raises:
+        OSError: the system refuses.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, start: int | None = None) -> None:
+        self._file = open(path, "xb" if start is None else "r+b", buffering=0)  # noqa: SIM115 (closed by `__exit__`)
+        self._file.seek(start or 0)
+        self._pieces: list[memoryview] = []
+        self._waiting = 0
+
+    def __enter__(self) -> GatheringWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self._flush()
+        finally:
+            self._pieces.clear()
+            self._file.close()
+
+    def write(self, data: bytes | memoryview | torch.Tensor) -> None:
+        """Add bytes, or those of a contiguous tensor on the CPU."""
+        piece = _bytes_of(data) if isinstance(data, torch.Tensor) else memoryview(data)
+        self._pieces.append(piece)
+        self._count(len(piece))
+
+    def write_with_rows(self, block: torch.Tensor, index: torch.Tensor, rows: torch.Tensor) -> None:
+        """Add a block in which some rows are replaced.
+
+        Args:
+            block: `[N, ...]`, contiguous.
+            index: int64 `[K]`, ascending, in `[0, N)`.
+            rows: `[K, ...]`, contiguous, in the dtype of `block`.
+        """
+        self._pieces.extend(piece for piece in _interleaved(block, index.numpy(), rows) if len(piece))
+        self._count(block.numel() * block.element_size())
+
+    def _count(self, size: int) -> None:
+        self._waiting += size
+        if self._waiting >= _WAITING or len(self._pieces) >= _AT_ONCE:
+            self._flush()
+
+    def _flush(self) -> None:
+        pieces, self._pieces, self._waiting = self._pieces, [], 0
+        for first in range(0, len(pieces), _AT_ONCE):
+            self._write_all(pieces[first : first + _AT_ONCE])
+
+    def _write_all(self, pieces: list[memoryview]) -> None:
+        while pieces:
+            written = os.writev(self._file.fileno(), pieces) if _HAS_WRITEV else self._file.write(pieces[0])
+            done = 0  # whole pieces; the system may have taken less than all where the disk fills up
+            while done < len(pieces) and written >= len(pieces[done]):
+                written -= len(pieces[done])
+                done += 1
+            pieces = pieces[done:]
+            if written:
+                pieces[0] = pieces[0][written:]
+
+
+def _interleaved(block: torch.Tensor, where: np.ndarray, rows: torch.Tensor) -> Iterator[memoryview]:
+    """Stretches of `block` and of `rows` in turns; neighbouring rows are one stretch."""
+    old, new = _bytes_of(block), _bytes_of(rows)
+    width = len(old) // len(block) if len(block) else 0
+    breaks = np.flatnonzero(where[1:] != where[:-1] + 1) + 1
+    edges = np.concatenate(([0], breaks, [len(where)])) if len(where) else np.zeros(1, np.int64)
+    position = 0
+    for first, stop, place in zip(
+        (edges[:-1] * width).tolist(), (edges[1:] * width).tolist(), (where[edges[:-1]] * width).tolist(), strict=True
+    ):
+        yield old[position:place]
+        yield new[first:stop]
+        position = place + stop - first
+    yield old[position:]
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return tensor.view(_INTEGERS[tensor.element_size()]).numpy().reshape(-1).data.cast("B")
+
+
+# Name -> dtype and shape, in the order of the file.
+TensorInfos = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def size_of(infos: TensorInfos) -> int:
+    """Bytes of all tensors."""
+    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in infos.values())
+
+
+def write_tensors(path: Path, infos: TensorInfos, tensors: Iterable[torch.Tensor]) -> None:
+    """Write a new file.
+
+    Args:
+        path: a file that does not exist yet.
+        infos: what stands in the header. Wide dtypes come first, so that every tensor begins at a multiple of its
+            own size.
+        tensors: the tensors in this order, on the CPU; each is written before the next is asked for.
+    """
+    with open(path, "xb") as file:
+        file.write(_header(infos))
+        for tensor in tensors:
+            # A single element counts as contiguous whatever its stride; bytes can be viewed with stride 1 only.
+            flat = tensor.contiguous().as_strided((tensor.numel(),), (1,))
+            file.write(flat.view(torch.uint8).numpy().data)
+
+
+def _header(infos: TensorInfos) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for key, (dtype, shape) in infos.items():
+        start, end = end, end + size_of({key: (dtype, shape)})
+        header[key] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,190 @@
+"""Which channels of which modules an adapter gets, found and checked before anything in the model is touched."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
+from torch import nn
+
+from act_peft.adapter.config import ActConfig
+from act_peft.channels.kinds import channel_kind, num_channels
+from act_peft.channels.masks import ChannelMask, checked_indices
+from act_peft.channels.names import matching_key, suffixes
+from act_peft.errors import ActTypeError, ActValueError
+from act_peft.layers.deltas import PREFIX, unknown_index
+
+COMPILED = "_orig_mod."  # what torch.compile puts before the names of a model's modules
+FUSED_MAMBA_MODULES = {"out_proj", "conv1d"}  # their weights are read by a fused kernel, never called as modules
+MAMBA_TYPES = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
+
+
+def plan_channels(
+    config: ActConfig, model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None
+) -> dict[str, torch.Tensor]:
+    """Find the channels of every target module.
+
+    They come from `config.channels`. For an adapter that is being loaded only their number is known, from the state
+    dict or from what its configuration recorded; their place is held by -1.
+
+    Args:
+        config: the adapter's configuration.
+        model: the base model, possibly with other adapters in it.
+        state_dict: the adapter's tensors, if the modules are to be found by them.
+
+    Returns:
+        Module name -> channels, int64 `[K]`.
+
+    Raises:
+        ActValueError: no channels, a name that matches no module, a channel out of range, a mask of another model.
+        ActTypeError: a module of a kind that has no channels.
+    """
+    if config.channels is None and config.adapted_modules is None:
+        raise ActValueError(
+            "channels: got none, expected a ChannelMask, a dict of lists or a saved mask "
+            "(for example ActConfig(channels=localize(base, donor, dataloader).top(0.05)))"
+        )
+    channels = resolved_channels(config)
+    if config.chosen_targets is None:
+        _check_names(channels, model)
+    _maybe_include_all_linear_layers(config, model)
+    stored = None if state_dict is None else _stored_counts(state_dict)
+    indices = {}
+    for name, module in model.named_modules():
+        if stored is not None:
+            name = name.removeprefix(COMPILED)
+        targeted = name in stored if stored is not None else bool(is_targeted(config, name))
+        index = _index_for(name, config, channels, stored, module) if name and targeted else None
+        if index is None:
+            continue
+        reader = _reader_of_weights(name, model)
+        if reader is not None:
+            raise ActValueError(
+                f"{name}: cannot be adapted in {reader}, which reads its weight instead of calling it "
+                f"(leave it out with exclude_modules=[{name.rpartition('.')[2]!r}])"
+            )
+        indices[name] = index
+    if not indices and config.chosen_targets is None:
+        raise ActValueError(
+            "channels: no channel of a module that may be adapted is selected, expected at least one "
+            "(a higher density, or other exclude_modules)"
+        )
+    return indices
+
+
+def _reader_of_weights(name: str, model: nn.Module) -> str | None:
+    """What runs a module without calling it, so that a delta would be ignored; None where the module is called."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    parent_name, _, own = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    if model_type in MAMBA_TYPES and own in FUSED_MAMBA_MODULES:
+        return f"the fused kernel of a {model_type} model"
+    if isinstance(parent, nn.MultiheadAttention):
+        return "nn.MultiheadAttention"
+    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+        return "the fast path of nn.TransformerEncoderLayer (torch.backends.mha.set_fastpath_enabled(False) ends that)"
+    return None
+
+
+def is_targeted(config: ActConfig, name: str) -> Any:
+    """Whether a module gets an adapter; what PEFT's own check returns, narrowed to modules with selected channels."""
+    channels = resolved_channels(config)
+    entry = matching_key(name, channels)
+    if config.chosen_targets is None:
+        if entry is None or (config.layers_to_transform is not None and "." not in name):
+            return False
+        # `target_modules` itself stays None, because PEFT saves a whole embedding whose name it finds there. The last
+        # part of the name alone makes PEFT look at `layers_to_transform`, which it ignores for full names.
+        config = copy.copy(config)
+        config.target_modules = {name.rpartition(".")[2]}
+    found = check_target_module_exists(config, name)
+    if not found or config.channels is None:
+        return found
+    return found if entry is not None and len(channels[entry]) else False
+
+
+def _check_names(channels: Mapping[str, Any], model: nn.Module) -> None:
+    known = {suffix for name, _ in model.named_modules() for suffix in suffixes(name)}
+    unknown = [key for key in channels if key not in known]
+    for name, parameter in model.named_parameters() if unknown else ():
+        if unknown[0] in suffixes(name):
+            owner = model.get_submodule(name.rpartition(".")[0])
+            raise ActTypeError(
+                f"channels: {name} is a parameter {list(parameter.shape)} of {type(owner).__name__}, expected the "
+                "name of a Linear, Conv1D, Embedding or norm module (fused experts are none: leave them out, or train "
+                "them with LoraConfig(target_parameters=...))"
+            )
+    if unknown:
+        raise ActValueError(
+            f"channels: {unknown[0]!r} matches no module of {type(model).__name__}, expected names of its modules "
+            f"({len(unknown)} of {len(channels)} names match none; the mask belongs to another model)"
+        )
+
+
+def resolved_channels(config: ActConfig) -> Mapping[str, Any]:
+    """The channels of a configuration as a mapping; a saved mask is read once."""
+    if isinstance(config.channels, (str, os.PathLike)):
+        config.channels = ChannelMask.load(config.channels)
+    return config.channels if config.channels is not None else (config.adapted_modules or {})
+
+
+def _stored_counts(state_dict: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Module name -> number of channels that an adapter's state dict holds for it."""
+    counts: dict[str, int] = {}
+    for key, tensor in state_dict.items():
+        module, found, tensor_name = key.rpartition("." + PREFIX)
+        if found:
+            name = module.removeprefix(COMPILED)
+            counts[name] = max(counts.get(name, 0), tensor.numel() if tensor_name.startswith("index") else 0)
+    return counts
+
+
+def _index_for(
+    name: str,
+    config: ActConfig,
+    channels: Mapping[str, Any],
+    stored: Mapping[str, int] | None,
+    module: nn.Module,
+) -> torch.Tensor | None:
+    """The channels of one target module, checked; None if none are selected."""
+    if stored is not None:
+        return _placeholder(name, stored[name], _count_channels(name, module))
+    if config.channels is None:
+        recorded = channels[name]["selected"] if name in channels else 0  # a renamed module: its tensors will tell
+        return _placeholder(name, recorded, _count_channels(name, module))
+    entry = matching_key(name, channels)
+    if entry is None or not len(channels[entry]):
+        return None
+    count = _count_channels(name, module)
+    if isinstance(channels, ChannelMask) and channels.num_channels[entry] != count:
+        raise ActValueError(
+            f"{name}: the mask counts {channels.num_channels[entry]} channels, the module has {count} "
+            "(the mask was made for another model)"
+        )
+    return checked_indices(name, channels[entry], count)
+
+
+def _count_channels(name: str, module: nn.Module) -> int:
+    plain = _plain(module)
+    if channel_kind(plain) is None:
+        raise ActTypeError(
+            f"{name}: {type(plain).__name__} is not supported, expected Linear (quantised or not), Conv1D, Embedding "
+            f"or a norm (leave it out with exclude_modules=[{name!r}])"
+        )
+    return num_channels(plain)
+
+
+def _plain(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def _placeholder(name: str, num_selected: int, count: int) -> torch.Tensor:
+    if not 0 <= num_selected <= count:
+        raise ActValueError(
+            f"{name}: the adapter has {num_selected} channels, the module {count} (it was made for another model)"
+        )
+    return unknown_index(num_selected)

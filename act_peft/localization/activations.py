@@ -1,0 +1,38 @@
+"""Scores by activations: run both models on the same tokens and sum up where their outputs differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from act_peft.batches.answer_tokens import find_answer_tokens
+from act_peft.batches.evaluation import evaluation
+from act_peft.batches.forward import Batch, forward, over_batches
+from act_peft.channels.scores import ChannelScores
+from act_peft.localization.candidates import Candidates
+from act_peft.localization.comparison import BatchComparison
+from act_peft.localization.sums import ChannelSums
+from act_peft.localization.vocabulary import CommonVocabulary
+
+
+def score_activations(
+    base: nn.Module, donor: nn.Module, candidates: Candidates, dataloader: Iterable[Batch], *, show_progress: bool
+) -> ChannelScores:
+    """Mean absolute difference of the outputs at the answer tokens; formula and errors as in `localize`."""
+    vocabulary = CommonVocabulary(base, donor)
+    totals = ChannelSums(candidates.num_comparable)
+
+    def compare(batch: Batch) -> None:
+        tokens = find_answer_tokens(batch)
+        vocabulary.check(batch)
+        comparison = BatchComparison(candidates, tokens)
+        with comparison.reading_base():
+            forward(base, batch)
+        with comparison.reading_donor():
+            forward(donor, batch)
+        totals.add_(comparison.sums(), len(tokens))
+
+    with evaluation(base, donor):
+        over_batches(dataloader, compare, argument="dataloader", show_progress=show_progress)
+    return ChannelScores(candidates.padded(totals.sums), totals.num_tokens, num_comparable=candidates.num_comparable)

@@ -1,0 +1,168 @@
+"""Scores by first-order attribution: how much of the loss goes away with a channel's step towards the donor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from act_peft.batches.evaluation import evaluation
+from act_peft.batches.forward import Batch, forward, over_batches
+from act_peft.batches.predictions import find_predictions
+from act_peft.channels.scores import ChannelScores, ScoreKind
+from act_peft.errors import ActTypeError, ActValueError
+from act_peft.localization.candidates import Candidates
+from act_peft.localization.pair import twin
+from act_peft.localization.sums import ChannelSums, sum_per_channel
+from act_peft.localization.vocabulary import CommonVocabulary
+from act_peft.localization.weights import ParameterPair, parameter_pairs
+from act_peft.peft_modules import named_modules
+
+POINTS = 4
+
+
+def score_attributions(
+    base: nn.Module,
+    donor: nn.Module,
+    candidates: Candidates,
+    dataloader: Iterable[Batch],
+    *,
+    keep_dataloader: Iterable[Batch] | None,
+    points: int,
+    show_progress: bool,
+) -> ChannelScores:
+    """Minus gradient times difference, averaged over points between the models; as in `localize`.
+
+    Raises:
+        ActTypeError: `points` is no int.
+        ActValueError: `points` is less than 1; a model without a loss; otherwise as in `localize`.
+    """
+    if not isinstance(points, int) or isinstance(points, bool):
+        raise ActTypeError(f"points: got {points!r}, expected an int")
+    if points < 1:
+        raise ActValueError(f"points: got {points}, expected at least 1")
+    attribution = _Attribution(base, donor, candidates, points)
+    ability = attribution.over(dataloader, argument="dataloader", show_progress=show_progress)
+    sums = ability.sums
+    if keep_dataloader is not None:
+        keep = attribution.over(keep_dataloader, argument="keep_dataloader", show_progress=show_progress)
+        share = ability.num_tokens / keep.num_tokens
+        sums = {name: values + keep.sums[name] * share for name, values in sums.items()}
+    return ChannelScores(
+        candidates.padded(sums),
+        ability.num_tokens,
+        kind=ScoreKind.ATTRIBUTION,
+        num_comparable=candidates.num_comparable,
+    )
+
+
+class _Attribution:
+    def __init__(self, base: nn.Module, donor: nn.Module, candidates: Candidates, points: int) -> None:
+        self._vocabulary = CommonVocabulary(base, donor)
+        self._num_comparable = candidates.num_comparable
+        self._points = points
+        self._base = base
+        self._line = InterpolatedModel(base, parameter_pairs(candidates), self._collect)
+        self._batch: dict[str, torch.Tensor] = {}
+
+    def over(self, dataloader: Iterable[Batch], *, argument: str, show_progress: bool) -> ChannelSums:
+        """The attributions of all batches, summed over tokens."""
+        totals = ChannelSums(self._num_comparable, what="gradients that are")
+
+        def attribute(batch: Batch) -> None:
+            predictions = find_predictions(batch)
+            labels, num_tokens = predictions.labels(), predictions.targets.numel()
+            self._vocabulary.check(batch)
+            self._batch = {
+                name: torch.zeros(count, dtype=torch.float64) for name, count in self._num_comparable.items()
+            }
+            for point in range(self._points):
+                if self._points > 1:
+                    self._line.move_(point / self._points)
+                with torch.enable_grad():
+                    _loss_of(forward(self._line.model, batch, labels=labels), self._line.model).backward()
+            # The loss is a mean over the batch's tokens: times their number, it is a sum.
+            totals.add_(
+                {name: values * (num_tokens / self._points) for name, values in self._batch.items()}, num_tokens
+            )
+
+        with evaluation(self._base, self._line.model):
+            over_batches(dataloader, attribute, argument=argument, show_progress=show_progress)
+        return totals
+
+    def _collect(self, name: str, gradient: torch.Tensor, pair: ParameterPair) -> None:
+        decrease = sum_per_channel(
+            lambda slope, donor, base: slope * (base - donor),
+            (gradient, pair.donor, pair.base),
+            channel_dim=pair.channel_dim,
+        )
+        self._batch[name] += decrease.to("cpu", torch.float64)
+
+
+def _loss_of(output: object, model: nn.Module) -> torch.Tensor:
+    loss = getattr(output, "loss", None)
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        raise ActValueError(
+            f"{type(model).__name__}: gave no loss for labels, expected a model that does, such as "
+            "AutoModelForCausalLM (or use score='activation')"
+        )
+    if not loss.requires_grad:
+        raise ActValueError(
+            f"{type(model).__name__}: the loss does not depend on the candidates, expected a gradient (does the model "
+            "run without gradients inside?)"
+        )
+    return loss
+
+
+OnGradient = Callable[[str, torch.Tensor, ParameterPair], None]
+
+
+class InterpolatedModel:
+    """A twin of the base whose candidates stand at `base + alpha * (donor - base)`; only these get gradients.
+
+    The candidates' parameters are the twin's own, a module's each, so tied weights get the gradient of their own use
+    only. Neither base nor donor is written to. A gradient is handed over and freed as soon as it is there, so the
+    gradients of one module are in memory at a time.
+
+    Args:
+        base: a plain model.
+        pairs: candidate -> its parameters in base and donor.
+        on_gradient: called with the candidate's name, the gradient and the pair that it belongs to, of one shape.
+    """
+
+    def __init__(self, base: nn.Module, pairs: Mapping[str, Sequence[ParameterPair]], on_gradient: OnGradient) -> None:
+        self.model = twin(base)
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(False)
+        modules = dict(named_modules(self.model))
+        self._moving: list[tuple[nn.Parameter, ParameterPair]] = []
+        for name, parts in pairs.items():
+            for pair in parts:
+                module = modules[name].layer
+                own = nn.Parameter(getattr(module, pair.part).detach().clone())
+                module._parameters[pair.part] = own
+                own.register_post_accumulate_grad_hook(_handing_over(name, pair, on_gradient))
+                self._moving.append((own, pair))
+
+    def move_(self, alpha: float) -> None:
+        """Go to `base + alpha * (donor - base)`, rounded to the base's dtype."""
+        with torch.no_grad():
+            for parameter, pair in self._moving:
+                wide = torch.promote_types(torch.promote_types(pair.base.dtype, pair.donor.dtype), torch.float32)
+                start, end = (tensor.to(parameter.device, wide) for tensor in (pair.base, pair.donor))
+                _common(parameter, pair).copy_(torch.lerp(start, end, alpha))
+
+
+def _handing_over(name: str, pair: ParameterPair, on_gradient: OnGradient) -> Callable[[torch.Tensor], None]:
+    def hand_over(parameter: torch.Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        if gradient is not None:
+            on_gradient(name, _common(gradient, pair), pair)
+
+    return hand_over
+
+
+def _common(tensor: torch.Tensor, pair: ParameterPair) -> torch.Tensor:
+    """The part of a parameter, or of its gradient, that a pair covers."""
+    return tensor[tuple(slice(0, size) for size in pair.base.shape)]

@@ -1,0 +1,132 @@
+"""Which modules of two models are compared, and whether they can be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from act_peft.channels.kinds import ChannelKind, channel_kind, num_channels, weight_of
+from act_peft.channels.names import Patterns, matches
+from act_peft.errors import ActValueError
+from act_peft.peft_modules import NamedModule, named_modules, without_wrapper
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The compared modules of two models; the mappings have the same keys, in the base's order.
+
+    Attributes:
+        base: module name -> module of the base.
+        donor: module name -> module of the donor.
+        num_channels: module name -> number of channels C in the base.
+        donor_channels: module name -> number of channels in the donor; another one for an output layer over another
+            vocabulary.
+        embeddings: names of the embeddings.
+    """
+
+    base: dict[str, nn.Module]
+    donor: dict[str, nn.Module]
+    num_channels: dict[str, int]
+    donor_channels: dict[str, int]
+    embeddings: frozenset[str]
+
+    @property
+    def num_comparable(self) -> dict[str, int]:
+        """Module name -> how many channels both models have, the first ones."""
+        return {name: min(count, self.donor_channels[name]) for name, count in self.num_channels.items()}
+
+    def padded(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Values of the comparable channels as values `[C]` of all channels of the base, zero beyond."""
+        return {
+            name: nn.functional.pad(values[name], (0, count - values[name].numel()))
+            for name, count in self.num_channels.items()
+        }
+
+
+def find_candidates(
+    base: nn.Module, donor: nn.Module, *, target_modules: Patterns = None, exclude_modules: Patterns = None
+) -> Candidates:
+    """The modules that have channels, narrowed as in PEFT; checked to be the same in both models.
+
+    Args:
+        base: the base.
+        donor: the donor.
+        target_modules: regular expression for the whole name, names or dotted suffixes, or `"all-linear"` (every
+            linear and Conv1D module but the output layer); None takes every module that has channels.
+        exclude_modules: regular expression, names or dotted suffixes to leave out.
+
+    Raises:
+        ActValueError: nothing is left, or the models differ in a candidate's presence or number of channels.
+    """
+    mine = _select(base, target_modules, exclude_modules)
+    theirs = _select(donor, target_modules, exclude_modules)
+    if not mine and not theirs:
+        raise ActValueError(
+            f"target_modules: got {target_modules!r} without {exclude_modules!r}, which leaves no module that has "
+            f"channels (the base has: {_some_names(base)})"
+        )
+    heads = (_output_layer(base), _output_layer(donor))
+    differing = [name for name in {**mine, **theirs} if not _agree(mine.get(name), theirs.get(name), heads)]
+    if differing:
+        name = differing[0]
+        raise ActValueError(
+            f"{name}: donor has {_in_words(theirs.get(name))}, the base has {_in_words(mine.get(name))} "
+            f"({len(differing)} of {len({**mine, **theirs})} modules differ; take two models of the same structure, "
+            "or leave these out with exclude_modules)"
+        )
+    return Candidates(
+        base={name: module.called for name, module in mine.items()},
+        donor={name: theirs[name].called for name in mine},
+        num_channels={name: num_channels(module.layer) for name, module in mine.items()},
+        donor_channels={name: num_channels(theirs[name].layer) for name in mine},
+        embeddings=frozenset(n for n, m in mine.items() if channel_kind(m.layer) is ChannelKind.EMBEDDING),
+    )
+
+
+def unmatched_names(model: nn.Module, patterns: Patterns) -> list[str]:
+    """Those of several names that match no module with channels, misspelt ones; none of a regular expression."""
+    if patterns is None or isinstance(patterns, str):
+        return []
+    names = [name for name, module in named_modules(model) if channel_kind(module.layer) is not None]
+    return sorted(pattern for pattern in patterns if not any(matches(name, [pattern]) for name in names))
+
+
+def _select(model: nn.Module, targets: Patterns, excluded: Patterns) -> dict[str, NamedModule]:
+    modules = {name: module for name, module in named_modules(model) if channel_kind(module.layer) is not None}
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        linear = (ChannelKind.LINEAR, ChannelKind.CONV1D)
+        head = _output_layer(model)
+        modules = {n: m for n, m in modules.items() if channel_kind(m.layer) in linear and m.called is not head}
+    elif targets is not None:
+        modules = {name: module for name, module in modules.items() if matches(name, targets)}
+    return {name: module for name, module in modules.items() if not matches(name, excluded)}
+
+
+def _output_layer(model: nn.Module) -> nn.Module | None:
+    getter = getattr(without_wrapper(model), "get_output_embeddings", None)
+    return getter() if callable(getter) else None
+
+
+def _agree(
+    mine: NamedModule | None, theirs: NamedModule | None, heads: tuple[nn.Module | None, nn.Module | None]
+) -> bool:
+    if mine is None or theirs is None:
+        return False
+    both_heads = mine.called is heads[0] and theirs.called is heads[1]
+    return both_heads or num_channels(mine.layer) == num_channels(theirs.layer)
+
+
+def _in_words(module: NamedModule | None) -> str:
+    if module is None:
+        return "no such module"
+    return f"{num_channels(module.layer)} channels (weight {list(weight_of(module.layer).shape)})"
+
+
+def _some_names(model: nn.Module) -> str:
+    names = [name for name, module in named_modules(model) if channel_kind(module.layer) is not None]
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "none"

@@ -1,0 +1,195 @@
+"""The differences between two models on one batch."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from act_peft.batches.answer_tokens import AnswerTokens
+from act_peft.channels.names import matches
+from act_peft.errors import ActValueError
+from act_peft.localization.candidates import Candidates
+from act_peft.localization.sums import sum_absolute_difference
+
+
+class BatchComparison:
+    """Keeps the base's outputs at the answer tokens while it runs, and subtracts the donor's as they come.
+
+    Run the base once inside `reading_base()`, then the donor once inside `reading_donor()`, then ask for `sums()`.
+
+    Args:
+        candidates: the compared modules.
+        tokens: the answer tokens of the batch.
+    """
+
+    def __init__(self, candidates: Candidates, tokens: AnswerTokens) -> None:
+        self._candidates = candidates
+        self._tokens = tokens
+        self._num_comparable = candidates.num_comparable
+        self._kept: dict[str, deque[torch.Tensor]] = {
+            name: deque() for name in candidates.base
+        }  # one [N * R, C] a call
+        self._sums: dict[str, list[torch.Tensor]] = {name: [] for name in candidates.base}  # one [C] a call
+
+    @contextmanager
+    def reading_base(self) -> Iterator[None]:
+        """The base runs inside this context.
+
+        Raises:
+            ActValueError: a candidate did not run, or its output has no row for every token.
+        """
+        with tap_outputs(self._candidates.base, self._keep):
+            yield
+        self._check_all([name for name, calls in self._kept.items() if not calls], "did not run in the base")
+
+    @contextmanager
+    def reading_donor(self) -> Iterator[None]:
+        """The donor runs inside this context.
+
+        Raises:
+            ActValueError: a candidate ran more or less often than in the base, or its output has no row for every
+                token.
+        """
+        with tap_outputs(self._candidates.donor, self._subtract):
+            yield
+        self._check_all([name for name, calls in self._kept.items() if calls], "ran less often in the donor")
+
+    def sums(self) -> dict[str, torch.Tensor]:
+        """Module name -> sum of the absolute differences over the answer tokens (mean of a module's calls).
+
+        One value for every comparable channel.
+        """
+        return {name: torch.stack(calls).mean(0) for name, calls in self._sums.items()}
+
+    def _rows(self, name: str, args: tuple[Any, ...], output: Any, channels: int) -> torch.Tensor:
+        candidates = self._candidates
+        try:
+            rows = select_rows(
+                output, args, self._tokens, channels=channels, positional=name in candidates.embeddings
+            )  # [N * R, C]
+            return rows[:, : self._num_comparable[name]]
+        except ActValueError as error:
+            raise ActValueError(f"{name}: {error} ({_leave_out([name], candidates.base)})") from error
+
+    def _keep(self, name: str, args: tuple[Any, ...], output: Any) -> None:
+        self._kept[name].append(self._rows(name, args, output, self._candidates.num_channels[name]))
+
+    def _subtract(self, name: str, args: tuple[Any, ...], output: Any) -> None:
+        rows = self._rows(name, args, output, self._candidates.donor_channels[name])
+        if not self._kept[name]:
+            self._check_all([name], "ran more often in the donor")
+        theirs = self._kept[name].popleft()  # its memory is free for the donor's next modules
+        if theirs.shape != rows.shape:
+            raise ActValueError(
+                f"{name}: donor gave {len(rows)} rows, the base {len(theirs)}, expected as many "
+                f"({_leave_out([name], self._sums)})"
+            )
+        self._sums[name].append(sum_absolute_difference(rows, theirs) / (len(rows) // len(self._tokens)))
+
+    def _check_all(self, failing: list[str], what: str) -> None:
+        if failing:
+            raise ActValueError(
+                f"{failing[0]}: {what}, expected every candidate to run on every batch, equally often in both models "
+                f"({len(failing)} of {len(self._sums)} candidates; {_leave_out(failing, self._sums)})"
+            )
+
+
+def _leave_out(names: list[str], candidates: Iterable[str]) -> str:
+    """How to exclude these modules and no other candidate: by their common parent, their last names, or one by one."""
+    common = os.path.commonprefix(names)  # noqa: RUF071, names are no paths
+    parent = common[: common.rfind(".") + 1]
+    last = sorted({name.rpartition(".")[2] for name in names})
+    if len(names) == 1:
+        what = repr(names)
+    elif parent and all(name in names for name in candidates if name.startswith(parent)):
+        what = f'r"{re.escape(parent)}.*"'
+    elif all(name in names for name in candidates if matches(name, last)):
+        what = repr(last)
+    else:
+        what = f"[{names[0]!r}, {names[1]!r}, ...]"
+    return f"leave them out with exclude_modules={what}"
+
+
+def select_rows(
+    output: torch.Tensor, args: tuple[Any, ...], tokens: AnswerTokens, *, channels: int, positional: bool
+) -> torch.Tensor:
+    """Copy the rows of the answer tokens out of a module's output.
+
+    | output | rows |
+    |---|---|
+    | `[B, T, C]`, `[B*T, C]` | one per token |
+    | `[B, T, heads, C]`, `[B, heads, T, C]` (query and key norms) | `heads` per token |
+    | `[1, T, C]`, `[T, C]` of an embedding (positions, the same for every sample) | one per token |
+
+    Args:
+        output: what the module returned.
+        args: what the module was called with; tells the two layouts with heads apart if there are as many heads as
+            tokens.
+        tokens: the N answer tokens of the batch `[B, T]`.
+        channels: C.
+        positional: whether an output without the batch's axis may be repeated for every sample.
+
+    Returns:
+        `[N * R, C]`, a copy; R rows for every token.
+
+    Raises:
+        ActValueError: the output has no row for every token.
+    """
+    size, length = tokens.batch_size, tokens.length
+    if not isinstance(output, torch.Tensor):
+        raise ActValueError(f"got an output of type {type(output).__name__}, expected a tensor")
+    shape = tuple(output.shape)
+    index = tokens.index_on(output.device)
+    if shape in ((size, length, channels), (size * length, channels)):
+        return output.reshape(size * length, channels).index_select(0, index)
+    if positional and shape in ((1, length, channels), (length, channels)):
+        return output.reshape(length, channels).index_select(0, index % length)
+    if len(shape) == 4 and shape[0] == size and shape[3] == channels and length in shape[1:3]:
+        by_token = output.transpose(1, 2) if _heads_first(shape, args, length) else output
+        return by_token[index // length, index % length].flatten(0, 1)  # [N, heads, C] -> [N * heads, C]
+    raise ActValueError(
+        f"got an output of shape {list(shape)}, expected one row of {channels} channels for each of the "
+        f"{size} x {length} tokens"
+    )
+
+
+def _heads_first(shape: tuple[int, ...], args: tuple[Any, ...], length: int) -> bool:
+    if shape[1] != shape[2]:
+        return shape[2] == length
+    # As many heads as tokens: heads are split off the last axis of [B, T, heads * C], so in memory they lie closer
+    # together than tokens do.
+    given = args[0] if args and isinstance(args[0], torch.Tensor) else None
+    return given is not None and given.dim() == 4 and given.stride(1) < given.stride(2)
+
+
+OnOutput = Callable[[str, tuple[Any, ...], Any], None]
+
+
+@contextmanager
+def tap_outputs(modules: Mapping[str, nn.Module], on_output: OnOutput) -> Iterator[None]:
+    """Inside the context, every call of one of the modules also calls `on_output(name, args, output)`.
+
+    Exactly the hooks that were registered here are removed at the end, also after an exception or Ctrl-C; other hooks
+    stay, and those registered earlier have run when `on_output` sees the output. The output itself is not changed.
+    """
+    handles: list[RemovableHandle] = []
+    try:
+        for name, module in modules.items():
+            handles.append(module.register_forward_hook(partial(_forward, on_output, name)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _forward(on_output: OnOutput, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    on_output(name, args, output)

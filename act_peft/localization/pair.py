@@ -1,0 +1,211 @@
+"""PEFT models and adapters as base or donor. This is the one file of localization that knows PEFT.
+
+A model and an adapter on it are two models in the memory of one: a twin of the model is a second tree of modules over
+the same tensors, and the adapter is switched off, loaded or merged in the twin alone. The user's model is not touched.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+from collections.abc import Callable, Container, Mapping
+from typing import Any, cast
+
+from peft import PeftConfig, PeftMixedModel, PeftModel
+from peft.tuners.tuners_utils import BaseTuner
+from safetensors import SafetensorError
+from torch import nn
+
+from act_peft.adapter.file import CONFIG, TENSORS
+from act_peft.disk.folders import file_in
+from act_peft.disk.locations import local_folder
+from act_peft.disk.shard import Shard
+from act_peft.errors import ActError, ActTypeError, ActValueError
+from act_peft.peft_modules import _MODELS, _WRAPPERS, named_modules, plain_layer, without_wrapper
+
+_OUTER = "base_model.model."
+# This start computes the adapter from the base's weights and writes the rest back into them in place.
+_IN_PLACE = "olora"
+
+Donor = nn.Module | str | os.PathLike[str]
+
+
+def open_pair(base: nn.Module, donor: Donor, *, merged: bool) -> tuple[nn.Module, nn.Module]:
+    """Make two models out of what the user passed.
+
+    Args:
+        base: a model; a PEFT model counts with its active adapters, unless the donor is the same model.
+        donor: a model; a PEFT model on `base` (the base is then the model with its adapters off); the folder or Hub id
+            of a PEFT adapter of `base`.
+        merged: whether adapters are merged, so that the models have plain layers whose weights can be compared. The
+            changed weights are new tensors then.
+
+    Returns:
+        Base and donor. They share tensors with what was passed and with each other: only to be read.
+
+    Raises:
+        ActTypeError: neither model nor path.
+        ActValueError: an adapter that cannot be loaded or switched off.
+    """
+    if not isinstance(base, nn.Module):
+        raise ActTypeError(f"base: got {type(base).__name__}, expected a torch.nn.Module (load the model first)")
+    if isinstance(donor, (str, os.PathLike)):
+        donor = _load_adapter(base, os.fspath(donor))
+    elif not isinstance(donor, nn.Module):
+        raise ActTypeError(
+            f"donor: got {type(donor).__name__}, expected a torch.nn.Module, or the folder or Hub id of an adapter"
+        )
+    elif without_wrapper(base) is without_wrapper(donor):
+        adapted = donor if isinstance(donor, _MODELS) else base
+        if isinstance(adapted, _MODELS):
+            _check_switch(adapted)
+            return _switched_off(adapted, plain=merged), _merged(adapted) if merged else adapted
+    return (_merged(base), _merged(donor)) if merged else (base, donor)
+
+
+def twin(model: nn.Module, *, own: Container[str] = ()) -> nn.Module:
+    """A second tree of modules over the same tensors, with parameters and attributes of its own; the hooks are shared.
+
+    To give a parameter of the twin other values, replace it; writing into it would change the model. A `forward` that
+    somebody has put on a module itself, as TRL and accelerate do, may be bound to that module in ways that no copy
+    can follow: the twin calls it there, with its own modules and tensors inside for the time of the call.
+
+    Args:
+        model: the model.
+        own: names of parameters that get tensors of their own.
+    """
+    memo: dict[int, object] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if type(parameter) is not nn.Parameter:  # quantised ones hold more than their tensor
+            memo.setdefault(id(parameter), parameter)
+        elif id(parameter) not in memo or name in own:
+            values = parameter.detach().clone() if name in own else parameter.detach()
+            memo[id(parameter)] = nn.Parameter(values, requires_grad=parameter.requires_grad)
+    for module in model.modules():
+        memo.update({id(buffer): buffer for buffer in module._buffers.values() if buffer is not None})
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            memo.update({id(hook): hook for hook in hooks.values()})
+        if "forward" in vars(module):
+            memo[id(vars(module)["forward"])] = vars(module)["forward"]
+    copied = copy.deepcopy(model, memo)
+    for original, module in list(zip(model.modules(), copied.modules(), strict=True)):
+        if "forward" in vars(original):
+            vars(module)["forward"] = _borrowed_forward(original, module)
+    return copied
+
+
+def _borrowed_forward(original: nn.Module, module: nn.Module) -> Callable[..., Any]:
+    @functools.wraps(original.forward)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        contents = ("_modules", "_parameters", "_buffers")
+        before = {name: vars(original)[name] for name in contents}
+        try:
+            vars(original).update({name: vars(module)[name] for name in contents})
+            return original.forward(*args, **kwargs)
+        finally:
+            vars(original).update(before)
+
+    return forward
+
+
+def _load_adapter(base: nn.Module, location: str) -> nn.Module:
+    """A twin of the base with the adapter on it; tensors of the base that the adapter brings along are its own."""
+    if _is_adapted(base):
+        raise ActValueError(
+            f"donor: {location} is an adapter, but the base has adapters of its own, expected the plain model that "
+            "the adapter was made for (load it anew, or take base.merge_and_unload())"
+        )
+    folder = local_folder(location, expected=f"an adapter ({CONFIG})", files=[CONFIG, TENSORS])
+    if not (folder / CONFIG).is_file():
+        raise ActValueError(
+            f"donor: {location} has no {CONFIG}, expected the folder or Hub id of an adapter (load a whole model, for "
+            "example with AutoModelForCausalLM.from_pretrained, and pass the model)"
+        )
+    with Shard(file_in(folder, TENSORS)) as shard:  # biases, resized embeddings: PEFT writes these into the model
+        donor = twin(base, own={key.removeprefix(_OUTER).replace(".base_layer.", ".") for key in shard.tensors})
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        _check_kind(config, location)
+        return PeftModel.from_pretrained(donor, str(folder), config=config, is_trainable=False)
+    except ActError:
+        raise
+    except (AttributeError, KeyError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+        raise ActValueError(
+            f"donor: {location} cannot be loaded as an adapter of the base, expected an adapter that was made for it "
+            f"({str(error)[:300]})"
+        ) from error
+
+
+def _check_kind(config: PeftConfig, location: str) -> None:
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if config.is_prompt_learning or config.is_adaption_prompt:
+        raise ActValueError(
+            f"donor: {location} is an adapter of type {kind}, expected one that changes modules, as LoRA does (the "
+            "model would see other tokens than the base)"
+        )
+    if getattr(config, "init_lora_weights", None) == _IN_PLACE:
+        raise ActValueError(
+            f"donor: {location} starts from init_lora_weights={_IN_PLACE!r}, expected another start (such an adapter "
+            "rewrites the base when it is loaded: load it on a second copy of the base and pass that model)"
+        )
+
+
+def _is_adapted(model: nn.Module) -> bool:
+    return any(isinstance(module, _WRAPPERS) for module in model.modules())
+
+
+def _check_switch(model: PeftModel | PeftMixedModel) -> None:
+    """Whether the model with its adapters off is the base, and with them on the donor."""
+    where = "donor: the PEFT model"
+    if not isinstance(model.base_model, BaseTuner):
+        raise ActValueError(
+            f"{where} is of a type that changes no modules, expected one that does, as LoRA "
+            "(prompts make the model see other tokens than the base)"
+        )
+    layers = [module for module in model.modules() if isinstance(module, _WRAPPERS)]
+    if all(layer.disable_adapters for layer in layers):
+        raise ActValueError(f"{where} has no active adapter, expected one (call set_adapter, leave disable_adapter())")
+    if any(getattr(layer, "merged", False) for layer in layers):
+        raise ActValueError(
+            f"{where} has merged adapters, expected none (call unmerge_adapter(), then they can be switched off)"
+        )
+    configs = cast(Mapping[str, PeftConfig], model.peft_config)
+    biased = [name for name in model.active_adapters if getattr(configs[name], "bias", "none") != "none"]
+    if biased:
+        raise ActValueError(
+            f"{where} has trained biases in adapter {biased[0]!r}, expected bias='none' (they cannot be switched off: "
+            "load the base anew and pass the adapter's folder as donor)"
+        )
+
+
+def _switched_off(model: nn.Module, *, plain: bool) -> nn.Module:
+    """A twin of the model with its adapters off, or (`plain`) without them."""
+    copied = without_wrapper(twin(model))
+    for module in list(copied.modules()):
+        if isinstance(module, _WRAPPERS):
+            module.enable_adapters(False)
+        elif plain:
+            for name, child in module._modules.items():
+                if child is not None:
+                    module._modules[name] = plain_layer(child)
+    return copied
+
+
+def _merged(model: nn.Module) -> nn.Module:
+    """A model with plain layers: the model itself if it has no adapters, or else a twin with the adapters merged."""
+    if not _is_adapted(model):
+        return without_wrapper(model)
+    if not isinstance(model, _MODELS) or not isinstance(model.base_model, BaseTuner):
+        raise ActValueError(
+            f"{type(model).__name__}: has adapters that cannot be merged here, expected a PeftModel or a plain model "
+            "(merge them and pass the merged model)"
+        )
+    copied = twin(model)
+    for _, found in named_modules(copied):
+        if found.called is not found.layer:
+            for part in found.layer.modules():
+                for name, parameter in part._parameters.items():
+                    if parameter is not None:  # merging writes in place
+                        part._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+    return cast(BaseTuner, copied.base_model).merge_and_unload()

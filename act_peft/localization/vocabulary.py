@@ -1,0 +1,76 @@
+"""Two models of one family that know different numbers of tokens: the first ones are common."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import nn
+
+from act_peft.batches.forward import Batch
+from act_peft.errors import ActValueError, ActWarning
+from act_peft.localization.candidates import Candidates
+from act_peft.peft_modules import plain_layer, without_wrapper
+
+_TOKENS = ("input_ids", "decoder_input_ids")
+
+
+class CommonVocabulary:
+    """The tokens that both models know.
+
+    Args:
+        base: the base.
+        donor: the donor.
+    """
+
+    def __init__(self, base: nn.Module, donor: nn.Module) -> None:
+        self._sizes = (_num_tokens(base), _num_tokens(donor))
+
+    def check(self, batch: Batch) -> None:
+        """Check that a batch holds only common tokens, if the models differ.
+
+        Raises:
+            ActValueError: a token that one of the models does not know.
+        """
+        mine, theirs = self._sizes
+        if mine is None or theirs is None or mine == theirs:
+            return
+        for name in _TOKENS:
+            tokens = batch.get(name)
+            if isinstance(tokens, torch.Tensor) and tokens.numel() and int(tokens.max()) >= min(mine, theirs):
+                raise ActValueError(
+                    f"{name}: got token {int(tokens.max())}, expected tokens below {min(mine, theirs)}, which both "
+                    f"models know (the base has {mine} tokens, the donor {theirs}; tokenise with the tokenizer and "
+                    "chat template of the model with fewer)"
+                )
+
+
+def warn_left_out(candidates: Candidates, *, stacklevel: int) -> None:
+    """Say which rows of the output layer are compared if not all are.
+
+    Args:
+        candidates: the compared modules.
+        stacklevel: as in `warnings.warn`, counted from the caller.
+
+    Warns:
+        ActWarning: if the models have different numbers of rows.
+    """
+    for name, count in candidates.num_channels.items():
+        theirs = candidates.donor_channels[name]
+        if count != theirs:
+            warnings.warn(
+                f"{name}: the base has {count} rows, the donor {theirs}: only the first {min(count, theirs)}, the "
+                f"common vocabulary, are compared; {abs(count - theirs)} rows are left out and never selected",
+                ActWarning,
+                stacklevel=stacklevel + 1,
+            )
+
+
+def _num_tokens(model: nn.Module) -> int | None:
+    getter = getattr(without_wrapper(model), "get_input_embeddings", None)
+    try:
+        found = getter() if callable(getter) else None
+    except NotImplementedError:
+        return None
+    layer = plain_layer(found) if isinstance(found, nn.Module) else None
+    return layer.num_embeddings if isinstance(layer, nn.Embedding) else None

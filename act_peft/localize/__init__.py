@@ -1,5 +1,0 @@
-"""Step 1 of the method: in which channels two related models differ. Works on any two modules."""
-
-from act_peft.localize.scoring import localize
-
-__all__ = ["localize"]

@@ -1,0 +1,102 @@
+"""Loss and token accuracy of a model on held-out data of one skill."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from act_peft.batches.predictions import Predictions, find_predictions, logits_of
+from act_peft.errors import ActError, ActTypeError, ActValueError
+
+# Logits that are made float32 together: what a CPU's cache holds, and where calls cost more than memory, 512 MB.
+_CPU_LOGITS, _LOGITS = 1 << 19, 1 << 27
+
+
+@dataclass(frozen=True)
+class SkillResult:
+    """What a model does on the data of one skill.
+
+    Attributes:
+        loss: mean cross-entropy of the answer tokens, in nats.
+        accuracy: share of the answer tokens that are more probable than every other token, from 0 to 1. A tie does
+            not count, so a broken model that gives all tokens the same logit has 0.
+    """
+
+    loss: float
+    accuracy: float
+
+
+class HeldOutData:
+    """The batches of one skill. They are read once and kept, so that every model sees the same.
+
+    Counted are the answer tokens that follow another token (arXiv 2601.09398 counts the same tokens for its scores):
+    `labels != -100`, shifted as causal language models do; without labels every token that `attention_mask` has. In
+    batches with `decoder_input_ids` the labels are those of the decoder's positions, and not shifted.
+
+    Args:
+        dataloader: batches (dicts) that the models accept.
+        argument: name of the argument that they came in, for messages.
+
+    Attributes:
+        num_tokens: number of counted tokens N, over all batches.
+        largest_token: the highest token id among inputs and answers.
+
+    Raises:
+        ActTypeError: not an iterable of dicts of tensors.
+        ActValueError: no batch, or one without a counted token.
+    """
+
+    def __init__(self, dataloader: Iterable[Mapping[str, Any]], *, argument: str) -> None:
+        if not isinstance(dataloader, Iterable):
+            raise ActTypeError(f"{argument}: got {type(dataloader).__name__}, expected an iterable of batches")
+        self._batches: list[Predictions] = []
+        for number, batch in enumerate(dataloader):
+            try:
+                self._batches.append(find_predictions(batch))
+            except ActError as error:
+                raise type(error)(f"{argument}: batch {number}: {error}") from error
+        if not self._batches:
+            raise ActValueError(
+                f"{argument}: got no batch, expected at least one (is the dataset empty, or a generator already used "
+                "up?)"
+            )
+        self.num_tokens = sum(batch.targets.numel() for batch in self._batches)
+        self.largest_token = max(_largest_token(batch) for batch in self._batches)
+
+    @torch.no_grad()
+    def measure(self, model: nn.Module) -> SkillResult:
+        """Run a model over all batches, in the mode that it is in.
+
+        Args:
+            model: a language model that gives `logits` `[B, T, V]`.
+
+        Returns:
+            Loss and accuracy, pooled over all batches by tokens, summed in float64.
+
+        Raises:
+            ActValueError: the model gives no such logits.
+        """
+        losses, hits = [], []
+        for batch in self._batches:
+            logits = logits_of(model, batch)  # [B * T, V]
+            positions, targets = batch.positions.to(logits.device), batch.targets.to(logits.device)
+            at_once = max((_CPU_LOGITS if logits.device.type == "cpu" else _LOGITS) // logits.shape[1], 1)
+            for where, wanted in zip(positions.split(at_once), targets.split(at_once), strict=True):
+                chosen = logits.index_select(0, where).float()  # [N, V]
+                losses.append(F.cross_entropy(chosen, wanted, reduction="none"))
+                own = chosen.gather(1, wanted[:, None])  # [N, 1]
+                others = chosen.scatter_(1, wanted[:, None], -torch.inf)  # `argmax` takes as long as all the rest
+                hits.append(own[:, 0] > others.amax(-1))
+        # Only here the device is waited for.
+        loss = float(torch.cat(losses).to("cpu", torch.float64).sum())
+        return SkillResult(loss / self.num_tokens, int(torch.cat(hits).sum()) / self.num_tokens)
+
+
+def _largest_token(batch: Predictions) -> int:
+    ids = [batch.inputs.get(name) for name in ("input_ids", "decoder_input_ids")]
+    return max(int(tokens.max()) for tokens in (*ids, batch.targets) if isinstance(tokens, torch.Tensor))

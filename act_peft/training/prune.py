@@ -1,0 +1,82 @@
+"""Learned scales become rows, and channels without effect go."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from act_peft.errors import ActTypeError, ActValueError
+from act_peft.layers import remove_adapter
+from act_peft.layers.lookup import adapter_layers, base_model, record
+from act_peft.training.scales import _is_number, _scales_of
+
+
+def prune_channels(model: nn.Module, *, threshold: float = 0.0, adapter_name: str = "default") -> None:
+    """Make an ordinary ACT adapter of one with learned scales: fold them in, and drop the channels without effect.
+
+        delta[i, :] <- s_i * delta[i, :]          for every channel with |s_i| > threshold; the others go
+
+    With `threshold` 0 only channels whose scale is exactly zero go, so no output changes beyond the rounding of the
+    product. Afterwards the rows train (`trainable="deltas"`), unless the adapter is frozen, and files hold only what
+    is left. An optimizer made before must be made again.
+
+    Args:
+        model: a `PeftModel` with an ACT adapter, or a model that an ACT adapter was injected into.
+        threshold: scales of at most this size are dropped; at least 0.
+        adapter_name: name of the adapter.
+
+    Raises:
+        ActValueError: no such adapter, one without scales or that is merged, scales that are not finite, a threshold
+            that is negative, or one above every scale. Nothing is changed then.
+        ActTypeError: a threshold that is no number.
+    """
+    if not _is_number(threshold):
+        raise ActTypeError(f"threshold: got {threshold!r:.80}, expected a number from 0 on")
+    if not 0 <= threshold < math.inf:
+        raise ActValueError(f"threshold: got {threshold}, expected a number from 0 on")
+    layers = adapter_layers(model, adapter_name)
+    without = [name for name, layer in layers.items() if adapter_name not in layer.act_delta_channel_scale]
+    if without:
+        raise ActValueError(
+            f"{without[0]}: adapter {adapter_name!r} has no scales, expected one with trainable='scales' or 'both' "
+            f"({len(without)} of {len(layers)} modules have none; it was pruned before, or trains rows)"
+        )
+    merged = [name for name, layer in layers.items() if adapter_name in layer.merged_adapters]
+    if merged:
+        raise ActValueError(
+            f"{merged[0]}: adapter {adapter_name!r} is merged, expected an unmerged one (unmerge first)"
+        )
+    broken = [n for n, layer in layers.items() if not torch.isfinite(_scales_of(layer, adapter_name)).all()]
+    if broken:
+        raise ActValueError(
+            f"{broken[0]}: scales that are not finite, expected finite ones ({len(broken)} of {len(layers)} modules "
+            "have such; did the training diverge? try a lower learning rate)"
+        )
+    kept = {
+        name: (layer.act_delta_channel_scale[adapter_name].detach().abs() > threshold).nonzero().squeeze(1)
+        for name, layer in layers.items()
+    }
+    if not any(channels.numel() for channels in kept.values()):
+        raise ActValueError(
+            f"threshold: got {threshold}, which no scale exceeds, so nothing would be left "
+            f"({'a lower threshold, or ' if threshold else ''}a weaker penalty in training)"
+        )
+    configs, base = cast(Any, model).peft_config, base_model(model)
+    config = configs[adapter_name] = copy.copy(configs[adapter_name])  # TRL's reference adapter shares it
+    share = sum(channels.numel() for channels in kept.values()) / sum(
+        layer.act_delta_channel_scale[adapter_name].numel() for layer in layers.values()
+    )
+    for name, layer in layers.items():
+        if kept[name].numel():
+            layer.fold_scales(adapter_name, kept[name])
+            continue
+        remove_adapter(base, name, adapter_name)
+    left = {name: layer for name, layer in layers.items() if kept[name].numel()}
+    config.trainable, config.offload_deltas = "deltas", False
+    config.density = None if config.density is None else config.density * share
+    config.adapted_modules = {name: record(layer, layer.act_delta_index[adapter_name]) for name, layer in left.items()}
+    config.name_targets(left)

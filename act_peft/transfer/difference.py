@@ -1,0 +1,112 @@
+"""Transfer: the donor's difference of the selected channels becomes the delta of an adapter."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import cast
+
+import torch
+
+from act_peft.channels.rows import ChannelRows
+from act_peft.errors import ActValueError, ActWarning
+from act_peft.transfer.donors import Donor
+from act_peft.transfer.lineage import Resemblance
+from act_peft.transfer.parameters import Parameters
+
+
+class Transfer:
+    """A donor, checked against the base, and what it gives; a context manager that closes the donor.
+
+    Args:
+        base: the parameters of the base.
+        donor: the donor.
+        axes: module -> axis of its channels.
+    """
+
+    def __init__(self, base: Parameters, donor: Donor, axes: Mapping[str, int]) -> None:
+        self._base, self._donor, self._axes = base, donor, axes
+        self._notes = list(donor.notes)
+        self._resemblance = Resemblance()
+        self._differs = False
+
+    def __enter__(self) -> Transfer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._donor.close()
+
+    def common(self, index: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The selected channels without those beyond the common vocabulary.
+
+        Args:
+            index: module -> selected channels, int64 `[K]`.
+
+        Raises:
+            ActValueError: nothing is left of a module.
+        """
+        kept = dict(index)
+        for name, channels in index.items():
+            limit = self._donor.common_channels(name) if self._axes[name] == 0 else None
+            if limit is None or int(channels[-1]) < limit:
+                continue
+            kept[name] = channels[channels < limit]
+            dropped = channels.numel() - kept[name].numel()
+            if not kept[name].numel():
+                raise ActValueError(
+                    f"{name}: all {dropped} selected channels lie beyond the {limit} tokens that donor and base have "
+                    f"in common, expected others (leave it out with exclude_modules=[{name!r}])"
+                )
+            self._notes.append(f"{name}: {dropped} selected channels beyond the common vocabulary are left out")
+        return kept
+
+    def deltas(
+        self, index: Mapping[str, torch.Tensor], *, transfer_scale: float
+    ) -> Iterator[tuple[str, ChannelRows, ChannelRows]]:
+        """Module by module: its name, the base's selected channels, and their deltas.
+
+            delta = transfer_scale * (donor - base)          in float32 or wider
+
+        Args:
+            index: module -> selected channels, int64 `[K]`, ascending.
+            transfer_scale: λ.
+
+        Raises:
+            ActValueError: values that are not finite, or quantised.
+        """
+        for name, channels in index.items():
+            channels = channels.cpu()
+            base: dict[str, torch.Tensor | None] = {"weight": None, "bias": None}
+            deltas = dict(base)
+            for part, dim in (("weight", self._axes[name]), ("bias", 0)):
+                if f"{name}.{part}" not in self._base:
+                    continue
+                mine = self._base.rows(f"{name}.{part}", channels, dim)
+                difference = self._donor.difference(name, part, channels, dim, mine)
+                self._resemblance.add_(name, mine, difference)
+                self._differs = self._differs or bool(difference.any())
+                base[part], deltas[part] = mine, difference.mul_(transfer_scale)
+            yield (
+                name,
+                ChannelRows(channels, cast(torch.Tensor, base["weight"]), base["bias"]),
+                ChannelRows(channels, cast(torch.Tensor, deltas["weight"]), deltas["bias"]),
+            )
+
+    def warn(self, *, stacklevel: int) -> None:
+        """Say once what differs between donor and base; to be called after `deltas`.
+
+        Args:
+            stacklevel: as in `warnings.warn`, counted from the caller.
+
+        Warns:
+            ActWarning: if there is anything to say; if nothing differs.
+        """
+        if not self._differs:
+            message = f"{self._donor.location}: is the base's equal in all selected channels, nothing moves over"
+            warnings.warn(message, ActWarning, stacklevel=stacklevel + 1)
+        notes = self._notes if self._donor.is_adapter else [*self._notes, *self._resemblance.notes()]
+        if notes:
+            warnings.warn(f"donor and base differ: {'; '.join(notes)}", ActWarning, stacklevel=stacklevel + 1)

@@ -1,0 +1,108 @@
+"""Donors: a model in memory, a checkpoint on disk, or a PEFT adapter of the base."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from act_peft.adapter.file import CONFIG, TENSORS, AdapterFolder
+from act_peft.disk.checkpoint import INDEX, SINGLE, SMALL_FILES, Checkpoint, read_json
+from act_peft.disk.locations import is_local, local_folder
+from act_peft.disk.skeleton import load_config, tied_weights
+from act_peft.errors import ActTypeError, ActValueError
+from act_peft.transfer.donors.act import ActDonor
+from act_peft.transfer.donors.base import Donor
+from act_peft.transfer.donors.full import FullDonor
+from act_peft.transfer.donors.lora import LoraDonor
+from act_peft.transfer.lineage import check_configs
+from act_peft.transfer.parameters import ModelTensors, Parameters
+
+__all__ = ["Donor", "is_adapter", "open_donor"]
+
+
+def open_donor(
+    donor: nn.Module | str | os.PathLike[str],
+    base: Parameters,
+    *,
+    axes: Mapping[str, int],
+    config: Any = None,
+    vocabulary: Collection[str] = (),
+    revision: str | None = None,
+) -> Donor:
+    """Open a donor and check it against the base; of its weights nothing is read yet.
+
+    Args:
+        donor: a model in memory; or the folder or Hub id of a checkpoint, or of a LoRA or ACT adapter of the base.
+        base: the parameters of the base.
+        axes: module -> axis of its channels, for the modules that will be asked for.
+        config: the base's transformers configuration, if it has one.
+        vocabulary: names of the base's parameters whose first axis counts tokens.
+        revision: revision on the Hub.
+
+    Raises:
+        ActTypeError: neither a model nor a name; a model with adapters in it.
+        ActValueError: nothing there, a damaged file, another architecture or structure, an adapter of another method.
+    """
+    needed = [f"{module}.{part}" for module in axes for part in ("weight", "bias") if f"{module}.{part}" in base]
+    if isinstance(donor, nn.Module):
+        if any(isinstance(module, BaseTunerLayer) for module in donor.modules()):
+            raise ActTypeError(
+                f"donor: got a {type(donor).__name__} with adapters in it, expected a plain model (merge them with "
+                "merge_and_unload(), or name the folder of the adapter)"
+            )
+        notes = [] if config is None or not hasattr(donor, "config") else check_configs(config, donor.config)
+        theirs = Parameters(ModelTensors(donor), base.names)
+        return FullDonor(base, theirs, needed=needed, vocabulary=vocabulary, notes=notes)
+    if not isinstance(donor, (str, os.PathLike)):
+        raise ActTypeError(f"donor: got {type(donor).__name__}, expected a model, or the folder or Hub id of one")
+    if is_adapter(donor, revision=revision):
+        return _open_adapter(donor, base, axes=axes, revision=revision)
+    checkpoint = Checkpoint.open(donor, revision=revision)
+    try:
+        notes, tied = [], {}
+        if config is not None:
+            their_config = load_config(checkpoint)
+            notes, tied = check_configs(config, their_config), tied_weights(their_config)
+        theirs = Parameters(checkpoint, base.names, tied=tied)
+        return FullDonor(base, theirs, needed=needed, vocabulary=vocabulary, notes=notes, checkpoint=checkpoint)
+    except BaseException:
+        checkpoint.close()
+        raise
+
+
+def is_adapter(location: str | os.PathLike[str], *, revision: str | None = None) -> bool:
+    """Whether a folder or Hub id holds a PEFT adapter rather than a full checkpoint.
+
+    Raises:
+        ActValueError: there is no such folder or repository.
+    """
+    folder = local_folder(location, expected="a checkpoint", files=SMALL_FILES, revision=revision)
+    if not (folder / CONFIG).is_file():
+        return False
+    return not any((folder / name).is_file() for name in ((SINGLE, INDEX) if is_local(location) else ("config.json",)))
+
+
+def _open_adapter(
+    location: str | os.PathLike[str], base: Parameters, *, axes: Mapping[str, int], revision: str | None
+) -> Donor:
+    name = os.fspath(location)
+    folder = local_folder(name, expected=f"an adapter ({CONFIG})", files=[CONFIG, TENSORS], revision=revision)
+    config = read_json(folder, CONFIG)
+    kind = config.get("peft_type")
+    if kind == "LORA":
+        return LoraDonor(name, folder, config, base, axes=axes)
+    if kind == "ACT":
+        adapter = AdapterFolder(name, revision=revision)
+        try:
+            return ActDonor(adapter, base, axes=axes)
+        except BaseException:
+            adapter.close()
+            raise
+    raise ActValueError(
+        f"{name}: got an adapter of type {str(kind)[:40]}, expected LoRA or ACT (merge it with "
+        "model.merge_and_unload(), save the model and name its folder as donor)"
+    )

@@ -1,0 +1,88 @@
+"""An ACT adapter as donor: the base with this adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from act_peft.adapter.base_record import fingerprint
+from act_peft.adapter.file import AdapterFolder, ModuleDelta
+from act_peft.channels.rows import wide_dtype
+from act_peft.disk.keys import key_for, prefix_change
+from act_peft.errors import ActLoadError
+from act_peft.transfer.donors.base import Donor
+from act_peft.transfer.parameters import Parameters
+
+
+class ActDonor(Donor):
+    """The difference of a channel is its delta, where the adapter has one, else zero.
+
+    Args:
+        folder: the adapter; closed with the donor.
+        base: the parameters of the base.
+        axes: module -> axis of its channels, for the modules that will be asked for.
+
+    Raises:
+        ActLoadError: the adapter does not fit the base.
+    """
+
+    def __init__(self, folder: AdapterFolder, base: Parameters, *, axes: Mapping[str, int]) -> None:
+        self.location = folder.location
+        self._folder = folder
+        change = prefix_change([f"{name}.weight" for name in folder.modules], base.names)
+        renamed = {key_for(f"{n}.weight", change).rpartition(".")[0]: (n, d) for n, d in folder.modules.items()}
+        self._deltas = {name: delta for name, (_, delta) in renamed.items()}
+        self._own_names = {name: own for name, (own, _) in renamed.items()}
+        differing = []
+        for name, (own, delta) in renamed.items():
+            if name not in axes or not delta.index.numel():
+                continue
+            self._check_fit(name, delta, base, axes[name])
+            recorded = folder.recorded_base(own)
+            if recorded is not None and recorded != _fingerprint(base, name, delta.index, axes[name]):
+                differing.append(name)
+        self.notes = []
+        if differing:
+            self.notes.append(
+                f"the donor is an adapter for a base with other weights ({len(differing)} modules differ, the first "
+                f"is {differing[0]})"
+            )
+
+    def _check_fit(self, name: str, delta: ModuleDelta, base: Parameters, dim: int) -> None:
+        shape = base.shape(f"{name}.weight")
+        expected = (*shape[:dim], delta.index.numel(), *shape[dim + 1 :])
+        if (
+            delta.weight_shape != expected
+            or int(delta.index[-1]) >= shape[dim]
+            or (delta.bias is None) == (f"{name}.bias" in base)
+        ):
+            raise ActLoadError(
+                f"{name}: the donor {self.location} has deltas {list(delta.weight_shape)} for channels up to "
+                f"{int(delta.index[-1])}, {'no' if delta.bias is None else 'and a'} bias, which do not fit the base's "
+                f"weight {list(shape)} (the adapter was made for another model)"
+            )
+
+    def difference(self, module: str, part: str, index: torch.Tensor, dim: int, base: torch.Tensor) -> torch.Tensor:
+        """See `Donor.difference`."""
+        difference = torch.zeros_like(base, dtype=wide_dtype(base.dtype))
+        delta = self._deltas.get(module)
+        key = None if delta is None else getattr(delta, part)
+        if delta is None or key is None:
+            return difference
+        mine = torch.isin(index, delta.index).nonzero().squeeze(1)
+        theirs = torch.isin(delta.index, index).nonzero().squeeze(1)
+        rows = self._folder.shard.rows(key, theirs, dim)
+        scaled = self._folder.scaled(self._own_names[module], rows, dim, theirs)
+        return difference.index_copy_(dim, mine.to(base.device), scaled.to(difference))
+
+    def close(self) -> None:
+        """See `Donor.close`."""
+        self._folder.close()
+
+
+def _fingerprint(base: Parameters, name: str, index: torch.Tensor, dim: int) -> str | None:
+    if not base.is_plain(f"{name}.weight"):
+        return None
+    bias = base.rows(f"{name}.bias", index, 0) if f"{name}.bias" in base else None
+    return fingerprint(base.rows(f"{name}.weight", index, dim), bias)

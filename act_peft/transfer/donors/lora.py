@@ -1,0 +1,193 @@
+"""A LoRA adapter as donor: the base with this adapter, computed for the selected channels alone."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils.other import get_pattern_key
+
+from act_peft.adapter.file import TENSORS
+from act_peft.channels.rows import wide_dtype
+from act_peft.disk.folders import file_in
+from act_peft.disk.keys import key_for, prefix_change
+from act_peft.disk.shard import Shard
+from act_peft.errors import ActLoadError, ActValueError
+from act_peft.transfer.donors.base import Donor
+from act_peft.transfer.parameters import Parameters
+
+_OUTER = "base_model.model."
+# Ends of the keys that PEFT writes -> what they are here. `weight` and `bias` are whole parameters.
+_ENDS = {
+    "lora_A.weight": "a",
+    "lora_B.weight": "b",
+    "lora_B.bias": "b_bias",
+    "lora_embedding_A": "a",
+    "lora_embedding_B": "b",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+    "weight": "weight",
+    "bias": "bias",
+}
+# Settings with which the adapter is more than base + factors.
+_UNSUPPORTED = ("alora_invocation_tokens", "layer_replication", "use_qalora", "use_bdlora", "velora_config")
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that write into the base
+_MERGE_IT = "merge the adapter with model.merge_and_unload(), save the model and name its folder as donor"
+_GROUP_REPEATED = re.compile(r"\)[*+?{]")  # takes exponential time on some names
+
+
+@dataclass(frozen=True)
+class _Module:
+    """Keys of one module's tensors, and the factor of `b @ a`."""
+
+    keys: Mapping[str, str]
+    scaling: float
+
+
+class LoraDonor(Donor):
+    """The difference of a channel is its row of the product of the factors.
+
+        delta W[i, :] = alpha / r * B[i, :] A          (alpha / sqrt(r) with rank-stabilised LoRA)
+
+    With DoRA the row of W + delta W is rescaled to its learned magnitude. Modules that the adapter saves as a whole
+    are read by row.
+
+    Args:
+        location: what the user named.
+        folder: the adapter's folder.
+        config: what its `adapter_config.json` says.
+        base: the parameters of the base.
+        axes: module -> axis of its channels, for the modules that will be asked for.
+
+    Raises:
+        ActValueError: a variant of LoRA that has no such rows, a damaged file or configuration.
+        ActLoadError: the adapter does not fit the base.
+    """
+
+    def __init__(
+        self, location: str, folder: Path, config: Mapping[str, Any], base: Parameters, *, axes: Mapping[str, int]
+    ) -> None:
+        self.location = location
+        self.notes = []
+        _check_variant(location, config)
+        self._shard = Shard(file_in(folder, TENSORS))
+        try:
+            self._modules = self._find_modules(config, base)
+            for name, module in self._modules.items():
+                if name in axes:
+                    self._check_fit(name, module, base, axes[name])
+        except BaseException:
+            self._shard.close()
+            raise
+
+    def close(self) -> None:
+        """See `Donor.close`."""
+        self._shard.close()
+
+    def _find_modules(self, config: Mapping[str, Any], base: Parameters) -> dict[str, _Module]:
+        found: dict[str, dict[str, str]] = {}
+        for key in self._shard.tensors:
+            name = key.removeprefix(_OUTER)
+            end = next((end for end in _ENDS if name.endswith(f".{end}")), None)
+            if end is None or not key.startswith(_OUTER):
+                raise ActValueError(
+                    f"{self.location}: {key} is no factor of plain LoRA, expected lora_A, lora_B or whole weights "
+                    f"({_MERGE_IT})"
+                )
+            module = name.removesuffix(f".{end}").removesuffix(".base_layer")
+            found.setdefault(module, {})[_ENDS[end]] = key
+        change = prefix_change([f"{name}.weight" for name in found], base.names)
+        modules = {}
+        for name, keys in found.items():
+            own = key_for(f"{name}.weight", change).rpartition(".")[0]
+            if f"{own}.weight" not in base:
+                raise ActLoadError(
+                    f"{self.location}: adapts {name}, which the base does not have (the adapter was made for another "
+                    "model)"
+                )
+            if ("a" in keys) != ("b" in keys):
+                raise ActLoadError(f"{self.location}: {name} has one factor of two (the file is incomplete)")
+            modules[own] = _Module(keys, self._scaling(config, name, keys))
+        return modules
+
+    def _scaling(self, config: Mapping[str, Any], name: str, keys: Mapping[str, str]) -> float:
+        if "a" not in keys:
+            return 1.0
+        patterns = config.get("alpha_pattern") or {}
+        where = f"{self.location}: adapter_config.json"
+        if not isinstance(patterns, dict) or any(_GROUP_REPEATED.search(pattern) for pattern in patterns):
+            raise ActValueError(
+                f"{where}: alpha_pattern is {str(patterns)[:80]}, expected names of modules with alphas"
+            )
+        try:
+            alpha: Any = patterns.get(get_pattern_key(list(patterns), name), config.get("lora_alpha"))
+        except re.error as error:
+            raise ActValueError(f"{where}: alpha_pattern holds no regular expression ({error})") from error
+        shape = self._shard.info(keys["a"]).shape
+        if type(alpha) not in (int, float) or not math.isfinite(alpha) or not shape or not shape[0]:
+            raise ActValueError(
+                f"{where}: {name} has lora_alpha {str(alpha)[:40]} and rank {shape[:1]}, expected numbers"
+            )
+        return alpha / (math.sqrt(shape[0]) if config.get("use_rslora") else shape[0])
+
+    def _check_fit(self, name: str, module: _Module, base: Parameters, dim: int) -> None:
+        shape = base.shape(f"{name}.weight")
+        channels = shape[dim]
+        expected = {"weight": shape, "bias": (channels,), "b_bias": (channels,)}
+        if "a" in module.keys:
+            rank = self._shard.info(module.keys["a"]).shape[0]
+            expected |= {"a": (rank, shape[1 - dim] if len(shape) == 2 else 0), "b": (channels, rank)}
+        for part, key in module.keys.items():
+            info = self._shard.info(key)
+            if part == "magnitude":
+                fits = math.prod(info.shape) == channels and len(shape) == 2
+            else:
+                fits = info.shape == expected[part]
+            if not fits or not info.is_plain:
+                raise ActLoadError(
+                    f"{name}: the donor {self.location} has {key} {info.dtype} {list(info.shape)}, which does not fit "
+                    f"the base's weight {list(shape)} (the adapter was made for another model)"
+                )
+        if "magnitude" in module.keys and self._shard.info(module.keys["a"]).shape[1] != shape[1]:
+            raise ActValueError(
+                f"{name}: the donor {self.location} uses DoRA on a module whose channels are columns, expected rows "
+                f"({_MERGE_IT})"
+            )
+
+    def difference(self, module: str, part: str, index: torch.Tensor, dim: int, base: torch.Tensor) -> torch.Tensor:
+        """See `Donor.difference`."""
+        difference = torch.zeros_like(base, dtype=wide_dtype(base.dtype))
+        if module not in self._modules:
+            return difference
+        keys, scaling = self._modules[module].keys, self._modules[module].scaling
+        if part in keys:
+            difference += self._shard.rows(keys[part], index, dim).to(difference) - base.to(difference)
+        if part == "bias" and "b_bias" in keys:
+            difference += scaling * self._shard.rows(keys["b_bias"], index).to(difference)
+        if part == "weight" and "a" in keys:
+            b = self._shard.rows(keys["b"], index).to(difference)  # [K, r]
+            rows = scaling * (b @ self._shard.tensor(keys["a"]).to(difference))  # [K, I]
+            difference += rows if dim == 0 else rows.T
+            if "magnitude" in keys:
+                adapted = base.to(difference) + difference  # [K, I]
+                magnitude = self._shard.tensor(keys["magnitude"]).flatten()[index].to(difference)  # [K]
+                difference = adapted * (magnitude / adapted.norm(dim=1)).unsqueeze(1) - base.to(difference)
+        return difference
+
+
+def _check_variant(location: str, config: Mapping[str, Any]) -> None:
+    unsupported = [name for name in _UNSUPPORTED if config.get(name)]
+    start = str(config.get("init_lora_weights")).lower()
+    if start.startswith(_CHANGES_BASE):
+        unsupported.append(f"init_lora_weights={start[:40]!r}")
+    if config.get("target_parameters"):
+        unsupported.append("target_parameters")
+    if unsupported:
+        raise ActValueError(
+            f"{location}: the adapter uses {', '.join(unsupported)}, expected plain LoRA, rsLoRA or DoRA ({_MERGE_IT})"
+        )

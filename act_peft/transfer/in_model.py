@@ -1,0 +1,135 @@
+"""Fill the adapter of a model from a donor."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import skip_init_on_device
+from torch import nn
+from transformers import PreTrainedModel
+
+from act_peft.adapter.config import Trainable
+from act_peft.channels.kinds import is_quantised, kind_of
+from act_peft.channels.rows import ChannelRows
+from act_peft.errors import ActValueError
+from act_peft.layers import ActLayer
+from act_peft.layers.lookup import adapter_layers, base_model
+from act_peft.transfer.difference import Transfer
+from act_peft.transfer.donors import open_donor
+from act_peft.transfer.parameters import ModelTensors, Parameters, vocabulary_parameters
+
+
+def initialize_from_donor(
+    model: nn.Module,
+    donor: nn.Module | str | os.PathLike[str],
+    *,
+    transfer_scale: float | None = None,
+    adapter_name: str = "default",
+) -> None:
+    """Fill the deltas of an existing ACT adapter with a donor's difference.
+
+        delta[i, :] = λ * (W_donor[i, :] - W_base[i, :])          for every selected channel i
+
+    (arXiv 2601.09398, the transfer step), the same for the elements of biases and norms. What the deltas held before
+    is replaced. With learned scales the delta becomes the difference itself, and every scale starts again at λ.
+
+    Args:
+        model: a `PeftModel` with an ACT adapter, or a model that an ACT adapter was injected into.
+        donor: a model in memory; or the folder or Hub id of a checkpoint, or of a LoRA or ACT adapter of the same
+            base, of which only the selected channels are read.
+        transfer_scale: λ; by default the one of the adapter's configuration.
+        adapter_name: name of the adapter.
+
+    Raises:
+        ActValueError: if the model has no such adapter, the adapter is merged, λ is not finite, or the donor's
+            modules, shapes or architecture differ from the base's, or its selected weights are not finite. Nothing
+            is changed then.
+        ActTypeError: if `donor` is neither a module nor a name.
+
+    Warns:
+        ActWarning: once, if vocabulary (tokens that the donor lacks get no delta), rotary base or context length
+            differ, or the weights look unrelated.
+    """
+    layers = adapter_layers(model, adapter_name)
+    config = cast(Any, model).peft_config[adapter_name]
+    scale = config.transfer_scale if transfer_scale is None else transfer_scale
+    if not math.isfinite(scale):
+        raise ActValueError(f"transfer_scale: got {scale}, expected a finite number")
+    merged = [name for name, layer in layers.items() if adapter_name in layer.merged_adapters]
+    if merged:
+        raise ActValueError(
+            f"{merged[0]}: adapter {adapter_name!r} is merged, expected an unmerged one (unmerge first)"
+        )
+    index = {name: layer.act_delta_index[adapter_name] for name, layer in layers.items()}
+    with donor_for_model(base_model(model), donor, index) as transfer:
+        learned = Trainable(config.trainable).has_scales
+        scaled = transfer.deltas(index, transfer_scale=1.0 if learned else scale)
+        # All of them before the first is written, each in the dtype and on the device of what it will overwrite.
+        deltas = [(name, layers[name].as_stored(adapter_name, rows)) for name, _, rows in scaled]
+        transfer.warn(stacklevel=2)
+    fill_deltas(layers, deltas, adapter_name=adapter_name, transfer_scale=scale)
+    named = getattr(donor, "name_or_path", "") or None if isinstance(donor, nn.Module) else os.fspath(donor)
+    config.transfer_scale, config.donor = float(scale), named
+
+
+def donor_for_model(
+    base: nn.Module,
+    donor: nn.Module | str | os.PathLike[str],
+    modules: Iterable[str],
+    *,
+    revision: str | None = None,
+) -> Transfer:
+    """The transfer from a donor to a model in memory.
+
+    Args:
+        base: the base model, with or without adapters in it.
+        donor: as in `open_donor`.
+        modules: names of the modules that channels will move to.
+        revision: revision of the donor on the Hub.
+
+    Raises:
+        ActTypeError, ActValueError: as `open_donor`; ActValueError if one of the modules is quantised.
+    """
+    plain = {name: _plain(base.get_submodule(name)) for name in modules}
+    quantised = [name for name, module in plain.items() if is_quantised(module)]
+    if quantised:
+        raise ActValueError(
+            f"{quantised[0]}: is quantised, expected the base's own values, which the donor's difference is taken "
+            f"from ({len(quantised)} of {len(plain)} modules are quantised; make the adapter from the original "
+            "checkpoint with create_adapter and load it here with PeftModel.from_pretrained)"
+        )
+    tensors = ModelTensors(base)
+    parameters = Parameters(tensors, tensors.names)
+    axes = {name: kind_of(module).channel_dim for name, module in plain.items()}
+    config = base.config if isinstance(base, PreTrainedModel) else None
+    vocabulary = vocabulary_parameters(base)
+    opened = open_donor(donor, parameters, axes=axes, config=config, vocabulary=vocabulary, revision=revision)
+    return Transfer(parameters, opened, axes)
+
+
+def _plain(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+@skip_init_on_device  # inside `low_cpu_mem_usage` the deltas would be created on the meta device
+def fill_deltas(
+    layers: Mapping[str, ActLayer],
+    deltas: Iterable[tuple[str, ChannelRows]],
+    *,
+    adapter_name: str,
+    transfer_scale: float,
+) -> None:
+    """Write deltas, given by the names of their modules, into the layers, each as it comes.
+
+    Args:
+        layers: module name -> layer.
+        deltas: module name and deltas; with learned scales the difference itself.
+        adapter_name: name of the adapter.
+        transfer_scale: where learned scales start.
+    """
+    for name, rows in deltas:
+        layers[name].write_deltas(adapter_name, rows, transfer_scale=transfer_scale)

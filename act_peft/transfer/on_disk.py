@@ -1,0 +1,162 @@
+"""Creating adapters on disk: the rows of a donor become an adapter folder, and no model is ever loaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from peft import PeftModelForCausalLM
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from act_peft.adapter.base_record import fingerprint, module_record
+from act_peft.adapter.config import ActConfig
+from act_peft.channels.kinds import kind_of
+from act_peft.channels.masks import ChannelMask
+from act_peft.channels.rows import ChannelRows, wide_dtype
+from act_peft.disk.atomic import new_folder
+from act_peft.disk.checkpoint import Checkpoint
+from act_peft.disk.folders import check_output, check_room
+from act_peft.disk.locations import is_local
+from act_peft.disk.skeleton import build_skeleton, load_config, tied_weights
+from act_peft.errors import ActValueError
+from act_peft.layers.deltas import PREFIX
+from act_peft.layers.targets import plan_channels
+from act_peft.transfer.difference import Transfer
+from act_peft.transfer.donors import open_donor
+from act_peft.transfer.parameters import Parameters, vocabulary_parameters
+
+
+def create_adapter(
+    base: str | os.PathLike[str],
+    donor: str | os.PathLike[str],
+    mask: ChannelMask | Mapping[str, Iterable[int]] | str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
+    *,
+    transfer_scale: float = 0.4,
+    overwrite: bool = False,
+    show_progress: bool = False,
+) -> None:
+    """Make an ACT adapter from two checkpoints on disk.
+
+        delta[i, :] = λ * (W_donor[i, :] - W_base[i, :])          for every selected channel i
+
+    (arXiv 2601.09398, the transfer step.) The folder holds the same bytes as that of
+
+        get_peft_model(base, ActConfig(channels=mask, donor=donor, transfer_scale=λ, task_type="CAUSAL_LM"))
+
+    after `save_pretrained`. The modules are known from the base's `config.json`; of both checkpoints only the selected
+    rows are read (the columns of embeddings and Conv1D lie apart: those tensors are read whole, piece by piece).
+
+    Args:
+        base: folder or Hub id of the base's checkpoint, in safetensors.
+        donor: folder or Hub id of the donor's; or of a LoRA or ACT adapter of the base.
+        mask: the selected channels, as in `ActConfig(channels=...)`.
+        output_dir: the folder to write. It appears whole or not at all.
+        transfer_scale: λ.
+        overwrite: whether an older adapter at `output_dir` is replaced.
+        show_progress: show a progress bar, a step a module, if the error stream is a terminal.
+
+    Raises:
+        ActValueError, ActTypeError: no or damaged checkpoint; channels that do not fit the base; a donor of another
+            architecture or shape, or with selected weights that are not finite or quantised; an output that exists or
+            lies inside an input; no room on the disk. Nothing is written then.
+
+    Warns:
+        ActWarning: once, if vocabulary (channels beyond the common tokens are left out), rotary base or context length
+            differ or the weights look unrelated.
+    """
+    output = Path(os.path.abspath(output_dir))
+    settings = ActConfig(
+        channels=mask,
+        donor=os.fspath(donor),
+        transfer_scale=transfer_scale,
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+    )
+    with Checkpoint.open(base) as checkpoint:
+        inputs = [checkpoint.folder, *([Path(donor)] if is_local(donor) else [])]
+        check_output(output, inputs, overwrite=overwrite)
+        config = load_config(checkpoint)
+        skeleton = build_skeleton(config)
+        shapes = {n: tuple(p.shape) for n, p in skeleton.named_parameters(remove_duplicate=False)}
+        parameters = Parameters(checkpoint, list(shapes), tied=tied_weights(config))
+        indices = plan_channels(settings, skeleton, None)
+        kinds = {name: kind_of(skeleton.get_submodule(name)) for name in indices}
+        _check_shapes(checkpoint, parameters, shapes, needed=indices)
+        axes = {name: kind.channel_dim for name, kind in kinds.items()}
+        vocabulary = vocabulary_parameters(skeleton)
+        opened = open_donor(donor, parameters, axes=axes, config=config, vocabulary=vocabulary)
+        with Transfer(parameters, opened, axes) as transfer:
+            indices = transfer.common(indices)
+            tensors: dict[str, torch.Tensor] = {}
+            records = {}
+            read = transfer.deltas(indices, transfer_scale=transfer_scale)
+            hidden = None if show_progress else True
+            for name, rows, deltas in tqdm(read, desc="transfer", total=len(indices), unit="module", disable=hidden):
+                prefix = f"base_model.model.{name}.{PREFIX}"
+                tensors |= {f"{prefix}{part}": delta for part, delta in _in_file_dtype(rows, deltas)}
+                tensors[f"{prefix}index"] = rows.index
+                records[name] = module_record(
+                    kinds[name],
+                    selected=rows.index.numel(),
+                    channels=shapes[f"{name}.weight"][axes[name]],
+                    base=fingerprint(rows.weight, rows.bias),
+                )
+            transfer.warn(stacklevel=2)
+    settings.adapted_modules = records
+    settings.base_model_name_or_path = skeleton.name_or_path
+    if isinstance(settings.channels, ChannelMask):
+        selected = sum(index.numel() for index in indices.values())
+        settings.density = selected / sum(settings.channels.num_channels.values())
+    check_room(output, sum(t.numel() * t.element_size() for t in tensors.values()) + (1 << 20))
+    with new_folder(output) as folder:
+        _CardWriter(skeleton, settings).create_or_update_model_card(str(folder))
+        save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        settings.save_pretrained(str(folder))
+
+
+class _CardWriter(PeftModelForCausalLM):
+    """As much of a PEFT model as PEFT's own model card asks for."""
+
+    def __init__(self, skeleton: PreTrainedModel, settings: ActConfig) -> None:
+        nn.Module.__init__(self)
+        self.config = skeleton.config
+        self.base_model = SimpleNamespace(model=skeleton, name_or_path=skeleton.name_or_path)
+        self._settings = settings
+
+    @property
+    def active_peft_config(self) -> ActConfig:
+        return self._settings
+
+    def get_base_model(self) -> PreTrainedModel:
+        return self.base_model.model
+
+
+def _check_shapes(
+    base: Checkpoint, parameters: Parameters, shapes: Mapping[str, tuple[int, ...]], *, needed: Iterable[str]
+) -> None:
+    """Check that the base has the tensors that its configuration promises."""
+    modules = set(needed)
+    for name, shape in shapes.items():
+        if name not in parameters and name.rpartition(".")[0] in modules:
+            base.file_of(name)  # raises, and says what is missing
+        if name in parameters and parameters.shape(name) != shape:
+            raise ActValueError(
+                f"{base.location}: {parameters.keys[name]} has shape {list(parameters.shape(name))}, expected "
+                f"{list(shape)} by its config.json (the checkpoint is damaged)"
+            )
+
+
+def _in_file_dtype(base: ChannelRows, deltas: ChannelRows) -> Iterator[tuple[str, torch.Tensor]]:
+    """The deltas as an adapter saves them: in float32, or in the dtype of a wider base."""
+    for part in ("weight", "bias"):
+        rows, delta = getattr(base, part), getattr(deltas, part)
+        if delta is not None:
+            yield part, delta.to(wide_dtype(rows.dtype)).contiguous()

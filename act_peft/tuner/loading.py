@@ -1,0 +1,70 @@
+"""Checks of a whole adapter that is being loaded: names that the model does not have, a base with other weights."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from act_peft.adapter.config import ActConfig
+from act_peft.errors import ActLoadError, ActWarning
+from act_peft.layers import ActLayer
+from act_peft.layers.lookup import record
+
+
+def check_names(state_dict: Mapping[str, torch.Tensor], model: nn.Module, prefix: str) -> None:
+    """Check that a model has a place for every tensor.
+
+    Args:
+        state_dict: the tensors that are about to be loaded.
+        model: the base model with the layers in it.
+        prefix: what stands before its names in `state_dict`.
+
+    Raises:
+        ActLoadError: it has none for some.
+    """
+    known = {prefix + key for key in model.state_dict()}
+    unknown = [key for key in state_dict if key not in known]
+    if unknown:
+        raise ActLoadError(
+            f"{unknown[0]}: the adapter has a tensor of this name, the model does not ({len(unknown)} of "
+            f"{len(state_dict)} tensors are not expected; the adapter was made for another model)"
+        )
+
+
+def check_base(
+    config: ActConfig, adapter_name: str, layers: Mapping[str, ActLayer], indices: Mapping[str, torch.Tensor]
+) -> None:
+    """Compare the base rows with those that an adapter was made for.
+
+    Args:
+        config: the adapter's configuration.
+        adapter_name: name of the adapter.
+        layers: module name -> layer.
+        indices: module name -> channels that were loaded, int64 `[K]`.
+
+    Warns:
+        ActWarning: once, if any differ.
+    """
+    records = config.adapted_modules or {}
+    differing = []
+    compared = 0
+    for name, index in indices.items():
+        recorded = records.get(name, {}).get("base")
+        current = record(layers[name], index)["base"]
+        if recorded is None or current is None:
+            continue
+        compared += 1
+        if recorded != current:
+            differing.append(name)
+    if differing:
+        warnings.warn(
+            f"adapter {adapter_name!r} was made for a base with other weights: {len(differing)} of {compared} "
+            f"adapted modules differ, the first is {differing[0]} (load it on "
+            f"{config.base_model_name_or_path or 'the base that it was trained on'}; on another model its channels "
+            "may do nothing or harm)",
+            ActWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,406 @@
+"""`ActModel`: the tuner that PEFT drives. It finds, checks and wraps the modules; the layers do the arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import nn
+
+from act_peft.adapter.config import ActConfig, Trainable
+from act_peft.channels.kinds import kind_of
+from act_peft.channels.masks import ChannelMask
+from act_peft.combination.rules import CombinationType, MajoritySign, make_rule
+from act_peft.errors import ActLoadError, ActValueError
+from act_peft.layers import LAYER_CLASSES, ActLayer, Linear, remove_adapter
+from act_peft.layers.deltas import PREFIX
+from act_peft.layers.lookup import record, shared_weights
+from act_peft.layers.state import check_adapter_state
+from act_peft.layers.targets import is_targeted, plan_channels
+from act_peft.transfer.difference import Transfer
+from act_peft.transfer.in_model import donor_for_model, fill_deltas
+from act_peft.transfer.parameters import output_head
+from act_peft.tuner.combined import add_combined
+from act_peft.tuner.copies import copy_adapter_, find_twin
+from act_peft.tuner.loading import check_base, check_names
+from act_peft.tuner.mixed_batches import adapter_per_sample
+
+
+@dataclass(frozen=True)
+class InjectionPlan:
+    """What is known about the model before an adapter is injected.
+
+    Attributes:
+        indices: module name -> channels, int64 `[K]`.
+        device: where the indices of the new layers are created.
+        shared_weights: ids of the weights that several modules use.
+        output_head: the model's output embedding, if it has one.
+    """
+
+    indices: dict[str, torch.Tensor]
+    device: torch.device
+    shared_weights: set[int]
+    output_head: nn.Module | None
+
+
+class ActModel(BaseTuner):
+    """An ACT adapter (arXiv 2601.09398) in a model: only selected channels carry deltas, and only they train.
+
+    Created by `get_peft_model(model, ActConfig(...))`.
+
+    Attributes:
+        model: the base model, whose target modules are wrapped in `ActLayer`s.
+        peft_config: adapter name -> `ActConfig`.
+    """
+
+    prefix = PREFIX
+    tuner_layer_cls = ActLayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (PEFT's own annotation)
+
+    # Adapters whose tensors are still to be loaded, with the parameters that trained before they came. On the class,
+    # because PEFT injects the first adapter before `__init__` could set anything.
+    _awaiting: Mapping[str, list[nn.Parameter]] = MappingProxyType({})
+    _plan: InjectionPlan
+
+    # ------------------------------------------------------------------------------------------------- creation ---
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Check everything, wrap the target modules, transfer from the donor if the configuration names one.
+
+        Raises:
+            ActValueError, ActTypeError: for channels that do not fit the model, unsupported modules, and a donor that
+                does not fit; the model is as it was then.
+        """
+        config = self.peft_config[adapter_name]
+        twin = find_twin(adapter_name, configs=self.peft_config, awaiting=self._awaiting)
+        if twin is None:
+            indices = plan_channels(config, model, state_dict)
+        else:
+            indices = {name: layer.act_delta_index[twin] for name, layer in self._layers(twin).items()}
+        with ExitStack() as stack:
+            transfer = None
+            if twin is None and config.donor is not None and config.channels is not None and not config.from_file:
+                transfer = stack.enter_context(
+                    donor_for_model(model, config.donor, indices, revision=config.donor_revision)
+                )
+                indices = transfer.common(indices)
+            self._plan = InjectionPlan(
+                indices=indices,
+                # Placeholders of tensors that a state dict will bring are created where PEFT creates those of deltas.
+                device=torch.device("meta" if low_cpu_mem_usage and state_dict is not None else "cpu"),
+                shared_weights=shared_weights(model),
+                output_head=output_head(model),
+            )
+            trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            try:
+                super().inject_adapter(
+                    model,
+                    adapter_name,
+                    autocast_adapter_dtype=autocast_adapter_dtype,
+                    low_cpu_mem_usage=low_cpu_mem_usage,
+                    state_dict=state_dict,
+                )
+                if twin is not None:
+                    copy_adapter_(self._layers(adapter_name), twin, adapter_name)
+                elif config.channels is not None and state_dict is None:
+                    self._fill(config, model, adapter_name, transfer)
+            except BaseException:
+                self._withdraw(model, adapter_name, trainable)
+                raise
+            finally:
+                del self._plan
+        config.name_targets(indices)
+        if twin is None and (config.channels is None or state_dict is not None):
+            self._awaiting = {**self._awaiting, adapter_name: trainable}
+
+    def _fill(self, config: ActConfig, model: nn.Module, adapter_name: str, transfer: Transfer | None) -> None:
+        """Give a new adapter its deltas and its configuration the record of what it holds."""
+        indices = self._plan.indices
+        layers: dict[str, Any] = {name: model.get_submodule(name) for name in indices}
+        if transfer is not None:
+            scale = 1.0 if Trainable(config.trainable).has_scales else config.transfer_scale
+            deltas = ((name, rows) for name, _, rows in transfer.deltas(indices, transfer_scale=scale))
+            fill_deltas(layers, deltas, adapter_name=adapter_name, transfer_scale=config.transfer_scale)
+            transfer.warn(stacklevel=3)
+        config.adapted_modules = {name: record(layer, indices[name]) for name, layer in layers.items()}
+        if isinstance(config.channels, ChannelMask):
+            selected = sum(index.numel() for index in indices.values())
+            config.density = selected / sum(config.channels.num_channels.values())
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: ActConfig, key: str) -> Any:
+        return is_targeted(peft_config, key)
+
+    def _prepare_adapter_config(self, peft_config: ActConfig, model_config: dict[str, Any]) -> ActConfig:
+        peft_config.forget_named_targets()  # which modules are meant follows from the channels
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: ActConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        index = self._plan.indices[current_key].to(self._plan.device)
+        layer = target if isinstance(target, ActLayer) else self._wrap(target)
+        layer.update_layer(
+            adapter_name,
+            index=index,
+            init_weights=peft_config.init_weights,
+            inference_mode=peft_config.inference_mode,
+            trainable=Trainable(peft_config.trainable),
+            transfer_scale=peft_config.transfer_scale,
+            offload=peft_config.offload_deltas,
+        )
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT moves the containers of the new layer to its device here; `ActLayer.update_layer` has done so, and knows
+        # which of them have no data yet.
+        setattr(parent, child_name, new_module)
+
+    def _wrap(self, target: nn.Module) -> ActLayer:
+        plain = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        layer = LAYER_CLASSES[kind_of(plain)](target, shares_weight=id(plain.weight) in self._plan.shared_weights)
+        if isinstance(layer, Linear):
+            layer.is_output_head = target is self._plan.output_head
+        layer._active_adapter = self.active_adapters
+        layer.train(target.training)
+        return layer
+
+    def _withdraw(self, model: nn.Module, adapter_name: str, trainable: list[nn.Parameter]) -> None:
+        """Take a half-made adapter out of the model again.
+
+        Modules without any adapter are unwrapped, and `trainable` parameters train again if no adapter is left.
+        """
+        for name in [name for name, module in model.named_modules() if isinstance(module, ActLayer)]:
+            remove_adapter(model, name, adapter_name)
+        if not any(isinstance(module, ActLayer) for module in model.modules()):
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        if not Trainable(self.peft_config[adapter_name].trainable).trains_rows:
+            return  # the scales are float32 and the frozen difference stays as its two models are
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+        if not autocast_adapter_dtype:
+            for layer in self._layers(adapter_name).values():
+                layer.cast_adapter(adapter_name)
+
+    # --------------------------------------------------------------------------------------------------- asking ---
+
+    def _layers(self, adapter_name: str) -> dict[str, ActLayer]:
+        modules = self.model.named_modules()
+        return {n: m for n, m in modules if isinstance(m, ActLayer) and adapter_name in m.act_delta_index}
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What DistributedDataParallel asks the model that it wraps for (a `PeftModel` hands the question on).
+
+        Offloaded deltas are frozen, alike in every process, and not on the device that the others have to be on.
+        """
+        layers = [(n, m) for n, m in self.model.named_modules() if isinstance(m, ActLayer)]
+        offloaded = [
+            f"model.{name}.{parameter}" for name, layer in layers for parameter in layer.offloaded_parameters()
+        ]
+        return [*offloaded, *(f"base_model.{name}" for name in offloaded)]  # from here, and from a `PeftModel`
+
+    @property
+    def get_output_embeddings(self) -> Callable[[], nn.Module | None]:
+        """The base model's method, which returns the plain output layer even where an adapter wraps it.
+
+        TRL refuses adapters on the output layer because it reads `lm_head.weight` instead of calling `lm_head`. Ours
+        are visible there (see `layers.Linear.weight`), so they are not what it looks for.
+        """
+        original = self.model.get_output_embeddings
+
+        def get_output_embeddings() -> nn.Module | None:
+            head = original()
+            return head.get_base_layer() if isinstance(head, ActLayer) else head
+
+        return get_output_embeddings
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # PEFT calls this around every forward and `generate`, and drops `adapter_names` itself afterwards.
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        with adapter_per_sample(self.model, names, adapters=self.peft_config, settings=kwargs):
+            yield
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As in PEFT; if it was the only active adapter, the first of the others by name becomes active everywhere.
+
+        PEFT lets every layer choose among those that it has, and ACT adapters may lie on different modules.
+        """
+        was_alone = list(self.active_adapters) == [adapter_name]
+        super().delete_adapter(adapter_name)
+        if was_alone and self.peft_config:
+            self.set_adapter(min(self.peft_config))
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Multiply the contribution of one adapter by `scale` (1.0: as trained), merged or not. Not saved.
+
+        Args:
+            adapter: name of the adapter.
+            scale: any finite number; 0 switches the adapter off, -1 takes its change away.
+
+        Raises:
+            ActValueError: if there is no such adapter or the scale is not finite.
+        """
+        if adapter not in self.peft_config:
+            raise ActValueError(f"set_scale: got adapter {adapter!r}, expected one of {sorted(self.peft_config)}")
+        for layer in self._layers(adapter).values():
+            layer.set_scale(adapter, scale)
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str | CombinationType = CombinationType.LINEAR,
+        *,
+        density: float | None = None,
+        majority_sign_method: str | MajoritySign = MajoritySign.TOTAL,
+    ) -> None:
+        """Combine adapters of this model into a new one with the channels of all of them.
+
+            delta[i] = Σ weight * scale * delta_adapter[i]      over the adapters that have channel i       ("linear")
+
+        With that default the new adapter alone does what its parts do together, each with `set_scale(adapter, weight *
+        scale)`, up to rounding. A channel of one adapter alone gets weight * scale * delta whatever the type; the
+        type decides about shared channels, see `CombinationType`, and `act_peft.combine`, which does the same with
+        saved adapters. As in LoRA, the current factor of `set_scale` counts, and the new adapter is not activated and
+        does not train before it is; its deltas are float32, or wider if a part's are. Merged adapters are unmerged
+        first, with PEFT's warning, as whenever an adapter is added.
+
+        Args:
+            adapters: names of adapters of this model, all with channel deltas only.
+            weights: a finite factor for each, of any sign.
+            adapter_name: name of the new adapter.
+            combination_type: a `CombinationType` or its value. LoRA's `"cat"` and `"svd"` types are refused: they
+                combine factors, and rows have none.
+            density: share of the values of shared channels that the pruning types keep, in (0, 1]; only for those.
+            majority_sign_method: `"total"` or `"frequency"`, for `"ties"` and `"dare_ties"`.
+
+        Raises:
+            ActValueError: no such adapter, a name that is taken, settings that do not go together, deltas that are
+                not finite, modules that an adapter saves as a whole. The model is as it was then.
+            ActTypeError: names, weights or a density of another type.
+        """
+        rule = make_rule(combination_type, density=density, majority_sign_method=majority_sign_method)
+        add_combined(self, adapters, weights, adapter_name, rule)
+
+    # -------------------------------------------------------------------------------------------------- merging ---
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters as in PEFT; with `safe_merge` all rows are checked before any is written."""
+        if safe_merge:
+            self._check_merge(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge and safe_merge:
+            self._check_merge(adapter_names)
+        return super()._unload_and_optionally_merge(
+            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+
+    def _check_merge(self, adapter_names: list[str] | None) -> None:
+        for module in self.model.modules():
+            if isinstance(module, ActLayer):
+                module.check_merge(adapter_names)
+
+    def _check_target_module_compatiblity(self, peft_config: ActConfig, model: nn.Module, target_name: str) -> None:
+        pass  # PEFT's list of exceptions for LoRA; ours are checked before anything is wrapped
+
+    # -------------------------------------------------------------------------------------------------- loading ---
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: ActConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        if not any(tensor.device.type == "meta" for tensor in tensors.values()):
+            return tensors
+        # Deltas on the meta device have no values to save, and the known channels of such an adapter are no state yet.
+        return {key: tensor for key, tensor in tensors.items() if tensor.device.type == "meta"}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: ActConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        tuner = getattr(model, "base_model", None)
+        if isinstance(tuner, ActModel):
+            tuner._accept(adapter_name, remapped, "base_model.model.", complete=True)
+        return remapped
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # torch calls this before any tensor below is copied: an adapter file is used as a whole or not at all.
+        for adapter_name in list(self.peft_config):
+            self._accept(adapter_name, state_dict, f"{prefix}model.", complete=False)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _accept(self, adapter_name: str, state_dict: dict[str, torch.Tensor], prefix: str, *, complete: bool) -> None:
+        """Check tensors that are about to be loaded; an adapter that waited for them goes if they do not fit."""
+        layers = self._layers(adapter_name)
+        awaited = adapter_name in self._awaiting
+        states = {n: layer.adapter_state(state_dict, f"{prefix}{n}.", adapter_name) for n, layer in layers.items()}
+        if not awaited and not any(states.values()):
+            return
+        try:
+            if complete:
+                check_names(state_dict, self.model, prefix)
+            for name, layer in layers.items():
+                check_adapter_state(layer, adapter_name, states[name], name, complete=complete)
+        except ActLoadError:
+            if awaited:
+                self._withdraw(self.model, adapter_name, self._pop_awaiting(adapter_name))
+                self.peft_config.pop(adapter_name, None)
+                if not self.peft_config:
+                    self.model.__dict__.pop("peft_config", None)
+            raise
+        if awaited and not complete:
+            self._pop_awaiting(adapter_name)
+            indices = {n: s["act_delta_index"] for n, s in states.items() if "act_delta_index" in s}
+            check_base(self.peft_config[adapter_name], adapter_name, layers, indices)
+
+    def _pop_awaiting(self, adapter_name: str) -> list[nn.Parameter]:
+        trainable = self._awaiting[adapter_name]
+        self._awaiting = {name: value for name, value in self._awaiting.items() if name != adapter_name}
+        return trainable

@@ -1,0 +1,160 @@
+"""ActConfig: what it accepts, what it refuses, and what it writes."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import pickle
+
+import pytest
+import torch
+from peft import PeftConfig, get_peft_config, get_peft_model
+from peft.utils import PeftType
+from safetensors.torch import load_file
+
+from act_peft import ActConfig, ActTypeError, ActValueError, ActWarning, ChannelMask, ChannelScores
+from tests.support.tiny_models import build
+
+MASK = ChannelMask({"lin": [2, 0]}, {"lin": 3, "out": 5})
+
+
+def test_a_configuration_without_channels_can_be_constructed():
+    config = ActConfig()
+    assert config.peft_type is PeftType("ACT")
+    assert (config.channels, config.transfer_scale, config.trainable, config.init_weights) == (
+        None,
+        0.4,
+        "deltas",
+        True,
+    )
+
+
+@pytest.mark.parametrize("channels", [[2, 0], (2, 0), {0, 2}, range(0, 4, 2), torch.tensor([2, 0])])
+def test_channels_of_any_kind_become_sorted_lists(channels):
+    assert ActConfig(channels={"lin": channels}).channels == {"lin": [0, 2]}
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "match"),
+    [
+        ({"channels": 3}, ActTypeError, "channels: got int, expected a ChannelMask, a dict of lists or a path"),
+        ({"channels": {"lin": [-1]}}, ActValueError, r"channels\['lin'\]: got channel -1, expected 0 or more"),
+        ({"channels": {"lin": [1, 1]}}, ActValueError, r"channels\['lin'\]: got channel 1 more than once"),
+        ({"channels": {"lin": [0.5]}}, ActTypeError, "float32, expected integer indices"),
+        ({"channels": {"lin": [True]}}, ActTypeError, "bool, expected integer indices"),
+        ({"channels": {"lin": "12"}}, ActTypeError, "expected a flat collection of ints"),
+        ({"channels": {"lin": 3}}, ActTypeError, "expected a flat collection of ints"),
+        ({"transfer_scale": float("nan")}, ActValueError, "transfer_scale: got nan, expected a finite number"),
+        ({"transfer_scale": float("inf")}, ActValueError, "transfer_scale: got inf"),
+        ({"transfer_scale": "much"}, ActValueError, "transfer_scale: got 'much'"),
+        ({"trainable": "all"}, ActValueError, "trainable: got 'all', expected one of 'deltas'"),
+        ({"trainable": "rows"}, ActValueError, "trainable: got 'rows', expected one of 'deltas', 'scales', 'both'"),
+        ({"donor_revision": "main"}, ActValueError, "donor_revision: given without a donor"),
+        ({"target_modules": "lin", "layers_to_transform": [0]}, ActValueError, "cannot be used when `target_modules`"),
+        ({"layers_pattern": "layers"}, ActValueError, "`layers_to_transform` must also be specified"),
+        ({"adapted_modules": {"lin": 3}}, ActValueError, "adapted_modules: got .*, expected module name"),
+        ({"task_type": "POETRY"}, ValueError, "Invalid task type"),
+    ],
+)
+def test_what_can_never_be_right_is_refused(settings, error, match):
+    with pytest.raises(error, match=match):
+        ActConfig(**settings)
+
+
+def test_channels_are_not_written(tmp_path):
+    config = ActConfig(channels=MASK, target_modules=["b", "a"], exclude_modules=["d", "c"], donor="org/donor")
+    assert config.to_dict()["channels"] is None
+    assert config.channels is MASK
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["channels"] is None
+    assert (saved["target_modules"], saved["exclude_modules"]) == (["a", "b"], ["c", "d"])
+    assert not (tmp_path / "README.md").exists()
+
+
+def test_what_was_written_is_read_again_and_known_as_a_file(tmp_path):
+    ActConfig(channels=MASK, donor="org/donor", transfer_scale=0.7, target_modules=["a"]).save_pretrained(tmp_path)
+    for config in (ActConfig.from_pretrained(tmp_path), PeftConfig.from_pretrained(tmp_path)):
+        assert isinstance(config, ActConfig)
+        assert (config.donor, config.transfer_scale, config.target_modules) == ("org/donor", 0.7, {"a"})
+        assert config.from_file
+    assert not ActConfig(channels=MASK, donor="org/donor").from_file
+
+
+@pytest.mark.parametrize("channels", [MASK, {"q_proj": [3, 17]}])
+def test_replaced_fields_make_a_configuration_of_a_user_s(channels):
+    config = dataclasses.replace(ActConfig(channels=channels, donor="org/donor"), transfer_scale=0.7)
+    assert (config.transfer_scale, config.donor, config.from_file) == (0.7, "org/donor", False)
+
+
+@pytest.mark.parametrize("channels", [{"q_proj": [3, 17]}, "mask.safetensors"])
+def test_channels_in_what_looks_like_a_file_are_refused(channels):
+    with pytest.raises(ActValueError, match=r"read from a file, which names none .*leave peft_type out"):
+        get_peft_config({"peft_type": "ACT", "channels": channels, "donor": "org/donor"})
+
+
+def test_a_donor_is_kept_as_text(tmp_path):
+    ActConfig(channels=MASK, donor=tmp_path).save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path).donor == str(tmp_path)
+
+
+@pytest.mark.parametrize("donor", [3, torch.nn.Linear(2, 2)])
+def test_a_donor_in_memory_is_refused(donor):
+    with pytest.raises(ActTypeError, match=rf"donor: got {type(donor).__name__}, .* call initialize_from_donor"):
+        ActConfig(channels=MASK, donor=donor)
+
+
+def test_scores_are_no_channels():
+    with pytest.raises(ActTypeError, match=r"got ChannelScores, expected a ChannelMask \(scores.top\(density\)"):
+        ActConfig(channels=ChannelScores({"q_proj": torch.ones(4)}, 3))
+
+
+def test_copies_and_pickles_keep_everything():
+    config = ActConfig(channels=MASK, donor="org/donor", task_type="CAUSAL_LM")
+    for other in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert other == config
+        assert other.channels == MASK
+        assert other.from_file == config.from_file
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ActValueError, match="got a file, expected the adapter's folder"):
+        ActConfig.from_pretrained(str(tmp_path / "file"))
+
+
+def test_saving_leaves_a_whole_file_or_none(tmp_path, monkeypatch):
+    ActConfig(channels=MASK, transfer_scale=0.5).save_pretrained(tmp_path)
+    before = (tmp_path / "adapter_config.json").read_bytes()
+    monkeypatch.setattr("json.dumps", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("no space left")))
+    with pytest.raises(OSError, match="no space left"):
+        ActConfig(channels=MASK, transfer_scale=0.9).save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_config.json").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter_config.json"]
+
+
+def test_saving_over_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ActValueError, match="got a file, expected a folder to save the adapter in"):
+        ActConfig(channels=MASK).save_pretrained(str(tmp_path / "file"))
+
+
+def test_pickled_tensors_are_worth_a_warning(tmp_path):
+    ActConfig(channels=MASK).save_pretrained(tmp_path)
+    torch.save({}, tmp_path / "adapter_model.bin")
+    with pytest.warns(ActWarning, match="the adapter is pickled"):
+        ActConfig.from_pretrained(tmp_path)
+
+
+def test_the_modules_that_follow_from_the_channels_are_named_but_not_written(tmp_path):
+    config = ActConfig(channels={"up_proj": [1], "lm_head": [2]})
+    model = get_peft_model(build("llama"), config)
+    # PEFT would save the whole output layer if it found its name here.
+    assert config.target_modules == {f"model.layers.{i}.mlp.up_proj" for i in (0, 1)}
+    assert config.chosen_targets is None
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] is None
+    assert not any("base_layer" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    again = get_peft_model(build("llama"), config)  # the same configuration for another model
+    assert type(again.get_base_model().lm_head).__module__.startswith("act_peft")
