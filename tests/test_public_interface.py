@@ -39,7 +39,7 @@ def interface() -> Iterator[str]:
 
 
 def _signature(function: Any, without: type | None = None) -> str:
-    """The signature; `without` leaves out the fields that a dataclass has from its base, which is another library's."""
+    """The signature, without the fields that a dataclass inherits from another library's base."""
     signature = inspect.signature(function)
     inherited = {field.name for field in fields(without)} if without and is_dataclass(without) else set()
     kept = [parameter for name, parameter in signature.parameters.items() if name not in inherited]
