@@ -86,13 +86,13 @@ def test_share_of_the_gap_and_points_lost(compare_recovery, family, tmp_path):
 
 
 def test_task_arithmetic_with_the_whole_difference_is_the_donor(compare_recovery, family):
-    merged = importlib.import_module("recovery.merging").with_task_arithmetic(family, 1.0)
+    merged = importlib.import_module("tests.benchmarks.recovery.merging").with_task_arithmetic(family, 1.0)
     for mine, theirs in zip(merged.parameters(), family.donor().parameters(), strict=True):
         torch.testing.assert_close(mine, theirs)
 
 
 def test_batches_hold_the_stated_share_and_every_example_in_turn(compare_recovery, family):
-    training = importlib.import_module("recovery.training")
+    training = importlib.import_module("tests.benchmarks.recovery.training")
     seen = []
 
     class Recorder(torch.nn.Module):

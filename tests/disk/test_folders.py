@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from act_peft import ActValueError
-from act_peft.disk import folders
+from act_peft.disk import atomic
 from act_peft.disk.atomic import new_folder
 from act_peft.disk.folders import check_output, check_room, copy_file, file_in
 
@@ -150,7 +150,7 @@ def _exchange(request, monkeypatch):
     if request.param == "at once":
         monkeypatch.setattr(os, "rename", lambda *_: pytest.fail("this was to happen in one step"))
     else:
-        monkeypatch.setattr(folders, "_exchange_at_once", lambda *_: False)
+        monkeypatch.setattr(atomic, "_exchange_at_once", lambda *_: False)
 
 
 @pytest.mark.usefixtures("_exchange")
@@ -168,7 +168,7 @@ def test_an_older_folder_comes_back_where_the_new_one_cannot_take_its_place(tmp_
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "a").write_text("old")
     rename, calls = os.rename, iter("ab")
-    monkeypatch.setattr(folders, "_exchange_at_once", lambda *_: False)
+    monkeypatch.setattr(atomic, "_exchange_at_once", lambda *_: False)
 
     def second_fails(a, b):
         if next(calls, None) == "b":
@@ -189,9 +189,9 @@ def test_killed_between_two_renames_the_older_folder_is_not_lost(tmp_path, renam
     (output / "a").write_text("old")
     code = """
 import os, pathlib, signal, sys
-from act_peft import folders
+from act_peft.disk import atomic
 
-folders._exchange_at_once = lambda *_: False
+atomic._exchange_at_once = lambda *_: False
 rename, calls = os.rename, []
 
 def counted(a, b):
@@ -201,7 +201,7 @@ def counted(a, b):
         os.kill(os.getpid(), signal.SIGKILL)
 
 os.rename = counted
-with folders.new_folder(pathlib.Path(sys.argv[1])) as folder:
+with atomic.new_folder(pathlib.Path(sys.argv[1])) as folder:
     (folder / "a").write_text("new")
 """
     child = subprocess.run([sys.executable, "-c", code, str(output), str(renames)], check=False, capture_output=True)
