@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
@@ -28,7 +27,7 @@ from act_peft.adapter.changes import OUTER, AdapterChanges, ModuleChange, change
 from act_peft.adapter.file import TENSORS, AdapterFolder
 from act_peft.channels.kinds import ChannelKind
 from act_peft.channels.rows import wide_dtype
-from act_peft.checks import member_of
+from act_peft.checks import member_of, whole_number
 from act_peft.disk.atomic import new_folder
 from act_peft.disk.checkpoint import Checkpoint
 from act_peft.disk.folders import check_output, check_room
@@ -110,7 +109,8 @@ def export_lora(
         ActTypeError: neither a model nor a path, a `max_rank` that is no integer.
     """
     choice = member_of(Biases, biases, "biases")
-    _check_rank(max_rank)
+    if max_rank is not None:
+        max_rank = whole_number(max_rank, "max_rank", least=1)
     output = Path(os.path.abspath(output_dir))
     with ExitStack() as stack:
         if isinstance(model_or_adapter_dir, nn.Module):
@@ -144,15 +144,6 @@ def export_lora(
             plan.config.save_pretrained(str(beside))
             _write_card(beside, source, plan, errors)
     return LoraExport(output, MappingProxyType(plan.ranks), MappingProxyType(errors), tuple(plan.saved))
-
-
-def _check_rank(max_rank: Any) -> None:
-    if max_rank is None:
-        return
-    if isinstance(max_rank, bool) or not isinstance(max_rank, int):
-        raise ActTypeError(f"max_rank: got {max_rank!r:.80}, expected an integer from 1 on, or None")
-    if max_rank < 1:
-        raise ActValueError(f"max_rank: got {max_rank}, expected an integer from 1 on, or None")
 
 
 # ------------------------------------------------------------------------------------------------------- planning ---

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from act_peft.channels.scores import ChannelScores, Scope
-from act_peft.checks import member_of
+from act_peft.checks import finite_number, member_of
 from act_peft.errors import ActError, ActValueError
 from act_peft.sweeps.result import Measurement, SweepResult
 
@@ -207,8 +207,8 @@ def _style(axes: Axes, title: str) -> None:
 def _draw_scores(
     axes: Axes, scores: ChannelScores, density: float | None, scope: Scope, group_by: str | Grouping
 ) -> None:
-    if density is not None and not 0 < density <= 1:
-        raise ActValueError(f"density: got {density}, expected a number above 0 and at most 1 (5% is 0.05)")
+    if density is not None:
+        density = finite_number(density, "density", above=0, most=1)
     groups = group_scores(scores, group_by)
     everything = torch.cat(list(groups.values()))  # [C] of all modules
     for (name, values), look in zip(groups.items(), _looks(len(groups)), strict=True):

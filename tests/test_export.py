@@ -472,7 +472,7 @@ def change_record(folder, change, name=None) -> None:
 
 OPTIONS = {
     "unknown choice": ({"biases": "drop"}, ActValueError, r"biases: got 'drop', expected one of 'error', 'lora_bias'"),
-    "rank of zero": ({"max_rank": 0}, ActValueError, "max_rank: got 0, expected an integer from 1"),
+    "rank of zero": ({"max_rank": 0}, ActValueError, "max_rank: got 0, expected an integer of at least 1"),
     "rank of a half": ({"max_rank": 0.5}, ActTypeError, "max_rank: got 0.5, expected an integer"),
     "rank of truth": ({"max_rank": True}, ActTypeError, "max_rank: got True, expected an integer"),
 }

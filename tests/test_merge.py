@@ -183,9 +183,9 @@ def test_arguments_that_make_no_sense_are_refused(folders):
     refused(folders, "adapters: got 3, expected", ActTypeError, adapters=3)
     refused(folders, r"adapters: got \[3\], expected", ActTypeError, adapters=[3])
     refused(folders, "weights: got 2, expected one for each of the 1 adapters", weights=[1.0, 2.0])
-    refused(folders, "weights: got nan, expected finite numbers", weights=[float("nan")])
-    refused(folders, "weights: got 'x', expected numbers", ActTypeError, weights=["x"])
-    refused(folders, "weights: got True, expected numbers", ActTypeError, weights=[True])
+    refused(folders, "weights: got nan, expected a finite number", weights=[float("nan")])
+    refused(folders, "weights: got 'x', expected a finite number", ActTypeError, weights=["x"])
+    refused(folders, "weights: got True, expected a finite number", ActTypeError, weights=[True])
     refused(folders, r"weights: got \['b'\], expected one for each of \['a'\]", adapters={"a": a}, weights={"b": 1.0})
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
 import tempfile
 import warnings
@@ -21,7 +20,7 @@ from act_peft.adapter.base_record import _check_record
 from act_peft.adapter.card import write_model_card
 from act_peft.channels.masks import ChannelMask, checked_indices
 from act_peft.channels.scores import ChannelScores
-from act_peft.checks import member_of
+from act_peft.checks import finite_number, member_of
 from act_peft.errors import ActLoadError, ActTypeError, ActValueError, ActWarning
 
 
@@ -150,8 +149,9 @@ class ActConfig(PeftConfig):
             self.channels = _checked_channels(self.channels)
         if self.donor is not None:
             self.donor = _checked_donor(self.donor)
-        if not isinstance(self.transfer_scale, (int, float)) or not math.isfinite(self.transfer_scale):
-            raise ActValueError(f"transfer_scale: got {self.transfer_scale!r}, expected a finite number")
+        scale = finite_number(self.transfer_scale, "transfer_scale")
+        if not isinstance(self.transfer_scale, (int, float)):  # a file holds plain numbers only
+            self.transfer_scale = scale
         self.trainable = member_of(Trainable, self.trainable, "trainable").value
         if self.offload_deltas and Trainable(self.trainable).trains_rows:
             raise ActValueError(

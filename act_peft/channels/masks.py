@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from types import MappingProxyType
 
 import torch
 
+from act_peft.checks import module_name, whole_number
 from act_peft.disk import tensorfile
 from act_peft.errors import ActError, ActTypeError, ActValueError
 
@@ -42,7 +42,10 @@ class ChannelMask(Mapping[str, torch.Tensor]):
     _num_channels: dict[str, int]
 
     def __init__(self, channels: Mapping[str, Iterable[int] | torch.Tensor], num_channels: Mapping[str, int]) -> None:
-        counts = {name: _checked_count(name, count) for name, count in num_channels.items()}
+        counts = {
+            module_name(name): whole_number(count, f"{name}: number of channels", least=1)
+            for name, count in num_channels.items()
+        }
         missing = [name for name in channels if name not in counts]
         if missing:
             raise ActValueError(
@@ -190,20 +193,6 @@ class ChannelMask(Mapping[str, torch.Tensor]):
             },
             counts,
         )
-
-
-def _checked_count(name: str, count: int) -> int:
-    if not isinstance(name, str):
-        raise ActTypeError(f"{name!r}: got {type(name).__name__} as a module name, expected a str")
-    try:
-        value = operator.index(count)
-    except TypeError:
-        value = None
-    if value is None or isinstance(count, bool):
-        raise ActTypeError(f"{name}: got {count!r} as number of channels, expected an int")
-    if value < 1:
-        raise ActValueError(f"{name}: got {value} as number of channels, expected at least 1")
-    return value
 
 
 def checked_indices(name: str, channels: Iterable[int] | torch.Tensor, count: int | None = None) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from act_peft.channels.masks import ChannelMask
-from act_peft.checks import member_of
+from act_peft.checks import finite_number, member_of, module_name, whole_number
 from act_peft.disk import tensorfile
 from act_peft.errors import ActError, ActTypeError, ActValueError
 
@@ -88,12 +88,9 @@ class ChannelScores(Mapping[str, torch.Tensor]):
         num_comparable: Mapping[str, int] | None = None,
     ) -> None:
         kind = member_of(ScoreKind, kind, "kind")
-        if not isinstance(num_tokens, int) or isinstance(num_tokens, bool):
-            raise ActTypeError(f"num_tokens: got {num_tokens!r}, expected an int")
+        num_tokens = whole_number(num_tokens, "num_tokens", least=0 if kind is ScoreKind.WEIGHT else 1)
         if kind is ScoreKind.WEIGHT and num_tokens != 0:
             raise ActValueError(f"num_tokens: got {num_tokens}, expected 0 (scores by weights see no tokens)")
-        if kind is not ScoreKind.WEIGHT and num_tokens < 1:
-            raise ActValueError(f"num_tokens: got {num_tokens}, expected at least 1")
         if not sums:
             raise ActValueError("sums: got no module, expected at least one")
         checked = {name: _checked_sums(name, values, kind) for name, values in sums.items()}
@@ -200,7 +197,7 @@ class ChannelScores(Mapping[str, torch.Tensor]):
             ActTypeError: `density` is not a number.
             ActValueError: `density` is outside 0 to 1, or an unknown `scope` or `normalize`.
         """
-        density = _checked_density(density)
+        density = finite_number(density, "density", least=0, most=1)
         select = _SELECTIONS[member_of(Scope, scope, "scope")]
         rescale = _NORMALIZATIONS[member_of(Normalization, normalize, "normalize")]
         comparable = self.num_comparable
@@ -255,8 +252,7 @@ class ChannelScores(Mapping[str, torch.Tensor]):
 
 def _checked_sums(name: str, values: torch.Tensor, kind: ScoreKind) -> torch.Tensor:
     """A private float64 copy `[C]` of one module's sums."""
-    if not isinstance(name, str):
-        raise ActTypeError(f"{name!r}: got {type(name).__name__} as a module name, expected a str")
+    name = module_name(name)
     if not isinstance(values, torch.Tensor) or not values.is_floating_point():
         got = values.dtype if isinstance(values, torch.Tensor) else type(values).__name__
         raise ActTypeError(f"{name}: got {got}, expected a floating point tensor [C]")
@@ -282,29 +278,12 @@ def _checked_comparable(sums: Mapping[str, torch.Tensor], counts: Mapping[str, i
     for name, count in counts.items():
         if name not in sums:
             raise ActValueError(f"{name}: num_comparable has it, expected one of the modules of the scores")
-        if not isinstance(count, int) or isinstance(count, bool):
-            raise ActTypeError(f"{name}: got {count!r} as number of comparable channels, expected an int")
-        if not 1 <= count <= sums[name].numel():
-            raise ActValueError(
-                f"{name}: got {count} comparable channels, expected 1 to {sums[name].numel()}, its number of channels"
-            )
+        count = whole_number(count, f"{name}: number of comparable channels", least=1, most=sums[name].numel())
         if sums[name][count:].any():
             raise ActValueError(
                 f"{name}: got a score other than 0 for a channel after the {count} comparable ones, expected 0"
             )
     return {name: count for name, count in counts.items() if count < sums[name].numel()}
-
-
-def _checked_density(density: float) -> float:
-    if isinstance(density, (bool, str)):
-        raise ActTypeError(f"density: got {density!r}, expected a number from 0 to 1")
-    try:
-        value = float(density)
-    except (TypeError, ValueError) as error:
-        raise ActTypeError(f"density: got {density!r}, expected a number from 0 to 1") from error
-    if not 0 <= value <= 1:  # also false for NaN
-        raise ActValueError(f"density: got {density}, expected a number from 0 to 1 (5% is 0.05)")
-    return value
 
 
 def _in_words(count: int | None) -> str:

@@ -12,8 +12,8 @@ import torch
 from peft.utils import merge_utils
 
 from act_peft.channels.rows import wide_dtype
-from act_peft.checks import member_of
-from act_peft.errors import ActTypeError, ActValueError
+from act_peft.checks import finite_number, member_of
+from act_peft.errors import ActValueError
 
 
 class CombinationType(Enum):
@@ -111,11 +111,7 @@ def make_rule(
         raise ActValueError(
             f"density: got none, expected the share of values in (0, 1] that {choice.value!r} keeps (for example 0.5)"
         )
-    if isinstance(density, bool) or not isinstance(density, (int, float)):
-        raise ActTypeError(f"density: got {density!r:.80}, expected a number in (0, 1]")
-    if not 0 < density <= 1:
-        raise ActValueError(f"density: got {density}, expected a number in (0, 1] (50% is 0.5)")
-    return Rule(choice, float(density), sign)
+    return Rule(choice, finite_number(density, "density", above=0, most=1), sign)
 
 
 def union_index(indices: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from act_peft.checks import finite_number
 from act_peft.errors import ActTypeError, ActValueError
 
 
@@ -65,9 +65,4 @@ def checked_weights(names: Sequence[str], weights: Any) -> list[float]:
     factors = list(weights) if isinstance(weights, Sequence) else [weights]
     if len(factors) != len(names):
         raise ActValueError(f"weights: got {len(factors)}, expected one for each of the {len(names)} adapters")
-    for factor in factors:
-        if isinstance(factor, bool) or not isinstance(factor, (int, float)):
-            raise ActTypeError(f"weights: got {factor!r:.80}, expected numbers")
-        if not math.isfinite(factor):
-            raise ActValueError(f"weights: got {factor}, expected finite numbers")
-    return [float(factor) for factor in factors]
+    return [finite_number(factor, "weights") for factor in factors]

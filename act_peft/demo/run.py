@@ -7,7 +7,6 @@ one scale per channel, then the rows of the channels that are left.
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import tempfile
@@ -29,6 +28,7 @@ from trl import SFTConfig, SFTTrainer
 from act_peft.adapter.config import ActConfig
 from act_peft.channels.masks import ChannelMask
 from act_peft.channels.scores import ChannelScores
+from act_peft.checks import finite_number, whole_number
 from act_peft.demo.family import BASE, DONOR, encode
 from act_peft.demo.steps import RECORD, Report, Steps
 from act_peft.demo.surroundings import offline, one_thread, quiet
@@ -90,12 +90,9 @@ class DemoSettings:
     problems: int = 500
 
     def __post_init__(self) -> None:
-        if not 0 < self.density <= 1:
-            raise ActValueError(f"density: got {self.density}, expected a number above 0 and at most 1 (20% is 0.2)")
-        if not math.isfinite(self.transfer_scale):
-            raise ActValueError(f"transfer_scale: got {self.transfer_scale}, expected a finite number")
-        if not 0 <= self.seed < 2**32:
-            raise ActValueError(f"seed: got {self.seed}, expected a number from 0 to 2**32 - 1")
+        finite_number(self.density, "density", above=0, most=1)
+        finite_number(self.transfer_scale, "transfer_scale")
+        whole_number(self.seed, "seed", least=0, most=2**32 - 1)
 
 
 @dataclass(frozen=True)

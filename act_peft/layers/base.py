@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import Any
 
@@ -11,6 +10,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
 from act_peft.channels.rows import ChannelRows, merged_rows
+from act_peft.checks import finite_number
 from act_peft.errors import ActValueError, ActWarning
 from act_peft.layers.deltas import DeltaLayer
 from act_peft.layers.quantized import QuantisedRows
@@ -65,11 +65,10 @@ class ActLayer(DeltaLayer):
         Raises:
             ActValueError: if `scale` is not finite.
         """
-        if isinstance(scale, str) or not math.isfinite(scale):
-            raise ActValueError(f"set_scale({adapter_name!r}): got {scale!r}, expected a finite number")
+        scale = finite_number(scale, f"set_scale({adapter_name!r})")
         if adapter_name not in self.act_delta_scale:
             return
-        self.act_delta_scale[adapter_name] = float(scale)
+        self.act_delta_scale[adapter_name] = scale
         if adapter_name in self.merged_adapters:
             self._rows.write(self.get_base_layer(), self._merged_rows(self.merged_adapters))
 

@@ -11,7 +11,8 @@ from act_peft.batches.evaluation import evaluation
 from act_peft.batches.forward import Batch, forward, over_batches
 from act_peft.batches.predictions import find_predictions
 from act_peft.channels.scores import ChannelScores, ScoreKind
-from act_peft.errors import ActTypeError, ActValueError
+from act_peft.checks import whole_number
+from act_peft.errors import ActValueError
 from act_peft.localization.candidates import Candidates
 from act_peft.localization.pair import twin
 from act_peft.localization.sums import ChannelSums, sum_per_channel
@@ -38,11 +39,7 @@ def score_attributions(
         ActTypeError: `points` is no int.
         ActValueError: `points` is less than 1; a model without a loss; otherwise as in `localize`.
     """
-    if not isinstance(points, int) or isinstance(points, bool):
-        raise ActTypeError(f"points: got {points!r}, expected an int")
-    if points < 1:
-        raise ActValueError(f"points: got {points}, expected at least 1")
-    attribution = _Attribution(base, donor, candidates, points)
+    attribution = _Attribution(base, donor, candidates, whole_number(points, "points", least=1))
     ability = attribution.over(dataloader, argument="dataloader", show_progress=show_progress)
     sums = ability.sums
     if keep_dataloader is not None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from numbers import Real
 from typing import Any
 
 from peft import PeftModel
@@ -16,7 +14,7 @@ from tqdm import tqdm
 from act_peft.batches.evaluation import evaluation
 from act_peft.channels.kinds import channel_kind, num_channels, weight_of
 from act_peft.channels.scores import ChannelScores, Normalization, Scope
-from act_peft.checks import member_of
+from act_peft.checks import ascending, finite_number, member_of
 from act_peft.errors import ActTypeError, ActValueError
 from act_peft.sweeps.heldout import HeldOutData
 from act_peft.sweeps.result import Measurement, SweepResult, SweepRow
@@ -99,10 +97,9 @@ def sweep(
     scope, normalize = member_of(Scope, scope, "scope"), member_of(Normalization, normalize, "normalize")
     _check_base(base)
     _check_scores(scores, base)
-    scales = _ascending(scales, "scales", "finite numbers other than 0", lambda scale: math.isfinite(scale) and scale)
-    densities = _ascending(densities, "densities", "numbers above 0 and at most 1", lambda density: 0 < density <= 1)
-    if isinstance(max_drop, bool) or not isinstance(max_drop, Real) or not max_drop >= 0:
-        raise ActValueError(f"max_drop: got {max_drop!r}, expected a number from 0 on (5 points are 0.05)")
+    scales = ascending(scales, "scales", nonzero=True)
+    densities = ascending(densities, "densities", above=0, most=1)
+    max_drop = finite_number(max_drop, "max_drop", least=0)
     masks = {density: scores.top(density, scope=scope, normalize=normalize) for density in densities}
     if not masks[densities[0]].num_selected:
         raise ActValueError(
@@ -132,7 +129,7 @@ def sweep(
         rows=tuple(sorted(rows, key=lambda row: (row.density, row.transfer_scale))),
         base=SweepRow(start.ability, start.keep, 0.0, 0.0, 0),
         donor=own,
-        max_drop=float(max_drop),
+        max_drop=max_drop,
         scope=scope,
         normalize=normalize,
         masks=masks,
@@ -166,23 +163,6 @@ def _check_scores(scores: ChannelScores, base: nn.Module) -> None:
                 f"{name}: its weight is offloaded (on the meta device), expected it in memory (load the base without "
                 "offloading)"
             )
-
-
-def _ascending(values: Sequence[float], argument: str, expected: str, is_valid: Any) -> list[float]:
-    """The values in ascending order, checked."""
-    if isinstance(values, str) or not isinstance(values, Iterable):
-        raise ActTypeError(f"{argument}: got {values!r}, expected a sequence of {expected}")
-    numbers = list(values)
-    if not numbers:
-        raise ActValueError(f"{argument}: got none, expected at least one")
-    for value in numbers:
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise ActTypeError(f"{argument}: got {value!r}, expected {expected}")
-        if not is_valid(value):
-            raise ActValueError(f"{argument}: got {value}, expected {expected}")
-    if len(set(numbers)) < len(numbers):
-        raise ActValueError(f"{argument}: got {numbers}, expected each value once")
-    return sorted(map(float, numbers))
 
 
 def _read(

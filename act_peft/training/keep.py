@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 from transformers import TrainerCallback
 
 from act_peft.batches.predictions import Predictions, find_predictions, logits_of
+from act_peft.checks import finite_number, whole_number
 from act_peft.errors import ActError, ActTypeError, ActValueError
 from act_peft.training.scales import add_to_log
 
@@ -67,12 +67,8 @@ class KeepCallback(TrainerCallback):
                 f"keep_dataloader: got {type(keep_dataloader).__name__}, expected something that can be gone through "
                 "again and again (a DataLoader or a list of batches, no generator)"
             )
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
-            raise ActValueError(f"weight: got {weight!r}, expected a finite number above 0")
-        if isinstance(batches_per_step, bool) or not isinstance(batches_per_step, int) or batches_per_step < 1:
-            raise ActValueError(f"batches_per_step: got {batches_per_step!r}, expected a number from 1 on")
-        self.weight = float(weight)
-        self.batches_per_step = batches_per_step
+        self.weight = finite_number(weight, "weight", above=0)
+        self.batches_per_step = whole_number(batches_per_step, "batches_per_step", least=1)
         self._dataloader = keep_dataloader
         self._batches: Iterator[Mapping[str, Any]] | None = None
         self._number = 0  # of the next batch in this round through the data

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from act_peft.errors import ActTypeError, ActValueError
+from act_peft.checks import finite_number
+from act_peft.errors import ActValueError
 from act_peft.layers import remove_adapter
 from act_peft.layers.lookup import adapter_layers, base_model, record
-from act_peft.training.scales import _is_number, _scales_of
+from act_peft.training.scales import _scales_of
 
 
 def prune_channels(model: nn.Module, *, threshold: float = 0.0, adapter_name: str = "default") -> None:
@@ -34,10 +34,7 @@ def prune_channels(model: nn.Module, *, threshold: float = 0.0, adapter_name: st
             that is negative, or one above every scale. Nothing is changed then.
         ActTypeError: a threshold that is no number.
     """
-    if not _is_number(threshold):
-        raise ActTypeError(f"threshold: got {threshold!r:.80}, expected a number from 0 on")
-    if not 0 <= threshold < math.inf:
-        raise ActValueError(f"threshold: got {threshold}, expected a number from 0 on")
+    threshold = finite_number(threshold, "threshold", least=0)
     layers = adapter_layers(model, adapter_name)
     without = [name for name, layer in layers.items() if adapter_name not in layer.act_delta_channel_scale]
     if without:
@@ -62,7 +59,7 @@ def prune_channels(model: nn.Module, *, threshold: float = 0.0, adapter_name: st
     }
     if not any(channels.numel() for channels in kept.values()):
         raise ActValueError(
-            f"threshold: got {threshold}, which no scale exceeds, so nothing would be left "
+            f"threshold: got {threshold:g}, which no scale exceeds, so nothing would be left "
             f"({'a lower threshold, or ' if threshold else ''}a weaker penalty in training)"
         )
     configs, base = cast(Any, model).peft_config, base_model(model)

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from act_peft.errors import ActValueError
+from act_peft.checks import finite_number, number
+from act_peft.errors import ActTypeError, ActValueError
 from act_peft.layers import ActLayer
 
 _UNBOUNDED = (-math.inf, math.inf)
@@ -57,13 +58,14 @@ class ScaleSparsityCallback(TrainerCallback):
     """
 
     def __init__(self, l1: float, bounds: tuple[float, float] = (0.0, 1.0)) -> None:
-        if not _is_number(l1) or not 0 <= l1 < math.inf:
-            raise ActValueError(f"l1: got {l1!r}, expected a finite number from 0 on")
-        two = isinstance(bounds, (tuple, list)) and len(bounds) == 2 and all(_is_number(bound) for bound in bounds)
-        if not two or not bounds[0] < bounds[1]:
-            raise ActValueError(f"bounds: got {bounds!r}, expected two ascending numbers, such as (0, 1)")
-        self.l1 = float(l1)
-        self.bounds = (float(bounds[0]), float(bounds[1]))
+        self.l1 = finite_number(l1, "l1", least=0)
+        expected = "two ascending numbers, such as (0, 1)"
+        if not isinstance(bounds, (tuple, list)):
+            raise ActTypeError(f"bounds: got {bounds!r:.80}, expected {expected}")
+        limits = [number(bound, "bounds", expected=expected) for bound in bounds]  # infinite ones are allowed
+        if len(limits) != 2 or not limits[0] < limits[1]:
+            raise ActValueError(f"bounds: got {bounds!r:.80}, expected {expected}")
+        self.bounds = (limits[0], limits[1])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check that there is something to do, before the first step."""
@@ -122,10 +124,6 @@ def describe_scales(model: nn.Module) -> dict[str, float]:
 
 def _density(scales: torch.Tensor) -> float:
     return float((scales != 0).float().mean())
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _adapters(model: nn.Module) -> Iterator[tuple[ActLayer, str]]:

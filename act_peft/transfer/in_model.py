@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 from act_peft.adapter.config import Trainable
 from act_peft.channels.kinds import is_quantised, kind_of
 from act_peft.channels.rows import ChannelRows
+from act_peft.checks import finite_number
 from act_peft.errors import ActValueError
 from act_peft.layers import ActLayer
 from act_peft.layers.lookup import adapter_layers, base_model
@@ -56,9 +56,7 @@ def initialize_from_donor(
     """
     layers = adapter_layers(model, adapter_name)
     config = cast(Any, model).peft_config[adapter_name]
-    scale = config.transfer_scale if transfer_scale is None else transfer_scale
-    if not math.isfinite(scale):
-        raise ActValueError(f"transfer_scale: got {scale}, expected a finite number")
+    scale = finite_number(config.transfer_scale if transfer_scale is None else transfer_scale, "transfer_scale")
     merged = [name for name, layer in layers.items() if adapter_name in layer.merged_adapters]
     if merged:
         raise ActValueError(
@@ -73,7 +71,7 @@ def initialize_from_donor(
         transfer.warn(stacklevel=2)
     fill_deltas(layers, deltas, adapter_name=adapter_name, transfer_scale=scale)
     named = getattr(donor, "name_or_path", "") or None if isinstance(donor, nn.Module) else os.fspath(donor)
-    config.transfer_scale, config.donor = float(scale), named
+    config.transfer_scale, config.donor = scale, named
 
 
 def donor_for_model(

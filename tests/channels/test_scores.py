@@ -199,11 +199,11 @@ def test_wrong_sums_are_refused(values, error, message):
 
 
 def test_wrong_arguments_are_refused():
-    with pytest.raises(ActTypeError, match=r"num_tokens: got 1.0, expected an int"):
+    with pytest.raises(ActTypeError, match=r"num_tokens: got 1.0, expected an integer of at least 1"):
         ChannelScores(SUMS, 1.0)
-    with pytest.raises(ActTypeError, match=r"num_tokens: got True, expected an int"):
+    with pytest.raises(ActTypeError, match=r"num_tokens: got True, expected an integer of at least 1"):
         ChannelScores(SUMS, True)
-    with pytest.raises(ActValueError, match=r"num_tokens: got 0, expected at least 1"):
+    with pytest.raises(ActValueError, match=r"num_tokens: got 0, expected an integer of at least 1"):
         ChannelScores(SUMS, 0)
     with pytest.raises(ActValueError, match=r"sums: got no module"):
         ChannelScores({}, 1)
@@ -324,9 +324,9 @@ class TestComparable:
         ("counts", "error", "message"),
         [
             ({"q": 1}, ActValueError, r"q: num_comparable has it, expected one of the modules of the scores"),
-            ({"z": 1.0}, ActTypeError, r"z: got 1.0 as number of comparable channels, expected an int"),
-            ({"z": 0}, ActValueError, r"z: got 0 comparable channels, expected 1 to 4, its number of channels"),
-            ({"z": 5}, ActValueError, r"z: got 5 comparable channels, expected 1 to 4"),
+            ({"z": 1.0}, ActTypeError, r"z: number of comparable channels: got 1.0, expected an integer from"),
+            ({"z": 0}, ActValueError, r"z: number of comparable channels: got 0, expected an integer from 1 to 4"),
+            ({"z": 5}, ActValueError, r"z: number of comparable channels: got 5, expected an integer from 1 to 4"),
             ({"z": 3}, ActValueError, r"z: got a score other than 0 for a channel after the 3 comparable ones"),
         ],
     )
@@ -364,7 +364,7 @@ class TestSecondVersion:
         ("changes", "message"),
         [
             ({"num_comparable": 3}, r"f: num_comparable: got 3, expected an object of counts"),
-            ({"num_comparable": {"m": "1"}}, r"f: m: got '1' as number of comparable channels"),
+            ({"num_comparable": {"m": "1"}}, r"f: m: number of comparable channels: got '1'"),
             ({"score": "loss"}, r"f: kind: got 'loss', expected one of"),
             ({"score": "activation"}, r"f: m: got -1.0 for channel 0"),
         ],

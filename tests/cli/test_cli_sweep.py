@@ -110,7 +110,7 @@ def test_bad_arguments(folder, capsys, arguments, message):
         (["--figure", "{}/scores"], "scores: exists, expected a new file"),
         (["--figure", "{}/no/x.png"], "does not exist, expected an existing one"),
         (["--scores", "{}/nothing"], "nothing: no such file"),
-        (["--densities", "0"], "densities: got 0.0, expected numbers above 0 and at most 1"),
+        (["--densities", "0"], "densities: got 0.0, expected a number above 0 and at most 1"),
         (["--keep-dataset", "{}/nothing"], "nothing': there is no such file or folder"),
         (["--dataset", "{}/scores"], "scores': cannot be loaded"),
         (["--device", "cuda:99"], "device: got 'cuda:99', expected one that torch can use here"),

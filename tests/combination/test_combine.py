@@ -230,7 +230,7 @@ def test_bad_arguments_leave_the_model_as_it_was():
         ("adapters: got 'zx', expected a list", ActTypeError, {"adapters": "zx"}),
         ("adapters: got .*, expected a list with the names of at least", ActTypeError, {"adapters": ()}),
         ("weights: got 1, expected one for each of the 2", ActValueError, {"weights": (1.0,)}),
-        ("weights: got nan, expected finite", ActValueError, {"weights": (1.0, float("nan"))}),
+        ("weights: got nan, expected a finite", ActValueError, {"weights": (1.0, float("nan"))}),
         ("adapter_name: got 'y', which the model has", ActValueError, {"name": "y"}),
         ("adapter_name: got 'a.b', expected a name without dots", ActValueError, {"name": "a.b"}),
         ("adapter_name: got None", ActValueError, {"name": None}),

@@ -173,7 +173,11 @@ def test_one_adapter_alone_is_only_weighted(name):
         ({"combination_type": "slerp"}, ActValueError, "combination_type: got 'slerp', expected one of 'linear', 's"),
         ({"combination_type": "linear", "density": 0.5}, ActValueError, "density: got 0.5 .*prunes nothing"),
         ({"combination_type": "ties"}, ActValueError, r"density: got none, expected the share .* 'ties' keeps"),
-        ({"combination_type": "ties", "density": 0}, ActValueError, r"density: got 0, expected a number in \(0, 1\]"),
+        (
+            {"combination_type": "ties", "density": 0},
+            ActValueError,
+            "density: got 0, expected a number above 0",
+        ),
         ({"combination_type": "ties", "density": 1.5}, ActValueError, "density: got 1.5"),
         ({"combination_type": "ties", "density": math.nan}, ActValueError, "density: got nan"),
         ({"combination_type": "ties", "density": "half"}, ActTypeError, "density: got 'half'"),

@@ -33,9 +33,9 @@ def test_weights_by_name_come_in_the_order_of_the_names():
         (["a", "b"], [1.0], ActValueError, "weights: got 1, expected one for each of the 2"),
         (["a"], {"b": 1.0}, ActValueError, r"weights: got \['b'\], expected one for each of \['a'\]"),
         (["x/a", "y/a"], {"a": 1.0}, ActValueError, r"expected one for each of \['a', 'a'\]"),
-        (["a"], ["1"], ActTypeError, "weights: got '1', expected numbers"),
-        (["a"], [True], ActTypeError, "weights: got True, expected numbers"),
-        (["a"], [float("inf")], ActValueError, "weights: got inf, expected finite numbers"),
+        (["a"], ["1"], ActTypeError, "weights: got '1', expected a finite number"),
+        (["a"], [True], ActTypeError, "weights: got True, expected a finite number"),
+        (["a"], [float("inf")], ActValueError, "weights: got inf, expected a finite number"),
     ],
 )
 def test_bad_ones_are_refused(adapters, weights, error, match):

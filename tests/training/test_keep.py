@@ -226,13 +226,15 @@ def test_adapters_whose_base_cannot_be_asked_are_refused(config, match, tmp_path
 
 @pytest.mark.parametrize("weight", [0, -1, float("inf"), float("nan"), True, "1"])
 def test_a_weight_that_is_none_is_refused(weight):
-    with pytest.raises(ActValueError, match=r"weight: got .*, expected a finite number above 0"):
+    error = ActTypeError if isinstance(weight, (str, bool)) else ActValueError
+    with pytest.raises(error, match=r"weight: got .*, expected a finite number above 0"):
         KeepCallback([keep_batch()], weight)
 
 
 @pytest.mark.parametrize("batches", [0, -1, 1.5, True])
 def test_less_than_a_batch_is_refused(batches):
-    with pytest.raises(ActValueError, match=f"batches_per_step: got {batches}, expected a number from 1 on"):
+    error = ActValueError if type(batches) is int else ActTypeError
+    with pytest.raises(error, match=f"batches_per_step: got {batches}, expected an integer of at least 1"):
         KeepCallback([keep_batch()], batches_per_step=batches)
 
 

@@ -253,20 +253,22 @@ def test_a_step_that_was_skipped_shrinks_nothing():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "match"),
+    ("arguments", "error", "match"),
     [
-        ({"l1": True}, "l1: got True"),
-        ({"l1": 0, "bounds": ("a", "b")}, r"bounds: got \('a', 'b'\)"),
-        ({"l1": 0, "bounds": (0, None)}, r"bounds: got \(0, None\)"),
-        ({"l1": -1}, "l1: got -1, expected a finite number"),
-        ({"l1": float("nan")}, "l1: got nan"),
-        ({"l1": "x"}, "l1: got 'x'"),
-        ({"l1": 0, "bounds": (1, 0)}, r"bounds: got \(1, 0\), expected two ascending"),
-        ({"l1": 0, "bounds": 1}, "bounds: got 1"),
+        ({"l1": True}, ActTypeError, "l1: got True"),
+        ({"l1": 0, "bounds": ("a", "b")}, ActTypeError, r"bounds: got 'a', expected two ascending numbers"),
+        ({"l1": 0, "bounds": (0, None)}, ActTypeError, r"bounds: got None"),
+        ({"l1": -1}, ActValueError, "l1: got -1, expected a finite number of at least 0"),
+        ({"l1": float("nan")}, ActValueError, "l1: got nan"),
+        ({"l1": "x"}, ActTypeError, "l1: got 'x'"),
+        ({"l1": 0, "bounds": (1, 0)}, ActValueError, r"bounds: got \(1, 0\), expected two ascending"),
+        ({"l1": 0, "bounds": (0, 1, 2)}, ActValueError, r"bounds: got \(0, 1, 2\), expected two ascending"),
+        ({"l1": 0, "bounds": (0, float("nan"))}, ActValueError, r"bounds: got \(0, nan\), expected two ascending"),
+        ({"l1": 0, "bounds": 1}, ActTypeError, "bounds: got 1, expected two ascending"),
     ],
 )
-def test_settings_of_the_callback_are_checked(arguments, match):
-    with pytest.raises(ActValueError, match=match):
+def test_settings_of_the_callback_are_checked(arguments, error, match):
+    with pytest.raises(error, match=match):
         ScaleSparsityCallback(**arguments)
 
 
@@ -349,8 +351,8 @@ def test_bad_pruning_is_refused_and_changes_nothing():
         after = model.state_dict()
         assert all(torch.equal(after[n], t) for n, t in before.items() if n in after)
 
-    refused("threshold: got -1, expected a number from 0 on", threshold=-1)
-    refused("threshold: got 'x', expected a number", ActTypeError, threshold="x")
+    refused("threshold: got -1, expected a finite number of at least 0", threshold=-1)
+    refused("threshold: got 'x', expected a finite number of", ActTypeError, threshold="x")
     refused("threshold: got 5, which no scale exceeds", threshold=5)
     refused("has no ACT adapter 'other'", adapter_name="other")
     model.merge_adapter()

@@ -308,8 +308,8 @@ def test_set_scale_refuses_what_cannot_be():
     tuned = two_adapters()
     with pytest.raises(ActValueError, match="got adapter 'other', expected one of"):
         tuned.set_scale("other", 1.0)
-    for scale in (float("nan"), "a"):
-        with pytest.raises(ActValueError, match=f"got {scale!r}, expected a finite number"):
+    for scale, error in ((float("nan"), ActValueError), ("a", ActTypeError), (True, ActTypeError)):
+        with pytest.raises(error, match=f"got {scale!r}, expected a finite number"):
             tuned.set_scale("default", scale)
 
 
