@@ -151,14 +151,13 @@ def _from_file(
         return infos
 
     def read(part: str) -> torch.Tensor:
-        return folder.scaled(name, folder.shard.tensor(deltas[part]), dim if part == "weight" else 0)
+        return folder.scaled(name, folder.shard.tensor(deltas[part]), kind.axis_of(part))
 
     def whole(part: str) -> torch.Tensor:
         checkpoint, change = cast(Any, base)
         original = checkpoint.tensor(key_for(f"{name}.{part}", change))
-        return merged_rows(
-            original, torch.arange(num_channels), [(delta.index, read(part), 1.0)], dim=dim if part == "weight" else 0
-        )
+        changes = [(delta.index, read(part), 1.0)]
+        return merged_rows(original, torch.arange(num_channels), changes, dim=kind.axis_of(part))
 
     return ModuleChange(
         name=name,

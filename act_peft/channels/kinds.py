@@ -26,7 +26,7 @@ from act_peft.errors import ActTypeError
 
 
 class ChannelKind(Enum):
-    """The kinds of module that have channels; `channel_dim` is the axis of `weight` that counts them."""
+    """The kinds of modules that have channels."""
 
     LINEAR = "linear"
     CONV1D = "conv1d"
@@ -38,6 +38,10 @@ class ChannelKind(Enum):
     def channel_dim(self) -> int:
         """Axis of the module's `weight` along which the channels lie."""
         return 1 if self in (ChannelKind.CONV1D, ChannelKind.EMBEDDING) else 0
+
+    def axis_of(self, part: str) -> int:
+        """Axis of the channels in the module's `"weight"` or `"bias"`."""
+        return self.channel_dim if part == "weight" else 0
 
     @property
     def is_norm(self) -> bool:

@@ -55,8 +55,8 @@ def _from_layer(name: str, layer: ActLayer, adapter_name: str) -> ModuleChange:
     def whole(part: str) -> torch.Tensor:
         everything = layer.original_rows(torch.arange(layer.num_channels))
         original = cast(torch.Tensor, getattr(everything, part)).cpu()
-        dim = layer.kind.channel_dim if part == "weight" else 0
-        return merged_rows(original, everything.index.cpu(), [(index, read(part), scale)], dim=dim)
+        changes = [(index, read(part), scale)]
+        return merged_rows(original, everything.index.cpu(), changes, dim=layer.kind.axis_of(part))
 
     return ModuleChange(
         name=name,

@@ -166,8 +166,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         for container, part in ((self.act_delta_weight, "weight"), (self.act_delta_bias, "bias")):
             if adapter_name in container:
                 delta = self.delta(adapter_name, part).detach()
-                dim = self.kind.channel_dim if part == "weight" else 0
-                container[adapter_name] = nn.Parameter(delta.index_select(dim, kept), requires_grad=trains)
+                rows = delta.index_select(self.kind.axis_of(part), kept)
+                container[adapter_name] = nn.Parameter(rows, requires_grad=trains)
         self.act_delta_index[adapter_name] = self.act_delta_index[adapter_name][kept]
         del self.act_delta_channel_scale[adapter_name]
         self._forget_scales(adapter_name)
@@ -226,8 +226,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         rows = getattr(self, f"act_delta_{part}")[adapter_name]
         if adapter_name not in self._learns_scales:
             return rows
-        dim = self.kind.channel_dim if part == "weight" else 0
-        return scaled_channels(rows, self.act_delta_channel_scale[adapter_name], dim)
+        return scaled_channels(rows, self.act_delta_channel_scale[adapter_name], self.kind.axis_of(part))
 
     def as_stored(self, adapter_name: str, rows: ChannelRows) -> ChannelRows:
         """Deltas in the dtype and on the device of the adapter's; on the CPU if those have no data yet."""

@@ -66,7 +66,7 @@ def _pairs_of(name: str, candidates: Candidates) -> list[ParameterPair]:
         mine, theirs = (getattr(models[name], part, None) for models in (candidates.base, candidates.donor))
         if mine is None and theirs is None:
             continue
-        channel_dim = kind.channel_dim if part == "weight" else 0
+        channel_dim = kind.axis_of(part)
         by_token = 0 if kind is ChannelKind.EMBEDDING else channel_dim  # another number of these is no other structure
         if mine is None or theirs is None or _without(mine, by_token) != _without(theirs, by_token):
             raise ActValueError(

@@ -78,9 +78,10 @@ class RowMoves:
             counts = tuple(int((outside <= number).sum()) for number in range(len(masks)))
             totals = [total + count for total, count in zip(totals, counts, strict=True)]
             module = base.get_submodule(name)
-            for part, dim in (("weight", kind_of(module).channel_dim), ("bias", 0)):
+            for part in ("weight", "bias"):
                 mine, change = getattr(original, part), getattr(difference, part)
                 if mine is not None:
+                    dim = kind_of(module).axis_of(part)
                     there = order.to(mine.device)
                     mine, change = (tensor.to(mine.dtype).index_select(dim, there) for tensor in (mine, change))
                     channels = index[name][order].to(mine.device)

@@ -48,6 +48,7 @@ def test_kinds(build, kind, channels):
 @pytest.mark.parametrize(("build", "kind", "channels"), KINDS)
 def test_channel_dim_is_the_axis_of_the_channels(build, kind, channels):
     module = build()
+    assert (kind.axis_of("weight"), kind.axis_of("bias")) == (kind.channel_dim, 0)
     index = torch.tensor([1, 3])
     x = torch.randint(7, (4,)) if kind is ChannelKind.EMBEDDING else torch.randn(4, 5 if kind.is_norm else 3)
     with torch.no_grad():
