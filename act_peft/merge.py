@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from act_peft.adapter.base_record import Fingerprint
+from act_peft.adapter.base_record import BaseComparison, Fingerprint
 from act_peft.adapter.file import AdapterFolder, ModuleDelta
 from act_peft.channels.rows import ScaledDelta, merged_rows
 from act_peft.combination.weighting import weighted_adapters
@@ -75,7 +75,7 @@ def merge_checkpoint(
         ActTypeError: a weight that is no number.
 
     Warns:
-        ActWarning: once for each adapter that was made for a base with other weights.
+        ActWarning: once for each adapter that was made for a base with different weights.
     """
     output = Path(os.path.abspath(output_dir))
     with ExitStack() as stack:
@@ -245,24 +245,17 @@ def _check_bias(checkpoint: Checkpoint, module: str, key: str, parts: Sequence[t
 
 
 def _compare_base(checkpoint: Checkpoint, source: _Source, plan: _Plan) -> str | None:
-    """Compare the base rows, hashed when they were read, with those that an adapter was made for, in words."""
-    compared, differing = 0, []
+    """Compare the base rows, hashed when they were read, with those that an adapter was made for."""
+    comparison = BaseComparison(source.adapter.location, checkpoint.location)
     for module, (weight, bias) in plan.modules.items():
-        recorded = source.adapter.recorded_base(module)
         for part in plan.changes[weight].parts:
             if part.source is source and part.seen is not None:
-                compared += 1
                 if bias is not None:
                     part.seen.add(checkpoint.rows(bias, part.index))
-                if part.seen.result() != recorded:
-                    differing.append(module)
-    if not differing:
-        return None
-    return (
-        f"{source.adapter.location}: was made for a base with other weights than {checkpoint.location}: "
-        f"{len(differing)} of {compared} adapted modules differ, the first is {differing[0]} (merge it into "
-        f"{source.adapter.config.get('base_model_name_or_path') or 'the base that it was trained on'})"
-    )
+                comparison.add_(module, source.adapter.recorded_base(module), part.seen.result)
+    note = comparison.note()
+    home = source.adapter.config.get("base_model_name_or_path") or "the base that it was trained on"
+    return None if note is None else f"{note} (merge it into {home})"
 
 
 # -------------------------------------------------------------------------------------------------------- writing ---

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -45,6 +45,52 @@ def fingerprint(weight: torch.Tensor, bias: torch.Tensor | None = None) -> str:
         if tensor is not None:
             whole.add(tensor)
     return whole.result()
+
+
+class BaseComparison:
+    """Was an adapter made for this base? Compares recorded fingerprints of base rows with those of a base.
+
+    Args:
+        adapter: the adapter, for the message.
+        base: the base, for the message, if it has a name.
+    """
+
+    def __init__(self, adapter: str, base: str | None = None) -> None:
+        self._adapter, self._base = adapter, base
+        self._compared = 0
+        self._differing: list[str] = []
+
+    def add_(self, module: str, recorded: str | None, found: Callable[[], str | None]) -> None:
+        """Compare one module.
+
+        Args:
+            module: its name.
+            recorded: the fingerprint that the adapter recorded; None if it recorded none.
+            found: gives the fingerprint of the same rows of the base; None if they cannot be read. Called only where
+                there is something to compare.
+        """
+        current = None if recorded is None else found()
+        if current is not None:
+            self._compared += 1
+            if current != recorded:
+                self._differing.append(module)
+
+    def note(self) -> str | None:
+        """The result as a part of a sentence; None if no module differs."""
+        if not self._differing:
+            return None
+        than = "" if self._base is None else f" than {self._base}"
+        return (
+            f"{self._adapter} was made for a base with different weights{than}: {len(self._differing)} of "
+            f"{self._compared} modules differ, the first is {self._differing[0]}"
+        )
+
+
+def recorded_base(modules: Any, module: str) -> str | None:
+    """Fingerprint of the base rows of a module, from `adapted_modules`; None if there is none."""
+    entry = modules.get(module) if isinstance(modules, Mapping) else None
+    found = entry.get("base") if isinstance(entry, Mapping) else None
+    return found if isinstance(found, str) else None
 
 
 def module_record(kind: ChannelKind, *, selected: int, channels: int, base: str | None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from act_peft.adapter.base_record import recorded_base
 from act_peft.channels.kinds import ChannelKind
 from act_peft.channels.rows import scaled_channels
 from act_peft.disk.checkpoint import read_json
@@ -87,9 +88,7 @@ class AdapterFolder:
 
     def recorded_base(self, module: str) -> str | None:
         """Fingerprint of the base rows of a module that the adapter was made for, if it recorded one."""
-        entry = self._recorded.get(module)
-        found = entry.get("base") if isinstance(entry, dict) else None
-        return found if isinstance(found, str) else None
+        return recorded_base(self._recorded, module)
 
     def recorded_axis(self, module: str) -> int | None:
         """The axis of a module's channels, by the kind that its configuration records."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
-from act_peft.adapter.base_record import fingerprint, module_record
+from act_peft.adapter.base_record import BaseComparison, fingerprint, module_record, recorded_base
 from act_peft.adapter.changes import ModuleChange
 from act_peft.combination.union import Source, UnionModule
 from act_peft.disk.checkpoint import Checkpoint
@@ -17,36 +18,34 @@ from act_peft.errors import ActLoadError, ActValueError
 
 
 def different_bases(sources: Sequence[Source]) -> Iterator[str]:
-    """What speaks against one base for all adapters, in words, from what they have recorded."""
+    """Reasons to doubt that the adapters share one base, from their records."""
     names = dict.fromkeys(s.changes.config.base_model_name_or_path for s in sources)
     named = [str(name) for name in names if name]
     if len(named) > 1:
         yield f"they name different bases ({', '.join(named)})"
     first: dict[tuple[str, bytes], tuple[str, str]] = {}
-    compared, differing = 0, []
+    comparisons: dict[tuple[str, str], BaseComparison] = {}
     for source in sources:
         for change in source.changes.modules:
-            recorded = recorded_base(source, change)
+            recorded = _recorded_base(source, change)
             if recorded is None:
                 continue
             # Only fingerprints of the same channels can be compared.
             key = change.name, change.index.numpy().tobytes()
-            other, value = first.setdefault(key, (source.name, recorded))
-            if other != source.name:
-                compared += 1
-                if value != recorded:
-                    differing.append(f"{change.name} of {other} and {source.name}")
-    if differing:
-        yield (
-            f"the fingerprints of their bases differ in {len(differing)} of {compared} comparable modules, the first "
-            f"is {differing[0]}"
-        )
+            partner, value = first.setdefault(key, (source.name, recorded))
+            if partner != source.name:
+                pair = source.name, partner
+                comparison = comparisons.setdefault(pair, BaseComparison(source.name, f"that of {partner}"))
+                comparison.add_(change.name, recorded, partial(str, value))
+    yield from _notes(comparisons.values())
 
 
-def recorded_base(source: Source, change: ModuleChange) -> str | None:
-    """The fingerprint of the base rows that an adapter recorded for a module."""
-    entry = (source.changes.config.adapted_modules or {}).get(change.name, {})
-    return entry.get("base")
+def _notes(comparisons: Iterable[BaseComparison]) -> Iterator[str]:
+    return (note for comparison in comparisons if (note := comparison.note()) is not None)
+
+
+def _recorded_base(source: Source, change: ModuleChange) -> str | None:
+    return recorded_base(source.changes.config.adapted_modules, change.name)
 
 
 def records(modules: Sequence[UnionModule], sources: Sequence[Source]) -> dict[str, dict[str, Any]]:
@@ -57,7 +56,7 @@ def records(modules: Sequence[UnionModule], sources: Sequence[Source]) -> dict[s
     found = {}
     for module in modules:
         known = [
-            recorded_base(source, change)
+            _recorded_base(source, change)
             for source, change in zip(sources, module.changes, strict=True)
             if change is not None and change.index.numel() == module.index.numel()
         ]
@@ -68,7 +67,7 @@ def records(modules: Sequence[UnionModule], sources: Sequence[Source]) -> dict[s
 def records_on(
     checkpoint: Checkpoint, modules: Sequence[UnionModule], sources: Sequence[Source]
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """The `adapted_modules` of the result on a base, and which adapters were made for another one, in words.
+    """The `adapted_modules` of the result on a base, and notes on adapters that were made for a different one.
 
     Raises:
         ActLoadError: if the adapters do not fit the base.
@@ -76,25 +75,22 @@ def records_on(
     """
     keys = _find_keys(checkpoint, modules)
     found = {}
-    differing: dict[str, list[str]] = {source.name: [] for source in sources}
+    comparisons = [BaseComparison(source.name, checkpoint.location) for source in sources]
     for module in modules:
         rows = {part: _rows(checkpoint, module, part, keys[f"{module.name}.{part}"]) for part in module.shapes()}
         found[module.name] = _record(module, fingerprint(rows["weight"], rows.get("bias")))
-        for source, change in zip(sources, module.changes, strict=True):
-            recorded = None if change is None else recorded_base(source, change)
-            if change is not None and recorded is not None:
-                where = torch.searchsorted(module.index, change.index)
-                weight = rows["weight"].index_select(module.kind.channel_dim, where)
-                bias = rows["bias"][where] if module.has_bias else None
-                if fingerprint(weight, bias) != recorded:
-                    differing[source.name].append(module.name)
-    notes = [
-        f"{name} was made for a base with other weights than {checkpoint.location} ({len(wrong)} modules differ, the "
-        f"first is {wrong[0]})"
-        for name, wrong in differing.items()
-        if wrong
-    ]
-    return found, notes
+        for source, change, comparison in zip(sources, module.changes, comparisons, strict=True):
+            if change is not None:
+                current = partial(_fingerprint_of, module, rows, change.index)
+                comparison.add_(module.name, _recorded_base(source, change), current)
+    return found, list(_notes(comparisons))
+
+
+def _fingerprint_of(module: UnionModule, rows: Mapping[str, torch.Tensor], index: torch.Tensor) -> str:
+    """Fingerprint of some of the rows that were read for a module."""
+    where = torch.searchsorted(module.index, index)
+    parts = {part: tensor.index_select(module.kind.axis_of(part), where) for part, tensor in rows.items()}
+    return fingerprint(parts["weight"], parts.get("bias"))
 
 
 def _record(module: UnionModule, base: str | None) -> dict[str, Any]:
@@ -119,7 +115,7 @@ def _find_keys(checkpoint: Checkpoint, modules: Sequence[UnionModule]) -> Mappin
 def _rows(checkpoint: Checkpoint, module: UnionModule, part: str, key: str) -> torch.Tensor:
     """The base parameters of the channels that the adapters change."""
     info = checkpoint.info(key)
-    dim = module.kind.channel_dim if part == "weight" else 0
+    dim = module.kind.axis_of(part)
     shape = list(module.shapes()[part])
     shape[dim] = module.num_channels
     if list(info.shape) != shape:

@@ -1,13 +1,16 @@
-"""Checks of a whole adapter that is being loaded: names that the model does not have, a base with other weights."""
+"""Checks of a whole adapter during loading: names that the model does not have, a base with different weights."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from functools import partial
+from typing import cast
 
 import torch
 from torch import nn
 
+from act_peft.adapter.base_record import BaseComparison, recorded_base
 from act_peft.adapter.config import ActConfig
 from act_peft.errors import ActLoadError, ActWarning
 from act_peft.layers import ActLayer
@@ -48,23 +51,19 @@ def check_base(
     Warns:
         ActWarning: once, if any differ.
     """
-    records = config.adapted_modules or {}
-    differing = []
-    compared = 0
+    comparison = BaseComparison(f"adapter {adapter_name!r}")
     for name, index in indices.items():
-        recorded = records.get(name, {}).get("base")
-        current = record(layers[name], index)["base"]
-        if recorded is None or current is None:
-            continue
-        compared += 1
-        if recorded != current:
-            differing.append(name)
-    if differing:
+        comparison.add_(name, recorded_base(config.adapted_modules, name), partial(_base_of, layers[name], index))
+    note = comparison.note()
+    if note is not None:
         warnings.warn(
-            f"adapter {adapter_name!r} was made for a base with other weights: {len(differing)} of {compared} "
-            f"adapted modules differ, the first is {differing[0]} (load it on "
-            f"{config.base_model_name_or_path or 'the base that it was trained on'}; on another model its channels "
-            "may do nothing or harm)",
+            f"{note} (load it on {config.base_model_name_or_path or 'the base that it was trained on'}; on another "
+            "model its channels may do nothing or harm)",
             ActWarning,
             stacklevel=3,
         )
+
+
+def _base_of(layer: ActLayer, index: torch.Tensor) -> str | None:
+    """Fingerprint of the layer's own base rows."""
+    return cast("str | None", record(layer, index)["base"])

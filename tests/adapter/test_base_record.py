@@ -5,7 +5,7 @@ import struct
 
 import torch
 
-from act_peft.adapter.base_record import fingerprint
+from act_peft.adapter.base_record import BaseComparison, fingerprint, recorded_base
 
 
 def test_it_is_the_hash_of_the_values_rounded_to_bfloat16():
@@ -23,3 +23,30 @@ def test_it_tells_values_apart_and_reads_views():
     assert fingerprint(weight) != fingerprint(weight, torch.zeros(3))
     assert fingerprint(weight.T.contiguous().T) == fingerprint(weight)
     assert len(fingerprint(torch.empty(0, 4))) == 16
+
+
+def test_a_comparison_counts_what_differs():
+    comparison = BaseComparison("adapter 'x'")
+    comparison.add_("a", "1", lambda: "1")
+    comparison.add_("b", "1", lambda: None)  # cannot be read
+    assert comparison.note() is None
+    comparison.add_("c", "1", lambda: "2")
+    comparison.add_("d", "1", lambda: "3")
+    assert comparison.note() == (
+        "adapter 'x' was made for a base with different weights: 2 of 3 modules differ, the first is c"
+    )
+
+
+def test_a_comparison_names_the_base_and_reads_only_what_is_recorded():
+    comparison = BaseComparison("x", "org/base")
+    comparison.add_("a", None, lambda: 1 / 0)
+    comparison.add_("b", "1", lambda: "2")
+    assert comparison.note() == (
+        "x was made for a base with different weights than org/base: 1 of 1 modules differ, the first is b"
+    )
+
+
+def test_what_is_recorded_is_read_with_care():
+    assert recorded_base({"a": {"base": "1"}}, "a") == "1"
+    for damaged in (None, [], {"a": 3}, {"a": {}}, {"a": {"base": 3}}, {"b": {"base": "1"}}):
+        assert recorded_base(damaged, "a") is None

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 
-from act_peft.adapter.base_record import fingerprint
+from act_peft.adapter.base_record import BaseComparison, fingerprint
 from act_peft.adapter.file import AdapterFolder, ModuleDelta
 from act_peft.channels.rows import wide_dtype
 from act_peft.disk.keys import key_for, prefix_change
@@ -34,20 +35,15 @@ class ActDonor(Donor):
         renamed = {key_for(f"{n}.weight", change).rpartition(".")[0]: (n, d) for n, d in folder.modules.items()}
         self._deltas = {name: delta for name, (_, delta) in renamed.items()}
         self._own_names = {name: own for name, (own, _) in renamed.items()}
-        differing = []
+        comparison = BaseComparison("the donor")
         for name, (own, delta) in renamed.items():
             if name not in axes or not delta.index.numel():
                 continue
             self._check_fit(name, delta, base, axes[name])
-            recorded = folder.recorded_base(own)
-            if recorded is not None and recorded != _fingerprint(base, name, delta.index, axes[name]):
-                differing.append(name)
-        self.notes = []
-        if differing:
-            self.notes.append(
-                f"the donor is an adapter for a base with other weights ({len(differing)} modules differ, the first "
-                f"is {differing[0]})"
-            )
+            current = partial(_fingerprint, base, name, delta.index, axes[name])
+            comparison.add_(name, folder.recorded_base(own), current)
+        note = comparison.note()
+        self.notes = [] if note is None else [note]
 
     def _check_fit(self, name: str, delta: ModuleDelta, base: Parameters, dim: int) -> None:
         shape = base.shape(f"{name}.weight")
