@@ -17,6 +17,7 @@ ORDER = [
     "errors",
     "peft_modules",
     "checks",
+    "tables",
     "disk",
     "batches",
     "channels",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from act_peft.errors import ActValueError
+from act_peft.tables import aligned
 
 SUMMARY = "Show what a file of scores, a mask or an adapter holds."
 EXAMPLE = "act-peft inspect ability --json"
@@ -28,9 +29,9 @@ def run(arguments: argparse.Namespace) -> None:
     modules = summary.pop("modules")
     for key, value in summary.items():
         print(f"{key.replace('_', ' ')}: {value}")
-    width = max(map(len, modules), default=0)
-    for name, entry in modules.items():
-        print(f"  {name:<{width}}  " + ", ".join(f"{key} {value}" for key, value in entry.items()))
+    rows = [(name, ", ".join(f"{key} {value}" for key, value in entry.items())) for name, entry in modules.items()]
+    for line in aligned(rows, left=(0, 1)):
+        print(f"  {line}")
 
 
 def describe(path: Path) -> dict[str, Any]:

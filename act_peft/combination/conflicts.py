@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from act_peft.combination.rules import WeightedRows
+from act_peft.tables import aligned
 
 
 @dataclass(frozen=True)
@@ -92,14 +93,7 @@ class ConflictReport:
     def __str__(self) -> str:
         lines = [("module", "adapters", "shared", "cosine", "cancelled"), *map(_cells, self.conflicts)]
         lines += [_cells(total) for total in self.totals]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(width) if number < 2 else cell.rjust(width)
-                for number, (cell, width) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in lines
-        )
+        return "\n".join(aligned(lines, left=(0, 1)))
 
 
 def _cells(conflict: Conflict) -> tuple[str, ...]:

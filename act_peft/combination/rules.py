@@ -17,12 +17,13 @@ from act_peft.errors import ActValueError
 
 
 class CombinationType(Enum):
-    """What becomes of a channel that several adapters change, with weights w and deltas d.
+    """The delta of a channel that several adapters change, from their weights w and deltas d.
 
-    LINEAR, SUM: Σ wᵢ dᵢ (eq. 5 of arXiv 2601.09398). MEAN: Σ wᵢ dᵢ / n over the n adapters that have the channel.
-    FIRST: w d of the first of them, in the order given. LARGER: w d of the one whose w d has the largest Euclidean
-    norm in this channel (the first of equal ones). TIES (arXiv 2306.01708), DARE_LINEAR, DARE_TIES (arXiv 2311.03099)
-    and MAGNITUDE_PRUNE: PEFT's functions of these names.
+    LINEAR: Σ wᵢ dᵢ (eq. 5 of arXiv 2601.09398). SUM: an alias of LINEAR, the same result under a second name.
+    MEAN: Σ wᵢ dᵢ / n over the n adapters that have the channel. FIRST: w d of the first of these adapters, in the
+    order of the argument. LARGER: the w d with the largest Euclidean norm in this channel; the first among equals.
+    TIES (arXiv 2306.01708), DARE_LINEAR, DARE_TIES (arXiv 2311.03099) and MAGNITUDE_PRUNE: PEFT's functions of these
+    names.
     """
 
     LINEAR = "linear"

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from act_peft.batches.answer_tokens import IGNORED_LABEL
 from act_peft.demo.task import Row, Split, accuracy, rows
 from act_peft.demo.words import Language, vocabulary
 from act_peft.errors import ActValueError
@@ -29,7 +30,6 @@ BASE = CHECKPOINTS / "base"
 DONOR = CHECKPOINTS / "donor"
 
 PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"
-IGNORED_LABEL = -100
 MEASURED_PROBLEMS = 500
 
 

@@ -5,14 +5,14 @@ so nothing about a held-out sum can leak from one language into another.
 """
 
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from enum import Enum
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from act_peft.batches.evaluation import evaluation
 from act_peft.demo.words import LARGEST_NUMBER, Language, number_words, operator_words
 from act_peft.errors import ActValueError
 
@@ -91,17 +91,6 @@ def rows(language: Language, split: Split, *, count: int | None = None) -> list[
     return [row(a, b, language) for a, b in chosen]
 
 
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-
-
 def accuracy(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], *, batch_size: int = 500
 ) -> float:
@@ -123,7 +112,7 @@ def accuracy(
         raise ActValueError("accuracy: got no rows, expected at least one")
     device = next(model.parameters()).device
     correct = 0
-    with _evaluation_mode(model), torch.inference_mode():
+    with evaluation(model), torch.inference_mode():
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
             prompts = tokenizer([r["prompt"] for r in batch], padding=True, padding_side="left", return_tensors="pt")

@@ -11,6 +11,7 @@ from act_peft.channels.masks import ChannelMask
 from act_peft.channels.scores import Normalization, Scope
 from act_peft.errors import ActValueError
 from act_peft.sweeps.heldout import SkillResult
+from act_peft.tables import aligned
 
 _ROUNDING = 1e-9  # differences of accuracies, which are shares of whole numbers, are rounded
 
@@ -151,8 +152,7 @@ class SweepResult:
             lines.append([*setting, *_numbers(row), mark])
         if self.donor is not None:
             lines.append(["donor", "", "", *_numbers(self.donor), ""])
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        table = ["  ".join(_aligned(line, widths)).rstrip() for line in lines]
+        table = aligned(lines, left=(0, len(lines[0]) - 1))  # the settings and the marks
         found = f"recommended: none of {len(self.rows)} settings" if best is None else f"recommended: {_setting(best)}"
         title = f"token accuracy and loss on held-out data, {len(self.rows)} settings, scope {self.scope.value}"
         return "\n".join([title, "", *table, "", f"{found} ({self.rule})"])
@@ -218,12 +218,3 @@ def _plain(result: SkillResult) -> dict[str, float | None]:
 
 def _numbers(row: Measurement) -> list[str]:
     return [text for r in (row.ability, *row.keep.values()) for text in (f"{r.accuracy:.3f}", f"{r.loss:.3f}")]
-
-
-def _aligned(line: list[str], widths: list[int]) -> list[str]:
-    """The first column and the marks to the left, numbers to the right."""
-    last = len(line) - 1
-    return [
-        text.ljust(width) if number in (0, last) else text.rjust(width)
-        for number, (text, width) in enumerate(zip(line, widths, strict=True))
-    ]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from act_peft.demo.family import IGNORED_LABEL
+from act_peft.batches.answer_tokens import IGNORED_LABEL
 from act_peft.demo.words import Language
 from tests.benchmarks.recovery.families import ABILITY, KEPT, Encoded
 
