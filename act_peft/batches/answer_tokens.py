@@ -1,4 +1,4 @@
-"""Which tokens of a batch count."""
+"""The answer tokens of a batch: the tokens that count."""
 
 from __future__ import annotations
 
@@ -32,29 +32,29 @@ class AnswerTokens:
         return self.index.numel()
 
     def index_on(self, device: torch.device) -> torch.Tensor:
-        """`index` on a device; it is copied there once, not for every module."""
+        """`index` on a device; it is copied there only once."""
         if device not in self._on_device:
             self._on_device[device] = self.index.to(device)
         return self._on_device[device]
 
 
 def find_answer_tokens(batch: Mapping[str, Any]) -> AnswerTokens:
-    """The tokens that count: those the loss would count.
+    """Find the tokens that the loss counts.
 
-    A token counts where `labels != -100`, without labels where `attention_mask == 1`, without either everywhere.
-    Padding (`attention_mask == 0`) never counts, whatever the labels say. For a batch with `decoder_input_ids` the
-    tokens are the decoder's.
+    With labels a token counts if its label is not -100; without labels, if `attention_mask` is 1; without both,
+    always. Padding (`attention_mask == 0`) never counts, even with a label. In a batch with `decoder_input_ids` the
+    tokens are those of the decoder.
 
     Args:
         batch: `input_ids` `[B, T]` or `inputs_embeds` `[B, T, C]`, and optionally `labels` `[B, T]` and
-            `attention_mask` `[B, T]`; other keys do not matter.
+            `attention_mask` `[B, T]`; all other keys are ignored.
 
     Returns:
         The counted tokens, at least one.
 
     Raises:
-        ActTypeError: the batch is not a dict, or an entry that is read is not a tensor.
-        ActValueError: no tokens in the batch, shapes that do not fit, or no token that counts.
+        ActTypeError: the batch is no dict, or one of these entries is no tensor.
+        ActValueError: no tokens in the batch, shapes that do not fit together, or no token that counts.
     """
     if not isinstance(batch, Mapping):
         raise ActTypeError(
@@ -71,7 +71,7 @@ def find_answer_tokens(batch: Mapping[str, Any]) -> AnswerTokens:
                 f"{mask_name}: got shape {list(mask.shape)}, expected {list(shape)} (add labels with {IGNORED_LABEL} "
                 "at the tokens that do not count)"
             )
-        mask = None  # the model's own matter, such as one mask per query; the labels say which tokens count
+        mask = None  # one mask per query, for example: only the model needs it, the labels decide which tokens count
     if labels is not None and labels.shape != shape:
         raise ActValueError(
             f"labels: got shape {list(labels.shape)}, expected {list(shape)}, one label per token "
@@ -86,9 +86,11 @@ def find_answer_tokens(batch: Mapping[str, Any]) -> AnswerTokens:
     else:
         counted = torch.ones(shape, dtype=torch.bool, device="cpu")
     if not counted.any():
-        what = f"all labels are {IGNORED_LABEL} or lie on padding" if labels is not None else f"{mask_name} is never 1"
+        reason = (
+            f"all labels are {IGNORED_LABEL} or lie on padding" if labels is not None else f"{mask_name} is never 1"
+        )
         raise ActValueError(
-            f"got no answer token among {counted.numel()} tokens ({what}), expected at least one (does the chat "
+            f"got no answer token among {counted.numel()} tokens ({reason}), expected at least one (does the chat "
             "template mark the assistant's turns with generation markers? are answers cut off by a maximum length? "
             "drop samples without an answer)"
         )

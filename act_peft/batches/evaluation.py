@@ -1,4 +1,4 @@
-"""Leaving models and random numbers as they were."""
+"""Evaluation mode for a while, without lasting effects on models and random numbers."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import nn
 
 @contextmanager
 def evaluation(*models: nn.Module) -> Iterator[None]:
-    """Inside the context the models are in evaluation mode and no gradients are recorded; afterwards all is as before.
+    """Inside the context the models are in evaluation mode and no gradients are recorded.
 
-    Every submodule gets its own training flag back, so a model that was partly in training mode is so again. The
-    global random number generators of the CPU and of the models' CUDA devices are put back as well: reading a
-    shuffled dataloader draws from them.
+    Afterwards every submodule has its own training flag again, also in a model that was partly in training mode. The
+    global random number generators of the CPU and of the models' CUDA devices are restored too, because a shuffled
+    dataloader draws from them.
     """
     # The flags are set directly: `eval()` may be overridden and do more, such as merging adapters.
     flags = [(module, module.training) for model in models for module in model.modules()]

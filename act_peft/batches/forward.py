@@ -1,4 +1,4 @@
-"""Reading batches and running a model on one."""
+"""Loops over batches, and the forward pass of a model on one batch."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def over_batches(
 
     Args:
         dataloader: the batches.
-        work: what is done with one.
-        argument: name of the argument that the batches came in, for messages.
+        work: called with each batch.
+        argument: name of the argument with the batches, for messages.
         show_progress: show a progress bar if the error stream is a terminal.
 
     Raises:
-        ActError: what `work` raised, with the number of the batch.
-        ActValueError: there was no batch.
+        ActError: the error of `work`, with the number of the batch in its message.
+        ActValueError: there is no batch.
     """
     number = -1
     with tqdm(dataloader, desc="localize", unit="batch", disable=None if show_progress else True) as batches:
@@ -43,7 +43,7 @@ def over_batches(
                 raise type(error)(f"batch {number}: {error}") from error
     if number < 0:
         raise ActValueError(
-            f"{argument}: got no batch, expected at least one (is the dataset empty, or a generator already used up?)"
+            f"{argument}: got no batch, expected at least one (is the dataset empty, or a generator exhausted?)"
         )
 
 
@@ -52,8 +52,8 @@ def forward(model: nn.Module, batch: Batch, *, labels: torch.Tensor | None = Non
 
     Args:
         model: the model.
-        batch: its inputs; what only the loss needs is left out.
-        labels: passed on as `labels`, for the loss.
+        batch: its inputs. The model does not get the batch's own labels.
+        labels: labels `[B, T]` for the model's loss.
 
     Returns:
         The model's output.

@@ -1,4 +1,4 @@
-"""Which outputs of a language model predict the answer tokens of a batch, and their logits."""
+"""The outputs of a language model that predict the answer tokens of a batch, and their logits."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from act_peft.errors import ActValueError
 
 @dataclass(frozen=True)
 class Predictions:
-    """The N answer tokens of a batch that follow another token, and where a model predicts them.
+    """The N answer tokens of a batch that have a token before them, and the positions of their predictions.
 
     Attributes:
         inputs: the batch.
-        shape: `(B, T)` of its outputs.
-        positions: of the predictions in the flattened outputs, int64 `[N]`.
+        shape: `(B, T)` of the outputs.
+        positions: positions of the predictions in the flattened outputs, int64 `[N]`.
         targets: the tokens, int64 `[N]`.
-        encoder_decoder: whether they are a decoder's, whose loss compares labels with the outputs at their positions.
+        encoder_decoder: whether the model has an encoder and a decoder. Its loss compares each label with the output
+            at the same position, without a shift.
     """
 
     inputs: Mapping[str, Any]
@@ -33,29 +34,29 @@ class Predictions:
     encoder_decoder: bool
 
     def labels(self) -> torch.Tensor:
-        """Labels `[B, T]` with which a model's own loss counts these tokens and no others."""
+        """Labels `[B, T]` for the model's own loss, which then counts exactly these tokens."""
         labels = torch.full((self.shape[0] * self.shape[1],), IGNORED_LABEL)
         labels[self.positions if self.encoder_decoder else self.positions + 1] = self.targets
         return labels.view(self.shape)
 
 
 def find_predictions(batch: Mapping[str, Any]) -> Predictions:
-    """Find them as causal language models count their loss, one position before the token.
+    """Find the predictions in a batch: one position before the token, as in the loss of causal language models.
 
-    In batches with `decoder_input_ids` labels are those of the decoder's positions, and not shifted.
+    In batches with `decoder_input_ids` the prediction is at the position of the label.
 
     Raises:
-        ActTypeError, ActValueError: as `find_answer_tokens`; ActValueError also if no answer token follows another.
+        ActTypeError, ActValueError: as `find_answer_tokens`; also if no answer token has a token before it.
     """
     tokens = find_answer_tokens(batch)
     encoder_decoder = batch.get("decoder_input_ids") is not None
     prefix = "decoder_" if encoder_decoder else ""
     labels, ids = batch.get("labels"), batch.get(f"{prefix}input_ids")
-    given = ids if labels is None else labels
-    if given is None:
-        raise ActValueError("got inputs_embeds without labels, expected labels (they say what is right)")
+    answers = ids if labels is None else labels
+    if answers is None:
+        raise ActValueError("got inputs_embeds without labels, expected labels (they hold the right tokens)")
     index, shape = tokens.index, (tokens.batch_size, tokens.length)
-    targets = given.cpu().flatten()[index]
+    targets = answers.cpu().flatten()[index]
     if not (encoder_decoder and labels is not None):
         mask = batch.get(f"{prefix}attention_mask")
         seen = torch.ones(shape, dtype=torch.bool)
@@ -66,7 +67,7 @@ def find_predictions(batch: Mapping[str, Any]) -> Predictions:
         index, targets = index[follows] - 1, targets[follows]
     if not index.numel():
         raise ActValueError(
-            "got answer tokens at the first position of samples only, expected at least one that follows another token"
+            "got answer tokens at the first position of samples only, expected at least one with a token before it"
         )
     return Predictions(batch, shape, index, targets, encoder_decoder)
 
@@ -75,10 +76,10 @@ def logits_of(model: nn.Module, batch: Predictions) -> torch.Tensor:
     """Run a model on a batch.
 
     Returns:
-        Its logits `[B * T, V]`, of which those at `batch.positions` predict the answer.
+        Logits `[B * T, V]`; those at `batch.positions` predict the answer tokens.
 
     Raises:
-        ActValueError: the model gives no such logits.
+        ActValueError: the model returns no logits of this shape.
     """
     logits = getattr(forward(model, batch.inputs), "logits", None)
     if not isinstance(logits, torch.Tensor) or logits.dim() != 3 or tuple(logits.shape[:2]) != batch.shape:

@@ -1,14 +1,14 @@
-"""What a channel is: which modules have channels, along which axis of the weight, and how many.
+"""Channels: which modules have them, along which axis of the weight, and how many.
 
 A channel is one output coordinate of a module. This file is the only place that knows which axis of `weight` the
-channels lie on; localization, the tuner layers and everything that reads checkpoints ask here.
+channels lie on. Localization, the tuner layers and the readers of checkpoints ask here.
 
 | kind | module | weight | channel i is |
 |---|---|---|---|
 | linear | `torch.nn.Linear` | `[O, I]` | row i, and `bias[i]` |
 | conv1d | `transformers.pytorch_utils.Conv1D` | `[I, O]` | column i, and `bias[i]` |
 | embedding | `torch.nn.Embedding` | `[V, C]` | column i |
-| layer norm, RMS norm | `torch.nn.LayerNorm`, `torch.nn.RMSNorm`, their like | `[C]` | element i, and `bias[i]` |
+| layer norm, RMS norm | `torch.nn.LayerNorm`, `torch.nn.RMSNorm`, similar | `[C]` | element i, and `bias[i]` |
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ def normalize(x: torch.Tensor, kind: ChannelKind, eps: float, *, index: torch.Te
 
 
 def norm_epsilon(module: nn.Module) -> float:
-    """The epsilon of a norm module, under whichever name the module keeps it.
+    """The epsilon of a norm module; modules store it under different names.
 
-    `torch.nn.RMSNorm(eps=None)` means the machine epsilon of the input's dtype; that of the weight is returned.
+    `torch.nn.RMSNorm(eps=None)` means the machine epsilon of the input's dtype. Here it is that of the weight's dtype.
     """
     for name in ("eps", "variance_epsilon", "epsilon"):
         if name in vars(module):
@@ -82,9 +82,9 @@ def norm_epsilon(module: nn.Module) -> float:
 
 
 def channel_kind(module: nn.Module) -> ChannelKind | None:
-    """The kind of `module`, or None where its outputs are not channels of a plain weight.
+    """The kind of `module`, or None if its outputs are not channels of a plain weight.
 
-    A linear layer may have a quantised weight (`is_quantised`): its outputs are channels all the same.
+    A linear layer may have a quantised weight (`is_quantised`): its outputs are channels too.
     """
     weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor):
@@ -103,7 +103,7 @@ def channel_kind(module: nn.Module) -> ChannelKind | None:
 
 
 def is_quantised(module: nn.Module) -> bool:
-    """Whether the weight of `module` holds codes instead of the values that it computes with.
+    """Whether the weight of `module` holds codes instead of ordinary numbers.
 
     True for bitsandbytes, torchao and 8 bit floating point weights; their rows cannot be read or written in place.
     """
@@ -112,12 +112,12 @@ def is_quantised(module: nn.Module) -> bool:
         return False
     if not weight.is_floating_point() or weight.element_size() == 1:
         return True
-    # bitsandbytes may store codes in a floating point dtype, torchao's tensors look like what they stand for.
+    # bitsandbytes may store codes in a floating point dtype, torchao's tensors have the dtype of the decoded values.
     return type(weight).__name__ == "Params4bit" or type(weight).__module__.startswith("torchao.")
 
 
 def features(module: nn.Module) -> tuple[int, int]:
-    """Number of inputs I and of channels C of a module that has a `channel_kind`; C and C for a norm.
+    """Number of inputs I and number of channels C of a module that has a `channel_kind`; for a norm, C twice.
 
     Raises:
         ActTypeError: the module has none.
@@ -159,10 +159,10 @@ def weight_of(module: nn.Module) -> torch.Tensor:
 
 
 def _norm_kind(module: nn.Module) -> ChannelKind | None:
-    """Recognise norm modules by what they compute: `y[i] = normalized(x)[i] * (constant + weight[i]) + ...`.
+    """Recognise norm modules by their results: `y[i] = normalized(x)[i] * (constant + weight[i]) + ...`.
 
-    Models bring their own norm classes (weight or 1 + weight, float32 inside or not). A copy of the module is asked
-    on a few random inputs; the user's module is neither called nor changed.
+    Models bring their own norm classes (weight or 1 + weight, float32 inside or not). A copy of the module runs on
+    a few random inputs; the user's module is neither called nor changed.
     """
     parameters = dict(module.named_parameters())
     if set(parameters) not in ({"weight"}, {"weight", "bias"}) or any(p.dim() != 1 for p in parameters.values()):
@@ -175,13 +175,13 @@ def _norm_kind(module: nn.Module) -> ChannelKind | None:
 
 
 _NORM_KINDS: dict[type[nn.Module], ChannelKind | None] = {nn.RMSNorm: ChannelKind.RMS_NORM}
-_PROBE_TOLERANCE = 1e-3  # modules that round inside (bfloat16, float32) stay far below, other functions far above
+_PROBE_TOLERANCE = 1e-3  # modules that round inside (bfloat16, float32) stay far below, different functions far above
 
 
 def _probe_norm(module: nn.Module) -> ChannelKind | None:
     channels = weight_of(module).shape[0]
     generator = torch.Generator(device="cpu").manual_seed(0)
-    # Device and dtype are spelled out because the caller may have set other defaults (`torch.set_default_dtype`).
+    # Device and dtype are explicit because the caller may have changed the defaults (`torch.set_default_dtype`).
     randn = partial(torch.randn, generator=generator, device="cpu", dtype=torch.float32)
     x, weight, change = randn(4, channels) * 3 + 1, randn(channels), randn(channels)
     try:
@@ -194,7 +194,7 @@ def _probe_norm(module: nn.Module) -> ChannelKind | None:
             before = probe.forward(x)
             weight_of(probe).add_(change)
             difference = probe.forward(x) - before
-    except Exception:  # a module that takes other inputs, or none, is no norm
+    except Exception:  # a module that takes different inputs is no norm
         return None
     if not isinstance(difference, torch.Tensor) or difference.shape != x.shape:
         return None

@@ -1,4 +1,4 @@
-"""Which channels are selected, per module."""
+"""The selected channels of every module."""
 
 from __future__ import annotations
 
@@ -21,20 +21,19 @@ _VERSION = 1
 class ChannelMask(Mapping[str, torch.Tensor]):
     """An immutable set of channels of one model: module name -> sorted unique int64 tensor `[K]` on the CPU.
 
-    The mapping holds every candidate module, also those with no selected channel (K = 0), in the model's order, and
-    remembers how many channels each has. Every access hands out a copy.
+    The mapping holds every candidate module in the model's order, also those without a selected channel (K = 0), and
+    the number of channels of each. Every access returns a copy.
 
     `a | b`, `a & b` and `a - b` are the set operations. The two masks may cover different candidate modules of the
-    same model (the result covers those of both); where both know a module they must agree on its number of channels.
+    same model; the result covers the modules of both. For a module in both masks the numbers of channels must agree.
 
     Args:
         channels: module name -> channels, as a sequence of ints or an integer tensor, in any order.
-        num_channels: module name -> number of channels C, for every candidate module; those that `channels` lacks
-            have no selected channel.
+        num_channels: module name -> number of channels C, for every candidate module. Modules without
+            an entry in `channels` have no selected channel.
 
     Raises:
-        ActTypeError: names that are not str, indices that are not a flat collection of integers, counts that are no
-            int.
+        ActTypeError: names that are no str, indices that are no flat collection of integers, counts that are no int.
         ActValueError: a negative, repeated or out-of-range index, a module without an entry in `num_channels`.
     """
 
@@ -49,8 +48,8 @@ class ChannelMask(Mapping[str, torch.Tensor]):
         missing = [name for name in channels if name not in counts]
         if missing:
             raise ActValueError(
-                f"{missing[0]}: num_channels has no entry for it, expected one for every module "
-                f"({len(missing)} of {len(channels)} modules miss theirs; add them)"
+                f"{missing[0]}: has no entry in num_channels, expected one for every module "
+                f"({len(missing)} of {len(channels)} modules have none)"
             )
         object.__setattr__(self, "_num_channels", counts)
         object.__setattr__(
@@ -176,16 +175,16 @@ class ChannelMask(Mapping[str, torch.Tensor]):
     ) -> ChannelMask:
         if not isinstance(other, ChannelMask):
             return NotImplemented
-        mine, theirs = self._num_channels, other._num_channels
-        conflicts = [name for name in mine if name in theirs and mine[name] != theirs[name]]
+        left, right = self._num_channels, other._num_channels
+        conflicts = [name for name in left if name in right and left[name] != right[name]]
         if conflicts:
             name = conflicts[0]
             raise ActValueError(
-                f"{name}: one mask counts {mine[name]} channels, the other {theirs[name]}, expected two masks of the "
-                f"same model ({len(conflicts)} of {len(mine.keys() & theirs.keys())} common modules differ)"
+                f"{name}: got {left[name]} channels in one mask and {right[name]} in the other, expected two masks of "
+                f"the same model ({len(conflicts)} of {len(left.keys() & right.keys())} common modules differ)"
             )
         nothing = torch.empty(0, dtype=torch.int64)
-        counts = {**mine, **theirs}
+        counts = {**left, **right}
         return ChannelMask(
             {
                 name: operation(self._channels.get(name, nothing), other._channels.get(name, nothing))
@@ -196,12 +195,12 @@ class ChannelMask(Mapping[str, torch.Tensor]):
 
 
 def checked_indices(name: str, channels: Iterable[int] | torch.Tensor, count: int | None = None) -> torch.Tensor:
-    """A private, sorted int64 copy `[K]` of one module's channels.
+    """A sorted int64 copy `[K]` of one module's channels.
 
     Args:
         name: the module, for messages.
         channels: the channels in any order.
-        count: the module's number of channels C; None where it is not known yet.
+        count: the module's number of channels C; None where it is still unknown.
 
     Raises:
         ActTypeError: not a flat collection of integers.

@@ -1,4 +1,4 @@
-"""How module names are matched: the semantics of PEFT's `target_modules`, in one place."""
+"""Matching of module names, with the meaning of PEFT's `target_modules`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ Patterns = str | Collection[str] | None
 
 
 def matches(name: str, patterns: Patterns) -> bool:
-    """Whether a module name is meant by `patterns`, as PEFT reads `target_modules` and `exclude_modules`.
+    """Whether `patterns` select a module name, as PEFT reads `target_modules` and `exclude_modules`.
 
     Args:
         name: dotted module path, as in `named_modules()`.
         patterns: a string is a regular expression that must match the whole name; a list, set or tuple holds names
             that match exactly or as a dotted suffix (`"q_proj"` means `"layers.0.self_attn.q_proj"`, never
-            `"my_q_proj"`); None is "not given" and matches nothing.
+            `"my_q_proj"`); None matches nothing.
 
     Raises:
         ActTypeError: `patterns` is something else.
@@ -36,7 +36,7 @@ def matches(name: str, patterns: Patterns) -> bool:
 
 
 def matching_key(name: str, keys: Container[str]) -> str | None:
-    """The key (of a mapping, say) that means module `name`: equal to it, else its longest dotted suffix, else None."""
+    """The key that selects module `name`: the name itself, else its longest dotted suffix in `keys`, else None."""
     return next((suffix for suffix in suffixes(name) if suffix in keys), None)
 
 

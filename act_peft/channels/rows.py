@@ -1,4 +1,4 @@
-"""Some channels of a module and the arithmetic of their rows, the same in memory and on disk."""
+"""The parameters of some channels of a module, and their arithmetic: the same in memory and on disk."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class ChannelRows:
     """The parameters of some channels of one module.
 
     `weight` has the module's own orientation: `[K, I]` for a linear layer, `[I, K]` for Conv1D, `[V, K]` for an
-    embedding, `[K]` for a norm. `bias` is `[K]`, or None where the module has none.
+    embedding, `[K]` for a norm. `bias` is `[K]`, or None if the module has none.
     """
 
     index: torch.Tensor
@@ -25,7 +25,7 @@ class ChannelRows:
 
 
 def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """The dtype in which rows of these dtypes are added: float32, or wider if one of them is."""
+    """The dtype for sums of rows of these dtypes: float32, or wider if one of them is wider."""
     wide = torch.float32
     for dtype in dtypes:
         wide = torch.promote_types(wide, dtype)
@@ -39,12 +39,12 @@ def merged_rows(
 
         merged[i] = round(original[i] + sum over deltas of scale * delta[i])
 
-    The sum is in `wide_dtype` and in the order of `deltas`, which therefore decides about the last bit.
+    The sum is in `wide_dtype` and in the order of `deltas`; a different order can change the last bit.
 
     Args:
         original: parameters of K channels, with K along axis `dim`; not changed.
         index: int64 `[K]`, ascending: the channels of `original`.
-        deltas: channels (a subset of `index`), delta and factor each.
+        deltas: for each delta its channels (a subset of `index`), its values and its factor.
         dim: axis of the channels.
 
     Returns:

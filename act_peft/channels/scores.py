@@ -1,4 +1,4 @@
-"""How differently two models answer, per channel, and the selection of the top channels."""
+"""One score for every channel, and the selection of the channels with the highest scores."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from act_peft.disk import tensorfile
 from act_peft.errors import ActError, ActTypeError, ActValueError
 
 _KIND = "channel scores"
-# Version 2 adds to the metadata what scores by activations over one vocabulary do not need; these stay in version 1.
+# Version 2 has more metadata. Scores by activations over one vocabulary do not need it and are written as version 1.
 _PLAIN_VERSION, _VERSION = 1, 2
 
 
 class ScoreKind(Enum):
-    """What the score of a channel measures; the formulas stand in `localize`."""
+    """The meaning of a score; the formulas are in `localize`."""
 
     ACTIVATION = "activation"
     WEIGHT = "weight"
@@ -31,14 +31,14 @@ class ScoreKind(Enum):
 
 
 class Scope(Enum):
-    """Among which channels `ChannelScores.top` ranks: all modules together (the paper), or each module by itself."""
+    """The channels that `ChannelScores.top` ranks together: those of all modules (the paper), or of one module."""
 
     GLOBAL = "global"
     MODULE = "module"
 
 
 class Normalization(Enum):
-    """What `ChannelScores.top` does to the scores of a module before it ranks them."""
+    """The rescaling of the scores of a module before `ChannelScores.top` ranks them."""
 
     NONE = "none"
     RMS = "rms"
@@ -53,25 +53,25 @@ class ChannelScores(Mapping[str, torch.Tensor]):
 
         score_i = (1 / |T|) * sum over t in T of | a_donor[i, t] - a_base[i, t] |
 
-    The sums and the number of tokens are kept apart, so `a + b` pools two runs of the same pair of models exactly as
-    one run over the data of both would: sums and counts are added, and divided once. Modules are in the model's
-    order. The object is immutable; every access hands out a new tensor.
+    The object stores the sums and the number of tokens separately. So `a + b` of two runs of the same pair of models
+    equals one run over the data of both: sums and numbers are added, then divided once. Modules are in the model's
+    order. The object is immutable; every access returns a new tensor.
 
-    The channels of an output layer are tokens. Where one model has more of them than the other, only the first ones,
-    which both have, are comparable: the others have the score 0, and `top` never selects them.
+    The channels of an output layer are tokens. If one model has more tokens than the other, only the first ones, which
+    both have, are comparable. The rest have the score 0, and `top` never selects them.
 
     Args:
-        sums: module name -> sum of the scores over the tokens, floating `[C]`. Negative values are attributions only.
-        num_tokens: number of tokens |T| that were summed, at least 1; 0 for scores by weights, which see no tokens:
-            their sums are the scores.
-        kind: what the scores measure.
-        num_comparable: module name -> how many of its first channels are comparable, from 1 to C; all channels of the
-            modules that are not named.
+        sums: module name -> sum of the scores over the tokens, floating `[C]`. Only attributions may be negative.
+        num_tokens: number of tokens |T| in the sums, at least 1; 0 for scores by weights, which need no tokens. There
+            the sums are the scores.
+        kind: a `ScoreKind` or its value.
+        num_comparable: module name -> number of its first channels that are comparable, from 1 to C. In modules
+            without an entry all channels are comparable.
 
     Raises:
-        ActTypeError: sums that are not floating 1-D tensors, names that are no str, counts that are no int.
-        ActValueError: no module, a number of tokens that does not fit the kind, a non-finite sum, a negative one that
-            is no attribution, one other than 0 for a channel that is not comparable.
+        ActTypeError: a sum that is no floating 1-D tensor, a name that is no str, a count that is no int.
+        ActValueError: no module, a number of tokens that does not fit the kind, a sum that is not finite, a negative
+            sum that is no attribution, a sum other than 0 for a channel that is not comparable.
     """
 
     _sums: dict[str, torch.Tensor]
@@ -134,14 +134,14 @@ class ChannelScores(Mapping[str, torch.Tensor]):
                 f"got scores by {self._kind.value} on the left and by {other._kind.value} on the right, expected two "
                 "runs over data with the same kind of score (scores by weights do not depend on data)"
             )
-        mine, theirs = self.num_comparable, other.num_comparable
-        differing = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
+        left, right = self.num_comparable, other.num_comparable
+        differing = [name for name in {**left, **right} if left.get(name) != right.get(name)]
         if differing:
             name = differing[0]
             raise ActValueError(
-                f"{name}: got {_in_words(mine.get(name))} on the left and {_in_words(theirs.get(name))} on the right, "
-                f"expected two runs of the same pair of models ({len(differing)} of {len({**mine, **theirs})} modules "
-                "differ; use the same target_modules and exclude_modules)"
+                f"{name}: got {_count_text(left.get(name))} on the left and {_count_text(right.get(name))} on the "
+                f"right, expected two runs of the same pair of models ({len(differing)} of {len({**left, **right})} "
+                "modules differ; use the same target_modules and exclude_modules)"
             )
         sums = {name: values + other._sums[name] for name, values in self._sums.items()}
         return ChannelScores(
@@ -150,12 +150,12 @@ class ChannelScores(Mapping[str, torch.Tensor]):
 
     @property
     def num_tokens(self) -> int:
-        """Number of tokens N that the scores are a mean over; 0 for scores by weights."""
+        """Number of tokens N in the mean; 0 for scores by weights."""
         return self._num_tokens
 
     @property
     def kind(self) -> ScoreKind:
-        """What the scores measure."""
+        """The meaning of the scores."""
         return self._kind
 
     @property
@@ -165,7 +165,7 @@ class ChannelScores(Mapping[str, torch.Tensor]):
 
     @property
     def num_comparable(self) -> Mapping[str, int]:
-        """Module name -> number of channels, the first ones, that both models have; read-only."""
+        """Module name -> number of its first channels that both models have; read-only."""
         return MappingProxyType({**self.num_channels, **self._num_comparable})
 
     def top(
@@ -177,18 +177,17 @@ class ChannelScores(Mapping[str, torch.Tensor]):
     ) -> ChannelMask:
         """Select the channels with the highest scores.
 
-        k = round(density * number of comparable channels) channels are taken; an exact half is rounded to the even k,
-        as by Python's `round`. Among equal scores, the module that comes first wins, then the lower channel. Negative
-        scores (attributions: channels that would do harm) come last, as their value says; nothing else leaves them
-        out.
+        The number of selected channels is k = round(density * number of comparable channels), with Python's `round`
+        (an exact half goes to the even number). Among equal scores the first module wins, then the lower channel.
+        Negative scores (attributions: channels that would do harm) rank last, but a high density selects them too.
 
         Args:
             density: share of the channels to select, from 0 to 1.
-            scope: `"global"` ranks the channels of all modules together (the paper), `"module"` takes the share of
-                every module by itself.
-            normalize: `"none"` ranks the scores themselves (the paper), `"rms"` divides the scores of a module by
-                their root mean square first, so that modules with large activations do not crowd out the others. The
-                order within a module stays, so it changes nothing with `scope="module"`.
+            scope: `"global"` ranks the channels of all modules together (the paper), `"module"` selects the same
+                share of every module.
+            normalize: `"none"` ranks the scores themselves (the paper). `"rms"` first divides the scores of a module
+                by their root mean square, so that modules with large activations do not take all the places. The
+                order within a module stays the same, so with `scope="module"` this has no effect.
 
         Returns:
             A mask over all modules of the scores.
@@ -208,8 +207,8 @@ class ChannelScores(Mapping[str, torch.Tensor]):
         """Write the scores to one safetensors file, whole or not at all.
 
         Layout: one float64 tensor `[C]` per module under the module's name, the sum over the tokens, and in the
-        metadata `modules: [name, ...]` in order and `num_tokens`. In version 2, which is written only where it is
-        needed, also `score: "activation" | "weight" | "attribution"` and `num_comparable: {name: count}` with the
+        metadata `modules: [name, ...]` in order and `num_tokens`. Version 2, which is written only if needed, has
+        also `score: "activation" | "weight" | "attribution"` and `num_comparable: {name: count}` with the
         modules that have fewer comparable channels than channels.
 
         Raises:
@@ -251,7 +250,7 @@ class ChannelScores(Mapping[str, torch.Tensor]):
 
 
 def _checked_sums(name: str, values: torch.Tensor, kind: ScoreKind) -> torch.Tensor:
-    """A private float64 copy `[C]` of one module's sums."""
+    """A float64 copy `[C]` of one module's sums."""
     name = module_name(name)
     if not isinstance(values, torch.Tensor) or not values.is_floating_point():
         got = values.dtype if isinstance(values, torch.Tensor) else type(values).__name__
@@ -274,10 +273,10 @@ def _checked_sums(name: str, values: torch.Tensor, kind: ScoreKind) -> torch.Ten
 
 
 def _checked_comparable(sums: Mapping[str, torch.Tensor], counts: Mapping[str, int]) -> dict[str, int]:
-    """The counts of the modules where fewer than all channels are comparable."""
+    """The counts of the modules with channels that are not comparable."""
     for name, count in counts.items():
         if name not in sums:
-            raise ActValueError(f"{name}: num_comparable has it, expected one of the modules of the scores")
+            raise ActValueError(f"num_comparable: {name} is not a module of these scores")
         count = whole_number(count, f"{name}: number of comparable channels", least=1, most=sums[name].numel())
         if sums[name][count:].any():
             raise ActValueError(
@@ -286,7 +285,7 @@ def _checked_comparable(sums: Mapping[str, torch.Tensor], counts: Mapping[str, i
     return {name: count for name, count in counts.items() if count < sums[name].numel()}
 
 
-def _in_words(count: int | None) -> str:
+def _count_text(count: int | None) -> str:
     return "no such module" if count is None else f"{count} channels"
 
 

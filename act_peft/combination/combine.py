@@ -1,4 +1,4 @@
-"""Several ACT adapters of one base into one, each with a weight: from folder to folder, or in a model."""
+"""Combine several ACT adapters of one base into one, with a weight for each."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class Combined:
 
     Attributes:
         folder: the adapter's folder.
-        num_modules: how many modules it changes.
-        num_channels: how many channels.
-        conflicts: where the adapters pull on the same channels, with their weights.
+        num_modules: number of modules with channels.
+        num_channels: number of channels.
+        conflicts: the channels that several adapters change, see `find_conflicts`.
     """
 
     folder: Path
@@ -67,38 +67,39 @@ def combine(
 
         delta[i] = Σ weight * delta_adapter[i]      over the adapters that have channel i       ("linear", "sum")
 
-    (eq. 5 of arXiv 2601.09398.) The result has the channels of all adapters. A channel of one adapter alone gets
-    weight * delta whatever the type; the type decides about the channels that several adapters share, see
-    `CombinationType`. Pruning (`density`) works on shared channels only, for each module and each set of adapters
-    that share channels there; a bias element belongs to the row of its channel. The two DARE types draw from torch's
-    global generator (`torch.manual_seed`). The deltas are float32, or wider if an adapter's are.
+    (eq. 5 of arXiv 2601.09398.) The result has the channels of all adapters. A channel of only one adapter gets
+    weight * delta with every type. The type matters for channels that several adapters share, see `CombinationType`.
+    Pruning (`density`) affects shared channels only, separately for each module and each set of adapters that share
+    channels there; a bias element belongs to the row of its channel. The two DARE types use torch's global random
+    generator (`torch.manual_seed`). The deltas are float32, or wider if an adapter has wider ones.
 
-    The tensors are, bit for bit, those of `model.add_weighted_adapter` and `save_pretrained`; the deltas are read and
-    written module by module. The folder loads with `PeftModel.from_pretrained`; its card lists adapters and weights.
+    The tensors are equal, bit for bit, to those of `model.add_weighted_adapter` and `save_pretrained`. The deltas are
+    read and written module by module. `PeftModel.from_pretrained` loads the folder; its card lists adapters and
+    weights.
 
     Args:
         adapters: folders or Hub ids of ACT adapters: one, several, or name -> folder.
-        output_dir: the folder to write. It appears whole or not at all.
+        output_dir: the folder to write. After an error there is no folder.
         weights: a factor for each adapter, in the order of `adapters` or by name; 1 by default.
         combination_type: a `CombinationType` or its value.
         density: share of the values that the pruning types keep, in (0, 1]; for `"ties"`, `"dare_linear"`,
             `"dare_ties"` and `"magnitude_prune"`, and only for them.
         majority_sign_method: `"total"` or `"frequency"`, for `"ties"` and `"dare_ties"`.
-        base: folder or Hub id of the base's checkpoint, whose fingerprint the result then records. Without it the
-            fingerprint is known only for modules whose channels are those of one of the adapters.
+        base: folder or Hub id of the base's checkpoint. With it the result records fingerprints of the base for all
+            modules; without it only for modules where one of the adapters has all the channels.
         overwrite: whether an older adapter at `output_dir` is replaced.
 
     Returns:
-        What was written, and the conflicts between the adapters.
+        The folder, its size, and the conflicts between the adapters.
 
     Raises:
-        ActValueError: no or a damaged adapter or base; settings that do not go together; deltas that are not finite;
-            an output that exists or lies inside an input; no room on the disk. Nothing is written then.
-        ActLoadError: adapters of different models; a base that they do not fit.
+        ActValueError: a missing or damaged adapter or base; settings that contradict each other; deltas that are not
+            finite; an output that exists or lies inside an input; not enough disk space. Then nothing is written.
+        ActLoadError: adapters of different models, or adapters that do not fit the base.
         ActTypeError: a weight or density that is no number.
 
     Warns:
-        ActWarning: once, if adapters (and base) name different bases or were made for different ones.
+        ActWarning: once, if the adapters name different bases or were made for bases with different weights.
     """
     rule = make_rule(combination_type, density=density, majority_sign_method=majority_sign_method)
     chosen = weighted_adapters(adapters, weights)
@@ -128,15 +129,14 @@ def combine(
 
 
 def _open(stack: ExitStack, chosen: Sequence[Weighted]) -> list[Source]:
-    names = [one.name for one in chosen]
-    unique = len(set(names)) == len(names)
+    unique = len({adapter.name for adapter in chosen}) == len(chosen)
     return [
         Source(
-            one.name if unique else one.location,
-            changes_in_folder(stack.enter_context(AdapterFolder(one.location)), None),
-            one.weight,
+            adapter.name if unique else adapter.location,
+            changes_in_folder(stack.enter_context(AdapterFolder(adapter.location)), None),
+            adapter.weight,
         )
-        for one in chosen
+        for adapter in chosen
     ]
 
 
@@ -144,14 +144,14 @@ def _warn(notes: Sequence[str], *, stacklevel: int) -> None:
     if notes:
         warnings.warn(
             f"the adapters do not seem to belong to one base: {'; '.join(notes)} (combine adapters of the same base; "
-            "on another one their channels may do nothing or harm)",
+            "on a different one their channels may do nothing or harm)",
             ActWarning,
             stacklevel=stacklevel + 1,
         )
 
 
 def _settings(sources: Sequence[Source]) -> ActConfig:
-    """The configuration of the result: that of the first adapter, and of the donor's record what all agree on."""
+    """The configuration of the result: that of the first adapter, with the donor only if all adapters agree on it."""
     configs = [source.changes.config for source in sources]
     first = configs[0]
     settings = ActConfig(
@@ -160,7 +160,7 @@ def _settings(sources: Sequence[Source]) -> ActConfig:
         revision=first.revision,
         auto_mapping=first.auto_mapping,
         inference_mode=first.inference_mode,
-        transfer_scale=1.0,  # the rows count as the adapters hold them
+        transfer_scale=1.0,  # the rows of the adapters already contain their transfer scale
     )
     if len({(c.donor, c.donor_revision, c.transfer_scale) for c in configs}) == 1:
         settings.donor, settings.donor_revision = first.donor, first.donor_revision
@@ -182,18 +182,18 @@ def _infos(modules: Sequence[UnionModule]) -> dict[str, tuple[torch.dtype, tuple
 def _tensors(
     modules: Sequence[UnionModule], sources: Sequence[Source], rule: Rule, conflicts: Conflicts
 ) -> Iterator[torch.Tensor]:
-    """The tensors in the order of `_infos`, each made when it is asked for."""
+    """The tensors in the order of `_infos`, computed one module at a time."""
     yield from (module.index for module in modules)
     for module in modules:
-        made = module.combine(sources, rule, conflicts)
-        yield from (made[part] for part in sorted(made))
+        deltas = module.combine(sources, rule, conflicts)
+        yield from (deltas[part] for part in sorted(deltas))
 
 
 def _provenance(sources: Sequence[Source], rule: Rule) -> str:
-    """The part of the model card that says what the adapter was made from."""
+    """The part of the model card that names the combined adapters."""
     density = "" if rule.density is None else f", density {rule.density:g}"
     lines = [
-        "---",  # the card's metadata, which huggingface_hub misses otherwise
+        "---",  # metadata of the card, which huggingface_hub expects
         "library_name: peft",
         "---",
         "",
@@ -227,8 +227,8 @@ def _sources_in(tuner: Any, adapters: Any, weights: Any) -> list[Source]:
         if changes.extra:
             raise ActValueError(
                 f"adapters: {name!r} holds {next(iter(changes.extra)).removeprefix(OUTER)}, expected channel deltas "
-                "only (modules_to_save and trainable tokens have no deltas that could be combined: merge the adapters "
-                "with model.merge_and_unload())"
+                "only (modules_to_save and trainable tokens have no deltas to combine: merge the adapters with "
+                "model.merge_and_unload())"
             )
         sources.append(Source(name, changes, weight))
     return sources
@@ -243,24 +243,24 @@ def find_conflicts(
     model: nn.Module | None = None,
     weights: Sequence[float] | Mapping[str, float] | None = None,
 ) -> ConflictReport:
-    """Where several ACT adapters change the same channels, and how much of their change cancels in the sum.
+    """Find the channels that several ACT adapters change, and the share of their deltas that cancels in the sum.
 
         cosine    = a·b / (|a|₂ |b|₂)
         cancelled = 1 - |a + b|₁ / (|a|₁ + |b|₁)
 
-    for each pair of adapters and each module, over the weighted deltas a and b of the channels that both have (row
-    and bias element together), and over all modules.
+    for each pair of adapters, in each module and over all modules. a and b are the weighted deltas of the channels
+    that both adapters have, rows and bias elements together.
 
     Args:
         adapters: folders or Hub ids of ACT adapters, or name -> folder; with `model` the names of its adapters.
-        model: a model with these adapters in memory; the factors of `set_scale` count.
+        model: a model with these adapters in memory; the adapter scales of `set_scale` count.
         weights: a factor for each adapter, in order or by name; 1 by default.
 
     Returns:
-        The figures of every pair and module; `print(report)` shows a table, `report.to_dict()` is for JSON.
+        The figures of every pair and module. `print(report)` shows a table, `report.to_dict()` is for JSON.
 
     Raises:
-        ActValueError: no or a damaged adapter, weights that are not one for each, deltas that are not finite.
+        ActValueError: a missing or damaged adapter, a missing weight, deltas that are not finite.
         ActLoadError: adapters of different models.
         ActTypeError: a weight that is no number.
     """

@@ -1,4 +1,4 @@
-"""Where adapters of one base pull on the same channels, and how much of their change cancels."""
+"""Conflicts: channels that several adapters change, and the share of their deltas that cancels."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from act_peft.tables import aligned
 
 @dataclass(frozen=True)
 class Conflict:
-    """Two adapters on the channels that they share, in one module or over all.
+    """The deltas of two adapters on their shared channels, in one module or over all.
 
-    With a and b the weighted deltas of the shared channels (row and bias element together), as long vectors:
+    a and b are the weighted deltas of the shared channels (rows and bias elements together), as long vectors:
 
         cosine    = a·b / (|a|₂ |b|₂)
         cancelled = 1 - |a + b|₁ / (|a|₁ + |b|₁)
 
-    `cancelled` is the share of the change that is lost in the sum: 0 where the signs agree everywhere, 1 where b = -a.
+    `cancelled` is the share of the deltas that is lost in the sum: 0 if all signs agree, 1 if b = -a.
 
     Attributes:
         module: name of the module; None for the total of all modules.
-        adapters: names of the two.
-        channels: how many channels each of them has.
-        shared: how many both have.
+        adapters: names of the two adapters.
+        channels: number of channels of each.
+        shared: number of shared channels.
         dot: a·b.
         squares: |a|₂², |b|₂².
         moved: |a|₁ + |b|₁.
@@ -47,13 +47,13 @@ class Conflict:
 
     @property
     def cosine(self) -> float | None:
-        """Cosine of the two changes on the shared channels, in [-1, 1]; None if one of them is zero there."""
+        """Cosine of the two deltas on the shared channels, in [-1, 1]; None if one of them is zero there."""
         length = math.sqrt(self.squares[0]) * math.sqrt(self.squares[1])
         return max(-1.0, min(1.0, self.dot / length)) if length else None
 
     @property
     def cancelled(self) -> float | None:
-        """Share of the change that cancels in the sum, in [0, 1]; None if nothing moves."""
+        """Share of the deltas that cancels in the sum, in [0, 1]; None if all deltas are zero."""
         return max(0.0, 1.0 - self.remaining / self.moved) if self.moved else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -69,10 +69,10 @@ class Conflict:
 
 @dataclass(frozen=True)
 class ConflictReport:
-    """The conflicts of several adapters, pair by pair; `str(report)` is a table.
+    """The conflicts of several adapters, for every pair; `str(report)` is a table.
 
     Attributes:
-        conflicts: one for each pair and each module in which the two share channels, in the order of the modules.
+        conflicts: one for each pair and each module with shared channels, in the order of the modules.
         totals: one for each pair, over all modules.
     """
 
@@ -80,7 +80,7 @@ class ConflictReport:
     totals: tuple[Conflict, ...]
 
     def only_totals(self) -> ConflictReport:
-        """The same without the single modules."""
+        """The same report with the totals only."""
         return ConflictReport((), self.totals)
 
     def to_dict(self) -> dict[str, Any]:
@@ -127,7 +127,7 @@ class Conflicts:
 
         Args:
             module: its name.
-            parts: what each adapter adds to it, in the order of their names; None for one that does not change it.
+            parts: the rows of each adapter, in the order of `adapters`; None for an adapter that does not change it.
         """
         for (i, j), total in self._totals.items():
             found = _compare(module, total.adapters, parts[i], parts[j])
@@ -136,7 +136,7 @@ class Conflicts:
                 self._found.append(found)
 
     def report(self) -> ConflictReport:
-        """What was found."""
+        """The conflicts of all modules so far."""
         return ConflictReport(tuple(self._found), tuple(self._totals.values()))
 
 
@@ -158,11 +158,11 @@ def _compare(
     return Conflict(module, adapters, channels, len(a), dot, (square_a, square_b), moved, remaining)
 
 
-def _shared_rows(mine: WeightedRows, theirs: WeightedRows) -> torch.Tensor:
-    return mine.rows[torch.isin(mine.index, theirs.index)]  # [S, I]
+def _shared_rows(adapter: WeightedRows, partner: WeightedRows) -> torch.Tensor:
+    return adapter.rows[torch.isin(adapter.index, partner.index)]  # [S, I]
 
 
-_PIECE = 1024  # rows that are held in float64 at a time
+_PIECE = 1024  # rows in float64 at the same time
 
 
 def _in_double(rows: torch.Tensor, weight: float) -> Iterator[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Several changes of the same module into one: the arithmetic and its rules, apart from models and files."""
+"""The arithmetic of combining the deltas of one module, without models and files."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class CombinationType(Enum):
 
 
 class MajoritySign(Enum):
-    """How TIES elects the sign of an element: by the sum of the values, or by the number of adapters."""
+    """The election of the sign of an element in TIES: by the sum of the values, or by the number of adapters."""
 
     TOTAL = "total"
     FREQUENCY = "frequency"
@@ -46,7 +46,7 @@ class MajoritySign(Enum):
 
 @dataclass(frozen=True)
 class Rule:
-    """A checked combination; made by `make_rule`."""
+    """The checked settings of a combination, from `make_rule`."""
 
     combination_type: CombinationType
     density: float | None
@@ -55,7 +55,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class WeightedRows:
-    """What one adapter adds to one module: channels int64 `[K]`, ascending, their deltas `[K, I]`, and its weight."""
+    """One adapter in one module: channels int64 `[K]`, ascending, their deltas `[K, I]`, and the adapter's weight."""
 
     index: torch.Tensor
     rows: torch.Tensor
@@ -82,18 +82,18 @@ def make_rule(
 
     Args:
         combination_type: a `CombinationType` or its value.
-        density: share of the values that pruning keeps, in (0, 1]; for the pruning types and only there.
+        density: share of the values that pruning keeps, in (0, 1]; required by the pruning types, refused by others.
         majority_sign_method: a `MajoritySign` or its value; other than `"total"` only for `"ties"` and `"dare_ties"`.
 
     Raises:
-        ActValueError: an unknown type or method, a missing or needless density, one outside (0, 1].
+        ActValueError: an unknown type or method, a missing or unused density, a density outside (0, 1].
         ActTypeError: a density that is no number.
     """
     if combination_type in _OF_FACTORS:
         raise ActValueError(
-            f"combination_type: got {combination_type!r}, which combines the factors of LoRA adapters, and rows have "
-            "none; expected a type for whole deltas (take 'linear', which is exact for rows, or the same type without "
-            "'_svd')"
+            f"combination_type: got {combination_type!r}, which combines the factors of LoRA adapters, but rows have "
+            "no factors; expected a type for whole deltas (take 'linear', which is exact for rows, or the same type "
+            "without '_svd')"
         )
     choice = member_of(CombinationType, combination_type, "combination_type")
     sign = member_of(MajoritySign, majority_sign_method, "majority_sign_method")
@@ -116,23 +116,23 @@ def make_rule(
 
 
 def union_index(indices: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The channels that any of the adapters has: int64 `[K]`, ascending."""
+    """The channels of all adapters: int64 `[K]`, ascending."""
     return torch.cat(list(indices)).unique()  # sorted
 
 
 def combined_rows(parts: Sequence[WeightedRows], rule: Rule) -> torch.Tensor:
     """The rows of a combined adapter for one module, for the channels `union_index`.
 
-        combined[i] = w d[i]                                   channels of one adapter alone, under every rule
-        combined[i] = rule(w₁ d₁[i], w₂ d₂[i], ...)            channels of several
+        combined[i] = w d[i]                                   channels of one adapter only, with every rule
+        combined[i] = rule(w₁ d₁[i], w₂ d₂[i], ...)            channels of several adapters
 
-    Pruning and the election of signs work on shared channels only. PEFT's functions get, for every set of adapters
-    that share channels, one tensor `[S, I]` per adapter with the rows of these S channels; `density` is the share that
-    is kept of each of them. DARE draws from torch's global generator, as in PEFT (`torch.manual_seed`).
+    Pruning and the election of signs affect shared channels only. For every set of adapters that share channels,
+    PEFT's functions get one tensor `[S, I]` per adapter with the rows of these S channels, and keep the share
+    `density` of each. DARE uses torch's global random generator, as in PEFT (`torch.manual_seed`).
     Sum and mean do not depend on the order of `parts`, not even in the last bit.
 
     Args:
-        parts: what each adapter adds, in the order given by the user; I is the same for all.
+        parts: the rows of each adapter, in the order of the user's argument; I is the same for all.
         rule: from `make_rule`.
 
     Returns:
@@ -156,7 +156,7 @@ def combined_rows(parts: Sequence[WeightedRows], rule: Rule) -> torch.Tensor:
 
 
 def _groups(holds: torch.Tensor) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """Each set of adapters that have the same channels, and these channels; `holds` is bool `[adapters, K]`."""
+    """Each set of adapters that share channels, and these channels; `holds` is bool `[adapters, K]`."""
     patterns, group = holds.T.unique(dim=0, return_inverse=True)
     for number, pattern in enumerate(patterns):
         yield pattern.nonzero().squeeze(1).tolist(), (group == number).nonzero().squeeze(1)
@@ -174,7 +174,7 @@ def _weighted(rows: _Rows, weights: torch.Tensor) -> torch.Tensor:
 def _sum(rows: _Rows, weights: torch.Tensor, rule: Rule) -> torch.Tensor:
     if len(rows) == 2:
         return rows[0] * weights[0] + rows[1] * weights[1]
-    # Sorted, because a sum of three and more numbers depends on their order.
+    # Sorted, because rounding makes a sum of three and more numbers depend on their order.
     return _weighted(rows, weights).sort(dim=0).values.sum(0)
 
 
@@ -187,9 +187,9 @@ def _first(rows: _Rows, weights: torch.Tensor, rule: Rule) -> torch.Tensor:
 
 
 def _larger(rows: _Rows, weights: torch.Tensor, rule: Rule) -> torch.Tensor:
-    changes = _weighted(rows, weights)
-    winner = torch.linalg.vector_norm(changes, dim=2).argmax(0)  # [S]; the first of equal ones
-    return changes[winner, torch.arange(changes.shape[1])]
+    deltas = _weighted(rows, weights)
+    winner = torch.linalg.vector_norm(deltas, dim=2).argmax(0)  # [S]; the first among equals
+    return deltas[winner, torch.arange(deltas.shape[1])]
 
 
 def _by_peft(function: Callable[..., torch.Tensor]) -> Callable[[_Rows, torch.Tensor, Rule], torch.Tensor]:
@@ -198,7 +198,7 @@ def _by_peft(function: Callable[..., torch.Tensor]) -> Callable[[_Rows, torch.Te
         if rule.combination_type in _ELECTING:
             settings["majority_sign_method"] = rule.majority_sign.value
         with warnings.catch_warnings():
-            # A density of 1 is how one asks for the election of signs alone.
+            # A density of 1 is allowed: only the election of signs, without pruning.
             warnings.filterwarnings("ignore", message="The density 1.0 is greater than or equal to 1")
             return function(rows, weights, **settings)
 

@@ -1,4 +1,4 @@
-"""Whether several adapters were made for one base, and the fingerprints of the base rows of their union."""
+"""Check that several adapters share one base, and record the fingerprints of the base for the combined adapter."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def _recorded_base(source: Source, change: ModuleChange) -> str | None:
 
 
 def records(modules: Sequence[UnionModule], sources: Sequence[Source]) -> dict[str, dict[str, Any]]:
-    """The `adapted_modules` of the result as far as they are known without the base.
+    """The `adapted_modules` of the result without the base.
 
-    The fingerprint of a module's base rows is that of an adapter with the same channels, if there is one.
+    A module has a fingerprint of its base rows only if one of the adapters has all its channels.
     """
     found = {}
     for module in modules:
@@ -70,8 +70,8 @@ def records_on(
     """The `adapted_modules` of the result on a base, and notes on adapters that were made for a different one.
 
     Raises:
-        ActLoadError: if the adapters do not fit the base.
-        ActValueError: if the base lacks a tensor, or has a quantised one where they change it.
+        ActLoadError: the adapters do not fit the base.
+        ActValueError: the base has no such tensor, or a quantised one.
     """
     keys = _find_keys(checkpoint, modules)
     found = {}
@@ -113,7 +113,7 @@ def _find_keys(checkpoint: Checkpoint, modules: Sequence[UnionModule]) -> Mappin
 
 
 def _rows(checkpoint: Checkpoint, module: UnionModule, part: str, key: str) -> torch.Tensor:
-    """The base parameters of the channels that the adapters change."""
+    """The base parameters of the channels of all adapters."""
     info = checkpoint.info(key)
     dim = module.kind.axis_of(part)
     shape = list(module.shapes()[part])

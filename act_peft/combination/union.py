@@ -1,4 +1,4 @@
-"""The modules that several adapters of one base change, side by side: what is checked before any of it is combined."""
+"""The modules of several adapters of one base: their common structure, checked before anything is combined."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from act_peft.layers.deltas import PREFIX
 
 @dataclass(frozen=True)
 class Source:
-    """One of the adapters: what it is called, what it changes, and its weight."""
+    """One of the adapters: its name, its deltas and its weight."""
 
     name: str
     changes: AdapterChanges
@@ -27,14 +27,14 @@ class Source:
 
 @dataclass(frozen=True)
 class UnionModule:
-    """A module that at least one of the adapters changes.
+    """A module with channels of at least one adapter.
 
     Attributes:
         name: of the module.
         kind, num_channels, width, has_bias: as in `ModuleChange`, the same for all adapters.
-        index: the channels that any of them changes, int64 `[K]`, ascending.
-        dtype: of the combined deltas: float32, or wider if an adapter's are.
-        changes: one for each adapter, in their order; None for one that does not change the module.
+        index: the channels of all adapters, int64 `[K]`, ascending.
+        dtype: dtype of the combined deltas: float32, or wider if an adapter has wider ones.
+        changes: one for each adapter, in order; None for an adapter without channels in the module.
     """
 
     name: str
@@ -54,10 +54,10 @@ class UnionModule:
         return {"weight": tuple(weight), **({"bias": (count,)} if self.has_bias else {})}
 
     def combine(self, sources: Sequence[Source], rule: Rule, conflicts: Conflicts | None) -> dict[str, torch.Tensor]:
-        """Read the deltas, combine them, and count their conflicts; the combined deltas as in `shapes`.
+        """Read the deltas, count their conflicts, and return the combined deltas, with the keys of `shapes`.
 
         Raises:
-            ActValueError: deltas, read or combined, that are not finite.
+            ActValueError: deltas or combined deltas that are not finite.
         """
         parts = self.read(sources)
         if conflicts is not None:
@@ -65,14 +65,14 @@ class UnionModule:
         rows = combined_rows([part for part in parts if part is not None], rule).to(self.dtype)  # [K, I (+ 1)]
         if not torch.isfinite(rows).all():
             raise ActValueError(
-                f"{self.name}: the combined deltas hold NaN or infinity, expected finite numbers (smaller weights)"
+                f"{self.name}: the combined deltas hold NaN or infinity, expected finite numbers (use smaller weights)"
             )
         weight = rows[:, : self.width]
         shape = self.shapes()["weight"]
-        made = {"weight": (weight.T if self.kind.channel_dim else weight).reshape(shape).contiguous()}
+        deltas = {"weight": (weight.T if self.kind.channel_dim else weight).reshape(shape).contiguous()}
         if self.has_bias:
-            made["bias"] = rows[:, self.width].contiguous()
-        return made
+            deltas["bias"] = rows[:, self.width].contiguous()
+        return deltas
 
     def read(self, sources: Sequence[Source]) -> list[WeightedRows | None]:
         """The deltas of each adapter: `[K, I]`, or `[K, I + 1]` with the bias elements as the last column."""
@@ -96,10 +96,10 @@ def _read(source: Source, change: ModuleChange) -> WeightedRows:
 
 
 def union_modules(sources: Sequence[Source]) -> list[UnionModule]:
-    """The modules of several adapters, wide dtypes first, then by name, as the tensors of a file are.
+    """The modules of several adapters, wide dtypes first, then by name, in the order of tensors in a file.
 
     Raises:
-        ActLoadError: adapters that disagree about a module.
+        ActLoadError: adapters with different shapes of a module.
         ActValueError: no channels at all.
     """
     found = [{change.name: change for change in source.changes.modules} for source in sources]
@@ -111,13 +111,13 @@ def union_modules(sources: Sequence[Source]) -> list[UnionModule]:
 
 
 def _union(name: str, sources: Sequence[Source], changes: Sequence[ModuleChange | None]) -> UnionModule:
-    given = [(s, c) for s, c in zip(sources, changes, strict=True) if c is not None]
-    source, first = given[0]
-    for other, change in given[1:]:
+    present = [(s, c) for s, c in zip(sources, changes, strict=True) if c is not None]
+    first_source, first = present[0]
+    for source, change in present[1:]:
         if _layout(change) != _layout(first):
             raise ActLoadError(
-                f"{name}: {other.name} changes {_in_words(change)}, {source.name} {_in_words(first)}; expected "
-                "adapters of the same base (they were made for different models)"
+                f"{name}: {source.name} changes {_layout_text(change)}, {first_source.name} {_layout_text(first)}; "
+                "expected adapters of the same base (they were made for different models)"
             )
     return UnionModule(
         name=name,
@@ -125,8 +125,8 @@ def _union(name: str, sources: Sequence[Source], changes: Sequence[ModuleChange 
         num_channels=first.num_channels,
         width=first.width,
         has_bias=first.has_bias,
-        index=union_index([change.index for _, change in given]),
-        dtype=wide_dtype(*(change.dtype for _, change in given)),
+        index=union_index([change.index for _, change in present]),
+        dtype=wide_dtype(*(change.dtype for _, change in present)),
         changes=tuple(changes),
     )
 
@@ -135,6 +135,6 @@ def _layout(change: ModuleChange) -> tuple[object, ...]:
     return change.kind.channel_dim, change.kind.is_norm, change.num_channels, change.width, change.has_bias
 
 
-def _in_words(change: ModuleChange) -> str:
+def _layout_text(change: ModuleChange) -> str:
     bias = "a bias" if change.has_bias else "no bias"
     return f"a {change.kind.value} of {change.num_channels} channels, width {change.width}, {bias}"

@@ -1,4 +1,4 @@
-"""Several adapters with a weight each: what users may write, as a list of names, places and factors."""
+"""Parse the `adapters` and `weights` arguments: several adapters with a weight each."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ class Weighted:
 
 
 def weighted_adapters(adapters: Any, weights: Any) -> list[Weighted]:
-    """The adapters in the order given.
+    """The adapters in the order of the argument.
 
     Args:
-        adapters: one folder or Hub id, a list of them, or name -> folder or Hub id. Without names the last parts of
-            the paths are the names.
-        weights: a factor for each, in the same order or by name; None: 1 each.
+        adapters: one folder or Hub id, a list of them, or name -> folder or Hub id. In a list the last part of each
+            path is the name.
+        weights: a factor for each adapter, in the same order or by name; None means 1 for each.
 
     Raises:
-        ActValueError: no adapter; weights that are not finite, or not one for each adapter.
-        ActTypeError: anything else for either.
+        ActValueError: no adapter; a weight that is not finite; not exactly one weight for each adapter.
+        ActTypeError: an argument of a different type.
     """
     if isinstance(adapters, Mapping):
         named = [(str(name), os.fspath(location)) for name, location in adapters.items()]
     else:
         listed = [adapters] if isinstance(adapters, (str, os.PathLike)) else adapters
-        if not isinstance(listed, Sequence) or not all(isinstance(one, (str, os.PathLike)) for one in listed):
+        if not isinstance(listed, Sequence) or not all(isinstance(path, (str, os.PathLike)) for path in listed):
             raise ActTypeError(f"adapters: got {str(adapters)[:80]}, expected a folder or Hub id, or a list of them")
-        named = [(os.path.basename(os.path.normpath(one)), os.fspath(one)) for one in listed]
+        named = [(os.path.basename(os.path.normpath(path)), os.fspath(path)) for path in listed]
     if not named:
         raise ActValueError("adapters: got none, expected at least one adapter")
     factors = checked_weights([name for name, _ in named], weights)
@@ -49,11 +49,11 @@ def checked_weights(names: Sequence[str], weights: Any) -> list[float]:
     """One finite factor for each name.
 
     Args:
-        names: of the adapters.
-        weights: factors in the same order, name -> factor, a single factor for a single adapter, or None: 1 each.
+        names: names of the adapters.
+        weights: factors in the same order; name -> factor; one factor for one adapter; None means 1 for each.
 
     Raises:
-        ActValueError: not one for each adapter; a factor that is not finite.
+        ActValueError: not exactly one factor for each adapter; a factor that is not finite.
         ActTypeError: a factor that is no number.
     """
     if weights is None:

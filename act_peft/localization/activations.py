@@ -1,4 +1,4 @@
-"""Scores by activations: run both models on the same tokens and sum up where their outputs differ."""
+"""Scores by activations: both models read the same tokens, and the differences of their outputs are added up."""
 
 from __future__ import annotations
 

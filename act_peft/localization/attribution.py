@@ -1,4 +1,4 @@
-"""Scores by first-order attribution: how much of the loss goes away with a channel's step towards the donor."""
+"""Scores by first-order attribution: the decrease of the loss when a channel moves towards the donor."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def score_attributions(
     points: int,
     show_progress: bool,
 ) -> ChannelScores:
-    """Minus gradient times difference, averaged over points between the models; as in `localize`.
+    """Minus gradient times difference, averaged over points between the models; formula as in `localize`.
 
     Raises:
-        ActTypeError: `points` is no int.
-        ActValueError: `points` is less than 1; a model without a loss; otherwise as in `localize`.
+        ActTypeError: `points` is no integer.
+        ActValueError: `points` is less than 1; a model without a loss; all other cases as in `localize`.
     """
     attribution = _Attribution(base, donor, candidates, whole_number(points, "points", least=1))
     ability = attribution.over(dataloader, argument="dataloader", show_progress=show_progress)
@@ -79,7 +79,7 @@ class _Attribution:
                     self._line.move_(point / self._points)
                 with torch.enable_grad():
                     _loss_of(forward(self._line.model, batch, labels=labels), self._line.model).backward()
-            # The loss is a mean over the batch's tokens: times their number, it is a sum.
+            # The loss is a mean over the tokens of the batch; times their number it is a sum.
             totals.add_(
                 {name: values * (num_tokens / self._points) for name, values in self._batch.items()}, num_tokens
             )
@@ -101,13 +101,13 @@ def _loss_of(output: object, model: nn.Module) -> torch.Tensor:
     loss = getattr(output, "loss", None)
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
         raise ActValueError(
-            f"{type(model).__name__}: gave no loss for labels, expected a model that does, such as "
+            f"{type(model).__name__}: returned no loss for labels, expected a model with a loss, such as "
             "AutoModelForCausalLM (or use score='activation')"
         )
     if not loss.requires_grad:
         raise ActValueError(
             f"{type(model).__name__}: the loss does not depend on the candidates, expected a gradient (does the model "
-            "run without gradients inside?)"
+            "switch gradients off?)"
         )
     return loss
 
@@ -116,16 +116,16 @@ OnGradient = Callable[[str, torch.Tensor, ParameterPair], None]
 
 
 class InterpolatedModel:
-    """A twin of the base whose candidates stand at `base + alpha * (donor - base)`; only these get gradients.
+    """A copy of the base with the candidates at `base + alpha * (donor - base)`; only these get gradients.
 
-    The candidates' parameters are the twin's own, a module's each, so tied weights get the gradient of their own use
-    only. Neither base nor donor is written to. A gradient is handed over and freed as soon as it is there, so the
-    gradients of one module are in memory at a time.
+    Every candidate in the copy has its own parameters, so each use of a tied weight has its own gradient. Base and
+    donor are never written to. Each gradient is passed on and freed at once, so only the gradients of one module are
+    in memory.
 
     Args:
         base: a plain model.
         pairs: candidate -> its parameters in base and donor.
-        on_gradient: called with the candidate's name, the gradient and the pair that it belongs to, of one shape.
+        on_gradient: called with the candidate's name, the gradient and its pair, both of the same shape.
     """
 
     def __init__(self, base: nn.Module, pairs: Mapping[str, Sequence[ParameterPair]], on_gradient: OnGradient) -> None:
@@ -137,13 +137,13 @@ class InterpolatedModel:
         for name, parts in pairs.items():
             for pair in parts:
                 module = modules[name].layer
-                own = nn.Parameter(getattr(module, pair.part).detach().clone())
-                module._parameters[pair.part] = own
-                own.register_post_accumulate_grad_hook(_handing_over(name, pair, on_gradient))
-                self._moving.append((own, pair))
+                parameter = nn.Parameter(getattr(module, pair.part).detach().clone())
+                module._parameters[pair.part] = parameter
+                parameter.register_post_accumulate_grad_hook(_gradient_hook(name, pair, on_gradient))
+                self._moving.append((parameter, pair))
 
     def move_(self, alpha: float) -> None:
-        """Go to `base + alpha * (donor - base)`, rounded to the base's dtype."""
+        """Move the candidates to `base + alpha * (donor - base)`, rounded to the base's dtype."""
         with torch.no_grad():
             for parameter, pair in self._moving:
                 wide = torch.promote_types(torch.promote_types(pair.base.dtype, pair.donor.dtype), torch.float32)
@@ -151,15 +151,15 @@ class InterpolatedModel:
                 _common(parameter, pair).copy_(torch.lerp(start, end, alpha))
 
 
-def _handing_over(name: str, pair: ParameterPair, on_gradient: OnGradient) -> Callable[[torch.Tensor], None]:
-    def hand_over(parameter: torch.Tensor) -> None:
+def _gradient_hook(name: str, pair: ParameterPair, on_gradient: OnGradient) -> Callable[[torch.Tensor], None]:
+    def pass_on(parameter: torch.Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
         if gradient is not None:
             on_gradient(name, _common(gradient, pair), pair)
 
-    return hand_over
+    return pass_on
 
 
 def _common(tensor: torch.Tensor, pair: ParameterPair) -> torch.Tensor:
-    """The part of a parameter, or of its gradient, that a pair covers."""
+    """The part of a parameter, or of its gradient, that both models have."""
     return tensor[tuple(slice(0, size) for size in pair.base.shape)]

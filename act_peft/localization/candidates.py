@@ -1,4 +1,4 @@
-"""Which modules of two models are compared, and whether they can be."""
+"""The modules of two models that are compared."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Candidates:
         base: module name -> module of the base.
         donor: module name -> module of the donor.
         num_channels: module name -> number of channels C in the base.
-        donor_channels: module name -> number of channels in the donor; another one for an output layer over another
-            vocabulary.
+        donor_channels: module name -> number of channels C in the donor. It differs from the base's only in an output
+            layer, if the vocabularies differ.
         embeddings: names of the embeddings.
     """
 
@@ -37,11 +37,11 @@ class Candidates:
 
     @property
     def num_comparable(self) -> dict[str, int]:
-        """Module name -> how many channels both models have, the first ones."""
+        """Module name -> number of its first channels that both models have."""
         return {name: min(count, self.donor_channels[name]) for name, count in self.num_channels.items()}
 
     def padded(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Values of the comparable channels as values `[C]` of all channels of the base, zero beyond."""
+        """Extend values of the comparable channels to `[C]` with zeros."""
         return {
             name: nn.functional.pad(values[name], (0, count - values[name].numel()))
             for name, count in self.num_channels.items()
@@ -51,45 +51,46 @@ class Candidates:
 def find_candidates(
     base: nn.Module, donor: nn.Module, *, target_modules: Patterns = None, exclude_modules: Patterns = None
 ) -> Candidates:
-    """The modules that have channels, narrowed as in PEFT; checked to be the same in both models.
+    """The modules with channels, selected as in PEFT, and checked to be the same in both models.
 
     Args:
         base: the base.
         donor: the donor.
         target_modules: regular expression for the whole name, names or dotted suffixes, or `"all-linear"` (every
-            linear and Conv1D module but the output layer); None takes every module that has channels.
+            linear and Conv1D module except the output layer); None selects every module with channels.
         exclude_modules: regular expression, names or dotted suffixes to leave out.
 
     Raises:
-        ActValueError: nothing is left, or the models differ in a candidate's presence or number of channels.
+        ActValueError: no module is left, or a candidate is missing in one model or has a different number of channels.
     """
-    mine = _select(base, target_modules, exclude_modules)
-    theirs = _select(donor, target_modules, exclude_modules)
-    if not mine and not theirs:
+    in_base = _select(base, target_modules, exclude_modules)
+    in_donor = _select(donor, target_modules, exclude_modules)
+    if not in_base and not in_donor:
         raise ActValueError(
-            f"target_modules: got {target_modules!r} without {exclude_modules!r}, which leaves no module that has "
+            f"target_modules: got {target_modules!r} without {exclude_modules!r}, which leaves no module with "
             f"channels (the base has: {_some_names(base)})"
         )
     heads = (_output_layer(base), _output_layer(donor))
-    differing = [name for name in {**mine, **theirs} if not _agree(mine.get(name), theirs.get(name), heads)]
+    names = list({**in_base, **in_donor})
+    differing = [name for name in names if not _agree(in_base.get(name), in_donor.get(name), heads)]
     if differing:
         name = differing[0]
         raise ActValueError(
-            f"{name}: donor has {_in_words(theirs.get(name))}, the base has {_in_words(mine.get(name))} "
-            f"({len(differing)} of {len({**mine, **theirs})} modules differ; take two models of the same structure, "
+            f"{name}: donor has {_shape_text(in_donor.get(name))}, the base has {_shape_text(in_base.get(name))} "
+            f"({len(differing)} of {len(names)} modules differ; take two models of the same structure, "
             "or leave these out with exclude_modules)"
         )
     return Candidates(
-        base={name: module.called for name, module in mine.items()},
-        donor={name: theirs[name].called for name in mine},
-        num_channels={name: num_channels(module.layer) for name, module in mine.items()},
-        donor_channels={name: num_channels(theirs[name].layer) for name in mine},
-        embeddings=frozenset(n for n, m in mine.items() if channel_kind(m.layer) is ChannelKind.EMBEDDING),
+        base={name: module.called for name, module in in_base.items()},
+        donor={name: in_donor[name].called for name in in_base},
+        num_channels={name: num_channels(module.layer) for name, module in in_base.items()},
+        donor_channels={name: num_channels(in_donor[name].layer) for name in in_base},
+        embeddings=frozenset(n for n, m in in_base.items() if channel_kind(m.layer) is ChannelKind.EMBEDDING),
     )
 
 
 def unmatched_names(model: nn.Module, patterns: Patterns) -> list[str]:
-    """Those of several names that match no module with channels, misspelt ones; none of a regular expression."""
+    """The names in a list that match no module with channels (misspelt ones); empty for a regular expression."""
     if patterns is None or isinstance(patterns, str):
         return []
     names = [name for name, module in named_modules(model) if channel_kind(module.layer) is not None]
@@ -113,15 +114,15 @@ def _output_layer(model: nn.Module) -> nn.Module | None:
 
 
 def _agree(
-    mine: NamedModule | None, theirs: NamedModule | None, heads: tuple[nn.Module | None, nn.Module | None]
+    base: NamedModule | None, donor: NamedModule | None, heads: tuple[nn.Module | None, nn.Module | None]
 ) -> bool:
-    if mine is None or theirs is None:
+    if base is None or donor is None:
         return False
-    both_heads = mine.called is heads[0] and theirs.called is heads[1]
-    return both_heads or num_channels(mine.layer) == num_channels(theirs.layer)
+    both_heads = base.called is heads[0] and donor.called is heads[1]
+    return both_heads or num_channels(base.layer) == num_channels(donor.layer)
 
 
-def _in_words(module: NamedModule | None) -> str:
+def _shape_text(module: NamedModule | None) -> str:
     if module is None:
         return "no such module"
     return f"{num_channels(module.layer)} channels (weight {list(weight_of(module.layer).shape)})"

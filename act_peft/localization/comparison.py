@@ -22,7 +22,7 @@ from act_peft.localization.sums import sum_absolute_difference
 
 
 class BatchComparison:
-    """Keeps the base's outputs at the answer tokens while it runs, and subtracts the donor's as they come.
+    """Stores the outputs of the base at the answer tokens, and subtracts the outputs of the donor one by one.
 
     Run the base once inside `reading_base()`, then the donor once inside `reading_donor()`, then ask for `sums()`.
 
@@ -42,7 +42,7 @@ class BatchComparison:
 
     @contextmanager
     def reading_base(self) -> Iterator[None]:
-        """The base runs inside this context.
+        """Run the base inside this context.
 
         Raises:
             ActValueError: a candidate did not run, or its output has no row for every token.
@@ -53,7 +53,7 @@ class BatchComparison:
 
     @contextmanager
     def reading_donor(self) -> Iterator[None]:
-        """The donor runs inside this context.
+        """Run the donor inside this context.
 
         Raises:
             ActValueError: a candidate ran more or less often than in the base, or its output has no row for every
@@ -64,9 +64,9 @@ class BatchComparison:
         self._check_all([name for name, calls in self._kept.items() if calls], "ran less often in the donor")
 
     def sums(self) -> dict[str, torch.Tensor]:
-        """Module name -> sum of the absolute differences over the answer tokens (mean of a module's calls).
+        """Module name -> sums of the absolute differences over the answer tokens, one per comparable channel.
 
-        One value for every comparable channel.
+        For a module with several calls it is the mean over the calls.
         """
         return {name: torch.stack(calls).mean(0) for name, calls in self._sums.items()}
 
@@ -87,13 +87,13 @@ class BatchComparison:
         rows = self._rows(name, args, output, self._candidates.donor_channels[name])
         if not self._kept[name]:
             self._check_all([name], "ran more often in the donor")
-        theirs = self._kept[name].popleft()  # its memory is free for the donor's next modules
-        if theirs.shape != rows.shape:
+        base_rows = self._kept[name].popleft()  # this frees memory for the donor's next modules
+        if base_rows.shape != rows.shape:
             raise ActValueError(
-                f"{name}: donor gave {len(rows)} rows, the base {len(theirs)}, expected as many "
+                f"{name}: donor gave {len(rows)} rows, the base {len(base_rows)}, expected the same number "
                 f"({_leave_out([name], self._sums)})"
             )
-        self._sums[name].append(sum_absolute_difference(rows, theirs) / (len(rows) // len(self._tokens)))
+        self._sums[name].append(sum_absolute_difference(rows, base_rows) / (len(rows) // len(self._tokens)))
 
     def _check_all(self, failing: list[str], what: str) -> None:
         if failing:
@@ -104,7 +104,7 @@ class BatchComparison:
 
 
 def _leave_out(names: list[str], candidates: Iterable[str]) -> str:
-    """How to exclude these modules and no other candidate: by their common parent, their last names, or one by one."""
+    """Advice to exclude exactly these modules: by their common parent, by their last names, or one by one."""
     common = os.path.commonprefix(names)  # noqa: RUF071, names are no paths
     parent = common[: common.rfind(".") + 1]
     last = sorted({name.rpartition(".")[2] for name in names})
@@ -131,12 +131,11 @@ def select_rows(
     | `[1, T, C]`, `[T, C]` of an embedding (positions, the same for every sample) | one per token |
 
     Args:
-        output: what the module returned.
-        args: what the module was called with; tells the two layouts with heads apart if there are as many heads as
-            tokens.
+        output: the output of the module.
+        args: its arguments. They decide between the two layouts with heads if there are as many heads as tokens.
         tokens: the N answer tokens of the batch `[B, T]`.
         channels: C.
-        positional: whether an output without the batch's axis may be repeated for every sample.
+        positional: whether an output without a batch axis may be repeated for every sample.
 
     Returns:
         `[N * R, C]`, a copy; R rows for every token.
@@ -165,10 +164,10 @@ def select_rows(
 def _heads_first(shape: tuple[int, ...], args: tuple[Any, ...], length: int) -> bool:
     if shape[1] != shape[2]:
         return shape[2] == length
-    # As many heads as tokens: heads are split off the last axis of [B, T, heads * C], so in memory they lie closer
-    # together than tokens do.
-    given = args[0] if args and isinstance(args[0], torch.Tensor) else None
-    return given is not None and given.dim() == 4 and given.stride(1) < given.stride(2)
+    # As many heads as tokens. Heads come from the last axis of [B, T, heads * C], so their stride is smaller than that
+    # of the tokens.
+    first = args[0] if args and isinstance(args[0], torch.Tensor) else None
+    return first is not None and first.dim() == 4 and first.stride(1) < first.stride(2)
 
 
 OnOutput = Callable[[str, tuple[Any, ...], Any], None]
@@ -178,8 +177,8 @@ OnOutput = Callable[[str, tuple[Any, ...], Any], None]
 def tap_outputs(modules: Mapping[str, nn.Module], on_output: OnOutput) -> Iterator[None]:
     """Inside the context, every call of one of the modules also calls `on_output(name, args, output)`.
 
-    Exactly the hooks that were registered here are removed at the end, also after an exception or Ctrl-C; other hooks
-    stay, and those registered earlier have run when `on_output` sees the output. The output itself is not changed.
+    At the end, also after an exception or Ctrl-C, exactly these hooks are removed; all other hooks stay. Hooks that
+    were registered earlier have already run when `on_output` sees the output. The output is not changed.
     """
     handles: list[RemovableHandle] = []
     try:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from act_peft.errors import ActValueError
 
-# Elements that are worked on at a time: on the CPU a piece stays in the cache, on an accelerator it keeps it busy.
+# Number of elements in one block: on the CPU it fits the cache, on an accelerator it is large enough to be fast.
 _CPU_ELEMENTS = 1 << 17
 _ACCELERATOR_ELEMENTS = 1 << 26
 
@@ -24,18 +24,18 @@ def sum_absolute_difference(donor: torch.Tensor, base: torch.Tensor) -> torch.Te
     Returns:
         `[C]`.
     """
-    return sum_per_channel(lambda mine, theirs: mine.sub_(theirs).abs_(), (donor, base), channel_dim=1)
+    return sum_per_channel(lambda donor, base: donor.sub_(base).abs_(), (donor, base), channel_dim=1)
 
 
 def sum_per_channel(
     formula: Callable[..., torch.Tensor], tensors: Sequence[torch.Tensor], *, channel_dim: int
 ) -> torch.Tensor:
-    """`sum of formula(*tensors)` over every axis but that of the channels, a block of rows at a time.
+    """`sum of formula(*tensors)` over every axis except that of the channels, one block of rows at a time.
 
     The formula is computed in float32 or wider, the sum in float64 (float32 where a device has no float64).
 
     Args:
-        formula: an elementwise function. It sees blocks of the tensors, not copies where a tensor is wide enough.
+        formula: an elementwise function of blocks of the tensors. Blocks of the wide dtype are no copies.
         tensors: `[R, C]`, `[C, I]` or `[C]`, of one shape, any floating dtypes and devices.
         channel_dim: axis of the channels, 0 or 1.
 
@@ -63,11 +63,11 @@ def sum_per_channel(
 
 
 class ChannelSums:
-    """Sums per channel and the number of tokens behind them, over all batches so far.
+    """Sums per channel and the number of their tokens, over all batches so far.
 
     Args:
         num_channels: module name -> number of channels C.
-        what: what is summed, for messages.
+        what: the values in the sums, for messages.
     """
 
     def __init__(self, num_channels: Mapping[str, int], *, what: str = "activations whose difference is") -> None:
@@ -95,7 +95,7 @@ class ChannelSums:
             num_tokens: number of tokens in these sums.
 
         Raises:
-            ActValueError: a sum is not finite. Nothing has been added then.
+            ActValueError: a sum is not finite. Then nothing is added.
         """
         on_cpu = _to_cpu(batch)
         wrong = [name for name, values in on_cpu.items() if not torch.isfinite(values).all()]
@@ -111,14 +111,10 @@ class ChannelSums:
 
 
 def _to_cpu(sums: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Move many small tensors with one copy per device: every copy waits for the device."""
+    """Move many small tensors with one copy per device, because every copy waits for the device."""
     moved: dict[str, torch.Tensor] = {}
     for device in {values.device for values in sums.values()}:
         names = [name for name, values in sums.items() if values.device == device]
         together = torch.cat([sums[name] for name in names]).cpu()
-        moved.update(zip(names, _split(together, (sums[name].numel() for name in names)), strict=True))
+        moved.update(zip(names, together.split([sums[name].numel() for name in names]), strict=True))
     return {name: moved[name] for name in sums}
-
-
-def _split(values: torch.Tensor, sizes: Iterable[int]) -> tuple[torch.Tensor, ...]:
-    return values.split(list(sizes))

@@ -1,4 +1,4 @@
-"""Two models of one family that know different numbers of tokens: the first ones are common."""
+"""Two models of one family with vocabularies of different size: the first tokens are common to both."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ class CommonVocabulary:
         Raises:
             ActValueError: a token that one of the models does not know.
         """
-        mine, theirs = self._sizes
-        if mine is None or theirs is None or mine == theirs:
+        base, donor = self._sizes
+        if base is None or donor is None or base == donor:
             return
         for name in _TOKENS:
             tokens = batch.get(name)
-            if isinstance(tokens, torch.Tensor) and tokens.numel() and int(tokens.max()) >= min(mine, theirs):
+            if isinstance(tokens, torch.Tensor) and tokens.numel() and int(tokens.max()) >= min(base, donor):
                 raise ActValueError(
-                    f"{name}: got token {int(tokens.max())}, expected tokens below {min(mine, theirs)}, which both "
-                    f"models know (the base has {mine} tokens, the donor {theirs}; tokenise with the tokenizer and "
+                    f"{name}: got token {int(tokens.max())}, expected tokens below {min(base, donor)}, which both "
+                    f"models know (the base has {base} tokens, the donor {donor}; tokenise with the tokenizer and "
                     "chat template of the model with fewer)"
                 )
 
 
 def warn_left_out(candidates: Candidates, *, stacklevel: int) -> None:
-    """Say which rows of the output layer are compared if not all are.
+    """Warn if only some rows of the output layer are compared.
 
     Args:
         candidates: the compared modules.
@@ -56,11 +56,11 @@ def warn_left_out(candidates: Candidates, *, stacklevel: int) -> None:
         ActWarning: if the models have different numbers of rows.
     """
     for name, count in candidates.num_channels.items():
-        theirs = candidates.donor_channels[name]
-        if count != theirs:
+        donor = candidates.donor_channels[name]
+        if count != donor:
             warnings.warn(
-                f"{name}: the base has {count} rows, the donor {theirs}: only the first {min(count, theirs)}, the "
-                f"common vocabulary, are compared; {abs(count - theirs)} rows are left out and never selected",
+                f"{name}: the base has {count} rows, the donor {donor}. Only the first {min(count, donor)}, the "
+                f"common vocabulary, are compared; {abs(count - donor)} rows are left out and never selected",
                 ActWarning,
                 stacklevel=stacklevel + 1,
             )

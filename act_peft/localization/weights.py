@@ -1,4 +1,4 @@
-"""Scores by weights: how much the parameters of a channel differ."""
+"""Scores by weights: the size of the difference of a channel's parameters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from act_peft.localization.sums import sum_per_channel
 
 
 def score_weights(candidates: Candidates) -> ChannelScores:
-    """Euclidean norm of the change of a channel's weight and bias; formula and errors as in `localize`."""
+    """Euclidean norm of the difference of a channel's weight and bias; formula and errors as in `localize`."""
     norms = {name: _norms(pairs) for name, pairs in parameter_pairs(candidates).items()}
     return ChannelScores(candidates.padded(norms), 0, kind=ScoreKind.WEIGHT, num_comparable=candidates.num_comparable)
 
@@ -32,12 +32,12 @@ def _norms(pairs: Sequence[ParameterPair]) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class ParameterPair:
-    """The same parameter of both models, cut to the rows (tokens) that both have.
+    """A parameter of both models, cut to the rows (tokens) that both have.
 
     Attributes:
         part: `"weight"` or `"bias"`.
-        base: the base's values, a view of its parameter.
-        donor: the donor's, of the same shape.
+        base: values of the base, a view of its parameter.
+        donor: values of the donor, of the same shape.
         channel_dim: axis of the channels.
     """
 
@@ -48,13 +48,13 @@ class ParameterPair:
 
 
 def parameter_pairs(candidates: Candidates) -> dict[str, list[ParameterPair]]:
-    """The weight and, where there is one, the bias of every candidate.
+    """The weight and, if there is one, the bias of every candidate.
 
     Args:
         candidates: the compared modules, plain layers in both models.
 
     Raises:
-        ActValueError: a parameter that only one model has, or of another shape.
+        ActValueError: a parameter that only one model has, or with different shapes.
     """
     return {name: _pairs_of(name, candidates) for name in candidates.base}
 
@@ -63,19 +63,19 @@ def _pairs_of(name: str, candidates: Candidates) -> list[ParameterPair]:
     kind = kind_of(candidates.base[name])
     pairs = []
     for part in ("weight", "bias"):
-        mine, theirs = (getattr(models[name], part, None) for models in (candidates.base, candidates.donor))
-        if mine is None and theirs is None:
+        base, donor = (getattr(models[name], part, None) for models in (candidates.base, candidates.donor))
+        if base is None and donor is None:
             continue
         channel_dim = kind.axis_of(part)
-        by_token = 0 if kind is ChannelKind.EMBEDDING else channel_dim  # another number of these is no other structure
-        if mine is None or theirs is None or _without(mine, by_token) != _without(theirs, by_token):
+        by_token = 0 if kind is ChannelKind.EMBEDDING else channel_dim  # axis of tokens: its size may differ
+        if base is None or donor is None or _without(base, by_token) != _without(donor, by_token):
             raise ActValueError(
-                f"{name}: donor has {_in_words(theirs, part)}, the base has {_in_words(mine, part)}, expected the "
+                f"{name}: donor has {_shape_text(donor, part)}, the base has {_shape_text(base, part)}, expected the "
                 "same (take two models of the same structure, or leave the module out with exclude_modules)"
             )
-        common = min(mine.shape[by_token], theirs.shape[by_token])
-        mine, theirs = (tensor.detach().narrow(by_token, 0, common) for tensor in (mine, theirs))
-        pairs.append(ParameterPair(part, mine, theirs, channel_dim))
+        common = min(base.shape[by_token], donor.shape[by_token])
+        base, donor = (tensor.detach().narrow(by_token, 0, common) for tensor in (base, donor))
+        pairs.append(ParameterPair(part, base, donor, channel_dim))
     return pairs
 
 
@@ -83,5 +83,5 @@ def _without(tensor: torch.Tensor, dim: int) -> list[int]:
     return [size for axis, size in enumerate(tensor.shape) if axis != dim]
 
 
-def _in_words(tensor: torch.Tensor | None, part: str) -> str:
+def _shape_text(tensor: torch.Tensor | None, part: str) -> str:
     return f"no {part}" if tensor is None else f"{part} {list(tensor.shape)}"

@@ -13,18 +13,18 @@ from torch.nn import functional as F
 from act_peft.batches.predictions import Predictions, find_predictions, logits_of
 from act_peft.errors import ActError, ActTypeError, ActValueError
 
-# Logits that are made float32 together: what a CPU's cache holds, and where calls cost more than memory, 512 MB.
+# Number of logits converted to float32 at the same time: on the CPU they fit the cache, on other devices 512 MB.
 _CPU_LOGITS, _LOGITS = 1 << 19, 1 << 27
 
 
 @dataclass(frozen=True)
 class SkillResult:
-    """What a model does on the data of one skill.
+    """Loss and accuracy of a model on the data of one skill.
 
     Attributes:
         loss: mean cross-entropy of the answer tokens, in nats.
-        accuracy: share of the answer tokens that are more probable than every other token, from 0 to 1. A tie does
-            not count, so a broken model that gives all tokens the same logit has 0.
+        accuracy: share of the answer tokens that are more probable than every other token, from 0 to 1. A tie is no
+            hit, so a broken model with equal logits for all tokens has 0.
     """
 
     loss: float
@@ -32,15 +32,15 @@ class SkillResult:
 
 
 class HeldOutData:
-    """The batches of one skill. They are read once and kept, so that every model sees the same.
+    """The batches of one skill. They are read once and stored, so that every model sees the same data.
 
-    Counted are the answer tokens that follow another token (arXiv 2601.09398 counts the same tokens for its scores):
-    `labels != -100`, shifted as causal language models do; without labels every token that `attention_mask` has. In
-    batches with `decoder_input_ids` the labels are those of the decoder's positions, and not shifted.
+    The counted tokens are the answer tokens with a token before them (as for the scores of arXiv 2601.09398):
+    `labels != -100`, shifted as in causal language models; without labels, every unmasked token. In batches with
+    `decoder_input_ids` the labels belong to the decoder and are not shifted.
 
     Args:
         dataloader: batches (dicts) that the models accept.
-        argument: name of the argument that they came in, for messages.
+        argument: name of the argument with the batches, for messages.
 
     Attributes:
         num_tokens: number of counted tokens N, over all batches.
@@ -48,7 +48,7 @@ class HeldOutData:
 
     Raises:
         ActTypeError: not an iterable of dicts of tensors.
-        ActValueError: no batch, or one without a counted token.
+        ActValueError: no batch, or a batch without a counted token.
     """
 
     def __init__(self, dataloader: Iterable[Mapping[str, Any]], *, argument: str) -> None:
@@ -62,37 +62,36 @@ class HeldOutData:
                 raise type(error)(f"{argument}: batch {number}: {error}") from error
         if not self._batches:
             raise ActValueError(
-                f"{argument}: got no batch, expected at least one (is the dataset empty, or a generator already used "
-                "up?)"
+                f"{argument}: got no batch, expected at least one (is the dataset empty, or a generator exhausted?)"
             )
         self.num_tokens = sum(batch.targets.numel() for batch in self._batches)
         self.largest_token = max(_largest_token(batch) for batch in self._batches)
 
     @torch.no_grad()
     def measure(self, model: nn.Module) -> SkillResult:
-        """Run a model over all batches, in the mode that it is in.
+        """Run a model over all batches, in its current mode.
 
         Args:
             model: a language model that gives `logits` `[B, T, V]`.
 
         Returns:
-            Loss and accuracy, pooled over all batches by tokens, summed in float64.
+            Loss and accuracy over the tokens of all batches, summed in float64.
 
         Raises:
-            ActValueError: the model gives no such logits.
+            ActValueError: the model returns no such logits.
         """
         losses, hits = [], []
         for batch in self._batches:
             logits = logits_of(model, batch)  # [B * T, V]
             positions, targets = batch.positions.to(logits.device), batch.targets.to(logits.device)
             at_once = max((_CPU_LOGITS if logits.device.type == "cpu" else _LOGITS) // logits.shape[1], 1)
-            for where, wanted in zip(positions.split(at_once), targets.split(at_once), strict=True):
+            for where, answers in zip(positions.split(at_once), targets.split(at_once), strict=True):
                 chosen = logits.index_select(0, where).float()  # [N, V]
-                losses.append(F.cross_entropy(chosen, wanted, reduction="none"))
-                own = chosen.gather(1, wanted[:, None])  # [N, 1]
-                others = chosen.scatter_(1, wanted[:, None], -torch.inf)  # `argmax` takes as long as all the rest
-                hits.append(own[:, 0] > others.amax(-1))
-        # Only here the device is waited for.
+                losses.append(F.cross_entropy(chosen, answers, reduction="none"))
+                answer = chosen.gather(1, answers[:, None])  # [N, 1]
+                rest = chosen.scatter_(1, answers[:, None], -torch.inf)  # `argmax` would double the time
+                hits.append(answer[:, 0] > rest.amax(-1))
+        # The first wait for the device is here.
         loss = float(torch.cat(losses).to("cpu", torch.float64).sum())
         return SkillResult(loss / self.num_tokens, int(torch.cat(hits).sum()) / self.num_tokens)
 

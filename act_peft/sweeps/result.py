@@ -1,4 +1,4 @@
-"""What a sweep found: a table, its Pareto front and a recommendation."""
+"""The result of a sweep: a table, its Pareto front and a recommendation."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from act_peft.errors import ActValueError
 from act_peft.sweeps.heldout import SkillResult
 from act_peft.tables import aligned
 
-_ROUNDING = 1e-9  # differences of accuracies, which are shares of whole numbers, are rounded
+_ROUNDING = 1e-9  # tolerance for rounding in differences of accuracies
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """A model on the data of the ability and of every skill to keep."""
+    """Loss and accuracy of a model on the data of the ability and of every skill to keep."""
 
     ability: SkillResult
     keep: Mapping[str, SkillResult]
@@ -38,12 +38,12 @@ class Measurement:
 
 @dataclass(frozen=True)
 class SweepRow(Measurement):
-    """The base with some channels moved.
+    """The base with some channels transferred.
 
     Attributes:
-        density: share of the channels that was asked for; 0 for the base itself.
+        density: requested share of the channels; 0 for the base itself.
         transfer_scale: λ; 0 for the base itself.
-        num_channels: number of channels that moved.
+        num_channels: number of transferred channels.
     """
 
     density: float
@@ -67,8 +67,8 @@ class SweepResult:
     Attributes:
         rows: one for every density and transfer scale, densities and then scales ascending.
         base: the base, density 0.
-        donor: the donor's own numbers, if it is a model in memory that knows the tokens of the data.
-        max_drop: how much token accuracy a skill to keep may lose, as a share.
+        donor: the figures of the donor, if it is a model in memory that knows the tokens of the data.
+        max_drop: greatest allowed loss of token accuracy on a skill to keep, as a share.
         scope: as in `ChannelScores.top`.
         normalize: as in `ChannelScores.top`.
         masks: density -> its mask.
@@ -89,12 +89,12 @@ class SweepResult:
 
     @property
     def recommended(self) -> SweepRow | None:
-        """`recommend` among the settings; None if no setting fulfils the rule."""
+        """The setting that `recommend` chooses; None if no setting satisfies the rule."""
         return recommend(self.rows, self.base, max_drop=self.max_drop)
 
     @property
     def rule(self) -> str:
-        """How the recommendation is made, in words."""
+        """The rule of the recommendation, as text."""
         return (
             "the highest token accuracy on the ability among the settings that raise it and cost no kept skill more "
             f"than {100 * self.max_drop:g} points; among equals the lower density, then the lower scale"
@@ -120,7 +120,7 @@ class SweepResult:
         return self.masks[self.density]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the masks as plain values, for JSON."""
+        """Everything except the masks as plain values, for JSON."""
         front, best = self.front, self.recommended
         return {
             "scope": self.scope.value,
@@ -168,13 +168,13 @@ class SweepResult:
 
 
 def pareto_front(rows: Iterable[SweepRow]) -> tuple[SweepRow, ...]:
-    """The rows that no other one beats: at least as accurate on the ability and on what is kept, and more on one.
+    """The rows that no other row beats, by the accuracy on the ability and the mean accuracy on the skills to keep.
 
-    What is kept is the mean accuracy over the skills to keep. Of rows with equal accuracies the one with the lowest
-    density stays, then the lowest scale.
+    A row beats another one if both accuracies are at least as high and one is higher. Of rows with equal accuracies
+    only the one with the lowest density stays, then the lowest transfer scale.
 
     Returns:
-        Ability ascending, and so what is kept descending.
+        The rows, with the accuracy on the ability ascending, so that on the skills to keep descends.
     """
     front: list[SweepRow] = []
     order = sorted(rows, key=lambda row: (-row.ability.accuracy, -row.keep_accuracy, *_cost(row)))
@@ -189,11 +189,11 @@ def recommend(rows: Iterable[SweepRow], base: SweepRow, *, max_drop: float) -> S
 
     Args:
         rows: the settings.
-        base: what they are compared with.
-        max_drop: by how much the accuracy on a skill to keep may be below the base's, as a share.
+        base: the base, for comparison.
+        max_drop: greatest allowed loss of accuracy on a skill to keep, compared with the base, as a share.
 
     Returns:
-        Among equals the row with the lowest density, then the lowest scale; None if there is none.
+        Among equals the row with the lowest density, then the lowest transfer scale; None if there is no such row.
     """
     allowed = [
         row

@@ -1,4 +1,4 @@
-"""`sweep`: which density and which transfer scale, seen on held-out data without training anything."""
+"""`sweep`: measure densities and transfer scales on held-out data, without training."""
 
 from __future__ import annotations
 
@@ -42,54 +42,54 @@ def sweep(
     max_drop: float = 0.05,
     show_progress: bool = True,
 ) -> SweepResult:
-    """Measure the base with the donor's channels moved over, for every density and transfer scale.
+    """Measure the base after a transfer of the donor's channels, for every density and transfer scale.
 
         W_base[i, :] + λ * (W_donor[i, :] - W_base[i, :])          for the channels i of `scores.top(density)`
 
-    (arXiv 2601.09398, the transfer step.) For every setting the loss and the token accuracy on held-out data of the
-    ability and of the skills to keep. Nothing is trained, loaded again or built: rows of the base are overwritten in
+    (arXiv 2601.09398, the transfer step.) Every setting gets its loss and token accuracy on held-out data of the
+    ability and of the skills to keep. Nothing is trained and no model is built: rows of the base are overwritten in
     place, and only those that change from one setting to the next. At the end, also after an exception or Ctrl-C, the
-    base has its bytes back. Beside one forward pass of the base over the data for every setting, one for the base
-    itself and one of a donor in memory, the time is that of copying rows.
+    base has its original bytes again. The time is one forward pass over the data per setting, one for the base
+    itself, one for a donor in memory, and the time for copying rows.
 
-    Loss and accuracy count the answer tokens, pooled over all batches: `labels != -100`, shifted as causal language
-    models do; without labels every token that `attention_mask` has; in either case those with a token before them.
+    Loss and accuracy count the answer tokens of all batches: with labels those with `labels != -100`, shifted as in
+    causal language models; without labels, every unmasked token. The first token of a sample never counts.
 
-    The recommendation is the setting with the highest token accuracy on the ability among those that raise it above
-    the base's and whose accuracy on no skill to keep is more than `max_drop` below the base's; among equals the lower
-    density, then the lower scale. There may be none. The Pareto front is over the accuracy on the ability and the
-    mean accuracy on the skills to keep, and includes the base where no setting beats it.
+    The recommendation is the setting with the highest token accuracy on the ability, among the settings that raise it
+    above the base's accuracy and cost no skill to keep more than `max_drop`; among equals the lower density, then the
+    lower transfer scale. There may be no such setting. The Pareto front compares the accuracy on the ability and the
+    mean accuracy on the skills to keep. It includes the base if no setting beats it.
 
-    Modules that share a weight (tied embeddings) move apart as they do with an adapter: each has a weight of its own
-    until the end, and the rows of the output layer do not move the embedding.
+    Modules that share a weight (tied embeddings) get separate weights until the end, as with an adapter: rows of the
+    output layer do not change the embedding.
 
     Memory beyond the models: originals and differences of the rows of the largest density, in the base's dtype and on
-    its device, so twice that share of the candidates' weights; tied weights that move once more; the batches, which
-    are read once and kept where they are. In a base of 16 bits the differences are rounded to it, so a row can differ
-    from that of an adapter with float32 deltas in its last bit.
+    its device (twice that share of the candidates' weights); a copy of each tied weight that changes; the batches,
+    which are read once and stay on their device. In a base of 16 bits the differences are rounded to 16 bits, so the
+    last bit of a row can differ from that of an adapter with float32 deltas.
 
     Args:
         base: the model that receives the ability, without adapters. It runs in evaluation mode.
-        donor: its relative: a model in memory, or the folder or Hub id of a checkpoint or of a LoRA or ACT adapter of
-            the base, of which only the rows of the largest density are read.
-        scores: of the channels, from `localize`.
+        donor: a related model with the ability: a model in memory, or the folder or Hub id of a checkpoint or of a
+            LoRA or ACT adapter of the base. On disk only the rows of the largest density are read.
+        scores: scores of the channels, from `localize`.
         ability_dataloader: batches of held-out examples of the ability: dicts that the models accept.
-        keep_dataloader: the same of a skill to keep, or skill -> batches for several.
+        keep_dataloader: batches of a skill to keep; for several skills, a dict skill -> batches.
         densities: shares of the channels, above 0 and at most 1.
         scales: transfer scales λ, finite and not 0.
         scope: as in `ChannelScores.top`.
         normalize: as in `ChannelScores.top`.
-        max_drop: how much accuracy a skill to keep may lose at most, as a share (0.05 is 5 points).
+        max_drop: greatest allowed loss of accuracy on a skill to keep, as a share (0.05 is 5 points).
         show_progress: show a progress bar if the error stream is a terminal.
 
     Returns:
-        The table; `result.mask` and `result.transfer_scale` go into `ActConfig`, `print(result)` shows it.
+        The table. `print(result)` shows it; `result.mask` and `result.transfer_scale` are for `ActConfig`.
 
     Raises:
-        ActTypeError: a base, donor, scores or batches of a kind that does not fit; a model with adapters.
-        ActValueError: no or repeated densities or scales, or ones out of range; scores of another model; no batch, or
-            one without an answer token; a donor of another structure; quantised or offloaded modules; weights that are
-            not finite; a model without logits. The base is unchanged then.
+        ActTypeError: a base, donor, scores, number or batches of the wrong type; a model with adapters.
+        ActValueError: missing or repeated densities or scales, or some out of range; scores of a different model; no
+            batch, or a batch without an answer token; a donor of a different structure; quantised or offloaded
+            modules; weights that are not finite; a model without logits. Then the base is unchanged.
 
     Warns:
         ActWarning: once, as `initialize_from_donor`.
@@ -115,20 +115,20 @@ def sweep(
         num_settings = len(densities) * len(scales)
         with tqdm(total=num_settings, desc="sweep", unit="setting", disable=None if show_progress else True) as bar:
             start = _measure(base, data)
-            own = _measure(donor, data) if isinstance(donor, nn.Module) and _knows(donor, data) else None
+            of_donor = _measure(donor, data) if isinstance(donor, nn.Module) and _knows(donor, data) else None
             rows = []
             with moves:
                 for number, scale in _settings(len(densities), scales):
                     moves.move_(number, scale)
-                    found = _measure(base, data)
+                    result = _measure(base, data)
                     rows.append(
-                        SweepRow(found.ability, found.keep, densities[number], scale, moves.num_channels[number])
+                        SweepRow(result.ability, result.keep, densities[number], scale, moves.num_channels[number])
                     )
                     bar.update()
     return SweepResult(
         rows=tuple(sorted(rows, key=lambda row: (row.density, row.transfer_scale))),
         base=SweepRow(start.ability, start.keep, 0.0, 0.0, 0),
-        donor=own,
+        donor=of_donor,
         max_drop=max_drop,
         scope=scope,
         normalize=normalize,
@@ -191,7 +191,7 @@ def _knows(model: nn.Module, data: tuple[HeldOutData, dict[str, HeldOutData]]) -
 
 
 def _settings(num_densities: int, scales: Sequence[float]) -> Iterator[tuple[int, float]]:
-    """Every number of a density with every scale, so that with a new density the scale stays and old rows with it."""
+    """Every number of a density with every scale. With a new density the scale stays, so old rows need no change."""
     for number in range(num_densities):
         for scale in scales if number % 2 == 0 else reversed(scales):
             yield number, scale

@@ -1,4 +1,4 @@
-"""Learned scales become rows, and channels without effect go."""
+"""Pruning: learned scales are multiplied into the rows, and channels without effect are removed."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from act_peft.training.scales import _scales_of
 
 
 def prune_channels(model: nn.Module, *, threshold: float = 0.0, adapter_name: str = "default") -> None:
-    """Make an ordinary ACT adapter of one with learned scales: fold them in, and drop the channels without effect.
+    """Turn an adapter with learned scales into an ordinary ACT adapter, without the channels that have no effect.
 
-        delta[i, :] <- s_i * delta[i, :]          for every channel with |s_i| > threshold; the others go
+        delta[i, :] <- s_i * delta[i, :]      for every channel with |s_i| > threshold; all other channels are removed
 
-    With `threshold` 0 only channels whose scale is exactly zero go, so no output changes beyond the rounding of the
-    product. Afterwards the rows train (`trainable="deltas"`), unless the adapter is frozen, and files hold only what
-    is left. An optimizer made before must be made again.
+    With `threshold` 0 only channels with a learned scale of exactly zero are removed, so outputs change only by the
+    rounding of the product. Afterwards the rows are trained (`trainable="deltas"`), unless the adapter is frozen, and
+    files hold only the channels that are left. An older optimizer has to be made again.
 
     Args:
         model: a `PeftModel` with an ACT adapter, or a model that an ACT adapter was injected into.
-        threshold: scales of at most this size are dropped; at least 0.
+        threshold: channels with a learned scale of at most this size are removed; at least 0.
         adapter_name: name of the adapter.
 
     Raises:
-        ActValueError: no such adapter, one without scales or that is merged, scales that are not finite, a threshold
-            that is negative, or one above every scale. Nothing is changed then.
+        ActValueError: no such adapter, an adapter without learned scales, a merged one, scales that are not finite, a
+            threshold that is negative or above every scale. Then nothing is changed.
         ActTypeError: a threshold that is no number.
     """
     threshold = finite_number(threshold, "threshold", least=0)
@@ -39,8 +39,8 @@ def prune_channels(model: nn.Module, *, threshold: float = 0.0, adapter_name: st
     without = [name for name, layer in layers.items() if adapter_name not in layer.act_delta_channel_scale]
     if without:
         raise ActValueError(
-            f"{without[0]}: adapter {adapter_name!r} has no scales, expected one with trainable='scales' or 'both' "
-            f"({len(without)} of {len(layers)} modules have none; it was pruned before, or trains rows)"
+            f"{without[0]}: adapter {adapter_name!r} has no learned scales, expected trainable='scales' or 'both' "
+            f"({len(without)} of {len(layers)} modules have none; was it pruned already, or made for rows?)"
         )
     merged = [name for name, layer in layers.items() if adapter_name in layer.merged_adapters]
     if merged:
@@ -50,8 +50,8 @@ def prune_channels(model: nn.Module, *, threshold: float = 0.0, adapter_name: st
     broken = [n for n, layer in layers.items() if not torch.isfinite(_scales_of(layer, adapter_name)).all()]
     if broken:
         raise ActValueError(
-            f"{broken[0]}: scales that are not finite, expected finite ones ({len(broken)} of {len(layers)} modules "
-            "have such; did the training diverge? try a lower learning rate)"
+            f"{broken[0]}: got learned scales that are not finite, expected finite numbers ({len(broken)} of "
+            f"{len(layers)} modules; did the training diverge? try a lower learning rate)"
         )
     kept = {
         name: (layer.act_delta_channel_scale[adapter_name].detach().abs() > threshold).nonzero().squeeze(1)
@@ -59,11 +59,11 @@ def prune_channels(model: nn.Module, *, threshold: float = 0.0, adapter_name: st
     }
     if not any(channels.numel() for channels in kept.values()):
         raise ActValueError(
-            f"threshold: got {threshold:g}, which no scale exceeds, so nothing would be left "
-            f"({'a lower threshold, or ' if threshold else ''}a weaker penalty in training)"
+            f"threshold: got {threshold:g}, which no learned scale exceeds, expected at least one channel "
+            f"above it ({'take a lower threshold, or ' if threshold else ''}train with a weaker penalty)"
         )
     configs, base = cast(Any, model).peft_config, base_model(model)
-    config = configs[adapter_name] = copy.copy(configs[adapter_name])  # TRL's reference adapter shares it
+    config = configs[adapter_name] = copy.copy(configs[adapter_name])  # TRL's reference adapter uses the same object
     share = sum(channels.numel() for channels in kept.values()) / sum(
         layer.act_delta_channel_scale[adapter_name].numel() for layer in layers.values()
     )

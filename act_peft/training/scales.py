@@ -1,4 +1,4 @@
-"""Learned transfer scales: what keeps them sparse while they train, and what makes an ordinary adapter of them."""
+"""Learned scales: a callback that keeps them sparse during training, and their figures in the log."""
 
 from __future__ import annotations
 
@@ -25,36 +25,37 @@ def soft_threshold_(scales: torch.Tensor, threshold: float, *, bounds: tuple[flo
     Args:
         scales: any shape; small ones become exactly zero.
         threshold: learning rate times weight of the penalty, at least 0.
-        bounds: the smallest and the greatest value allowed.
+        bounds: the smallest and the greatest allowed value.
     """
     with torch.no_grad():
         scales.copy_(torch.nn.functional.softshrink(scales, threshold).clamp_(*bounds))
 
 
 class ScaleSparsityCallback(TrainerCallback):
-    """Keeps the scales of `ActConfig(trainable="scales")` or `"both"` sparse and in bounds, in any Trainer.
+    """Keep the learned scales of `ActConfig(trainable="scales")` or `"both"` sparse and in bounds, in any Trainer.
 
-    After each optimizer step the proximal step of an L1 penalty is made, with the learning rate η of this step, and
-    then the bounds are enforced:
+    After each optimizer step follow the proximal step of an L1 penalty, with the learning rate η of this step, and
+    the bounds:
 
         s_i <- min(max(sign(s_i) * max(|s_i| - η * l1, 0), low), high)
 
-    so that scales become exactly zero, which `prune_channels` drops. A scale that the loss does not hold sinks by
-    η * l1 a step. With the bounds [0, 1] every channel stays between base and donor, which is what makes it a transfer
-    rather than a fine-tune.
+    So learned scales become exactly zero, and `prune_channels` can remove their channels. A scale without a gradient
+    shrinks by η * l1 in every step. With the bounds [0, 1] every channel stays between base and donor: it is a
+    transfer, not a fine-tune.
 
     Every log of the Trainer gets `scale_density` (share of the scales that are not zero), `scale_mean`, and
     `scale_density/KIND` for each kind of module; callbacks that the Trainer calls before this one (those of
     `report_to`) find them in `state.log_history`.
 
     Args:
-        l1: weight of the penalty, at least 0; 0 enforces the bounds alone. With Adam at a learning rate of 0.05 and a
+        l1: weight of the penalty, at least 0; with 0 only the bounds apply. With Adam, a learning rate of 0.05 and a
             hundred steps, 0.05 to 0.2 leave about half of the scales.
-        bounds: the smallest and the greatest scale.
+        bounds: the smallest and the greatest learned scale; they may be infinite.
 
     Raises:
-        ActValueError: a negative or infinite penalty, bounds that are not ascending; when the training begins: no
-            scale trains.
+        ActTypeError: a penalty or bounds that are no numbers.
+        ActValueError: a negative or infinite penalty, bounds that are not ascending. At the start of the training: no
+            learned scale is trained.
     """
 
     def __init__(self, l1: float, bounds: tuple[float, float] = (0.0, 1.0)) -> None:
@@ -68,14 +69,14 @@ class ScaleSparsityCallback(TrainerCallback):
         self.bounds = (limits[0], limits[1])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Check that there is something to do, before the first step."""
+        """Check before the first step that there are learned scales and differences."""
         training = [
             (layer, name) for layer, name in _adapters(kwargs["model"]) if _scales_of(layer, name).requires_grad
         ]
         if not training:
             raise ActValueError(
-                "ScaleSparsityCallback: no scale trains, expected a model with ActConfig(trainable='scales') or "
-                "'both' (a saved one is to be loaded with is_trainable=True)"
+                "ScaleSparsityCallback: no learned scale is trained, expected a model with "
+                "ActConfig(trainable='scales') or 'both' (load a saved one with is_trainable=True)"
             )
         rows = [layer.act_delta_weight[name] for layer, name in training]
         if not any(weight.requires_grad or bool(weight.any()) for weight in rows):
@@ -85,9 +86,9 @@ class ScaleSparsityCallback(TrainerCallback):
             )
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Threshold and bounds, after the optimizer has made its step and before the learning rate changes."""
+        """Apply penalty and bounds, after the step of the optimizer and before the learning rate changes."""
         optimizer = kwargs["optimizer"]
-        if getattr(optimizer, "step_was_skipped", False):  # gradients that overflowed in float16
+        if getattr(optimizer, "step_was_skipped", False):  # gradients overflowed in float16
             return
         rates = {
             id(parameter): float(group["lr"]) for group in optimizer.param_groups for parameter in group["params"]
@@ -98,18 +99,18 @@ class ScaleSparsityCallback(TrainerCallback):
                 continue
             if id(scales) not in rates:
                 raise ActValueError(
-                    "ScaleSparsityCallback: the optimizer has none of the scales, expected the model's own parameters "
-                    "in it (one device or DistributedDataParallel; DeepSpeed and FSDP train copies)"
+                    "ScaleSparsityCallback: the optimizer has none of the learned scales, expected the parameters of "
+                    "the model in it (one device or DistributedDataParallel; DeepSpeed and FSDP train copies)"
                 )
             soft_threshold_(scales, rates[id(scales)] * self.l1, bounds=self.bounds)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Add density and mean to what is logged."""
+        """Add density and mean to the log."""
         add_to_log(describe_scales(kwargs["model"]), state=state, logs=logs)
 
 
 def describe_scales(model: nn.Module) -> dict[str, float]:
-    """Density and mean of the scales of a model that train: `scale_density`, `scale_mean`, `scale_density/KIND`."""
+    """Figures of the learned scales that are trained: `scale_density`, `scale_mean`, `scale_density/KIND`."""
     groups: dict[str, list[torch.Tensor]] = {}
     for layer, name in _adapters(model):
         scales = _scales_of(layer, name)
@@ -127,7 +128,7 @@ def _density(scales: torch.Tensor) -> float:
 
 
 def _adapters(model: nn.Module) -> Iterator[tuple[ActLayer, str]]:
-    """The layers with learned scales, each with the names of the adapters that have them."""
+    """The layers with learned scales, each with the names of its adapters that have them."""
     for module in model.modules():
         if isinstance(module, ActLayer):
             for name in module.act_delta_channel_scale:
@@ -139,12 +140,12 @@ def _scales_of(layer: ActLayer, adapter_name: str) -> nn.Parameter:
 
 
 def add_to_log(figures: Mapping[str, float], *, state: Any, logs: dict[str, Any] | None) -> None:
-    """Add figures to what a Trainer is about to log; to be called in a callback's `on_log`.
+    """Add figures to the log of a Trainer; for a callback's `on_log`.
 
     Args:
         figures: name -> value.
-        state: the Trainer's state, whose history has its entry already.
-        logs: what the callbacks after this one see.
+        state: the Trainer's state; its history already has the entry.
+        logs: the figures that later callbacks see.
     """
     if logs is not None:
         logs.update(figures)

@@ -113,7 +113,7 @@ def test_masks_of_different_models_do_not_combine(left, operation):
     other = ChannelMask({}, {**COUNTS, "head": 5})
     with pytest.raises(
         ActValueError,
-        match=r"head: one mask counts 4 channels, the other 5, .* \(1 of 3 common modules differ\)",
+        match=r"head: got 4 channels in one mask and 5 in the other, .* \(1 of 3 common modules differ\)",
     ):
         getattr(left, operation)(other)
 
@@ -180,7 +180,7 @@ def test_wrong_channels_are_refused(channels, error, message):
 
 
 def test_a_module_without_count_is_refused():
-    with pytest.raises(ActValueError, match=r"b: num_channels has no entry for it, .* \(1 of 2 modules"):
+    with pytest.raises(ActValueError, match=r"b: has no entry in num_channels, .* \(1 of 2 modules"):
         ChannelMask.from_dict({"a": [0], "b": [0]}, {"a": 1})
 
 

@@ -323,7 +323,7 @@ class TestComparable:
     @pytest.mark.parametrize(
         ("counts", "error", "message"),
         [
-            ({"q": 1}, ActValueError, r"q: num_comparable has it, expected one of the modules of the scores"),
+            ({"q": 1}, ActValueError, r"num_comparable: q is not a module of these scores"),
             ({"z": 1.0}, ActTypeError, r"z: number of comparable channels: got 1.0, expected an integer from"),
             ({"z": 0}, ActValueError, r"z: number of comparable channels: got 0, expected an integer from 1 to 4"),
             ({"z": 5}, ActValueError, r"z: number of comparable channels: got 5, expected an integer from 1 to 4"),

@@ -168,7 +168,7 @@ def test_one_adapter_alone_is_only_weighted(name):
     ("arguments", "error", "match"),
     [
         ({"combination_type": "svd"}, ActValueError, "got 'svd', which combines the factors of LoRA adapters"),
-        ({"combination_type": "cat"}, ActValueError, "got 'cat', .* rows have none; .*take 'linear'"),
+        ({"combination_type": "cat"}, ActValueError, "got 'cat', .* rows have no factors; .*take 'linear'"),
         ({"combination_type": "ties_svd", "density": 0.5}, ActValueError, "without '_svd'"),
         ({"combination_type": "slerp"}, ActValueError, "combination_type: got 'slerp', expected one of 'linear', 's"),
         ({"combination_type": "linear", "density": 0.5}, ActValueError, "density: got 0.5 .*prunes nothing"),

@@ -135,7 +135,7 @@ def test_models_of_different_dtypes(dtypes, toy, batches):
 
 def test_a_model_does_not_differ_from_itself(pair, batches):
     base, _ = pair()
-    with pytest.warns(ActWarning, match="all scores are 0: donor and base are alike"):
+    with pytest.warns(ActWarning, match="all scores are 0: donor and base are equal"):
         scores = localize(base, base, batches)
     assert all(torch.equal(values, torch.zeros_like(values)) for values in scores.values())
 

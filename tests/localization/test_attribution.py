@@ -252,7 +252,7 @@ def test_only_candidates_move(doubles, batches):
 
 class TestRefused:
     def test_a_model_without_loss(self, toy, batches):
-        with pytest.raises(ActValueError, match=r"batch 0: Toy: gave no loss for labels, expected a model that does"):
+        with pytest.raises(ActValueError, match=r"batch 0: Toy: returned no loss for labels, expected a model with"):
             localize(*toy(), batches, score="attribution")
 
     def test_a_model_without_gradients_inside(self, pair, batches):

@@ -61,7 +61,7 @@ def test_a_module_that_runs_more_often_in_the_donor(toy):
 def test_another_number_of_heads(toy):
     base, donor = toy(lambda self, h: (self.norm(h.view(2, 3, 2, 3)), h)[1], norm=lambda: nn.LayerNorm(3))
     donor.middle = lambda self, h: (self.norm(h.view(2, 3, 2, 3)[:, :, :1]), h)[1]
-    with pytest.raises(ActValueError, match=r"norm: donor gave 3 rows, the base 6, expected as many .*\['norm'\]"):
+    with pytest.raises(ActValueError, match=r"norm: donor gave 3 rows, the base 6, expected the same .*\['norm'\]"):
         compare(base, donor)
 
 

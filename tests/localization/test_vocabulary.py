@@ -29,7 +29,7 @@ def test_the_common_rows_are_compared(score, family, larger, pair, batches):
     expected = run(base, donor, batches, score)
     models = {"base": base, "donor": donor}
     models[larger] = resized(models[larger], 47)
-    with pytest.warns(ActWarning, match=r"lm_head: the base has 4. rows, the donor 4.: only the first 40, .*; 7 rows"):
+    with pytest.warns(ActWarning, match=r"lm_head: the base has 4. rows, the donor 4.. Only the first 40, .*; 7 rows"):
         scores = run(*models.values(), batches, score)
     head = 47 if larger == "base" else 40
     assert scores.num_channels["lm_head"] == head

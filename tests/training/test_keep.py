@@ -205,7 +205,7 @@ def test_a_backward_pass_that_it_cannot_join_is_refused():
     scaled = AcceleratedOptimizer(torch.optim.SGD(parameters), scaler=torch.amp.GradScaler("cpu"))
     for optimizer, what in (
         (scaled, "float16 with a scaled loss"),
-        (torch.optim.SGD(copies), "an optimizer without some of the parameters that train"),
+        (torch.optim.SGD(copies), "an optimizer without some of the trained parameters"),
     ):
         with pytest.raises(ActValueError, match=f"KeepCallback: got {what}.*, expected bf16 or float32"):
             KeepCallback([keep_batch()]).on_train_begin(None, None, None, model=model, optimizer=optimizer)
@@ -247,7 +247,7 @@ def test_what_is_no_dataloader_is_refused(given):
 def test_no_batch_is_refused(tmp_path):
     with pytest.raises(ActValueError, match="keep_dataloader: got no batch"):
         train(adapted(), tmp_path / "none", KeepCallback([]))
-    with pytest.raises(ActTypeError, match="got generator, expected something that can be gone through again"):
+    with pytest.raises(ActTypeError, match="got generator, expected batches that can be read repeatedly"):
         KeepCallback(b for b in [keep_batch()])
 
 

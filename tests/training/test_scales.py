@@ -219,7 +219,7 @@ def test_after_each_step_the_trainer_s_own_learning_rate_shrinks_the_scales(tmp_
 def test_without_scales_the_callback_says_so(tmp_path):
     base = build("llama")
     model = get_peft_model(base, ActConfig(channels={"up_proj": [1]}, task_type="CAUSAL_LM"))
-    with pytest.raises(ActValueError, match="ScaleSparsityCallback: no scale trains"):
+    with pytest.raises(ActValueError, match="ScaleSparsityCallback: no learned scale is trained"):
         train(model, tmp_path, ScaleSparsityCallback(0.1))
 
 
@@ -236,7 +236,7 @@ def test_without_a_difference_the_callback_says_so(tmp_path):
 def test_an_optimizer_of_copies_is_refused():
     model, _, _ = learning()
     flat = nn.Parameter(torch.cat(list(scales_of(model).values())))
-    with pytest.raises(ActValueError, match="ScaleSparsityCallback: the optimizer has none of the scales"):
+    with pytest.raises(ActValueError, match="ScaleSparsityCallback: the optimizer has none of the learned scales"):
         ScaleSparsityCallback(1.0).on_optimizer_step(
             None, None, None, model=model, optimizer=torch.optim.SGD([flat], lr=0.1)
         )
@@ -353,14 +353,14 @@ def test_bad_pruning_is_refused_and_changes_nothing():
 
     refused("threshold: got -1, expected a finite number of at least 0", threshold=-1)
     refused("threshold: got 'x', expected a finite number of", ActTypeError, threshold="x")
-    refused("threshold: got 5, which no scale exceeds", threshold=5)
+    refused("threshold: got 5, which no learned scale exceeds", threshold=5)
     refused("has no ACT adapter 'other'", adapter_name="other")
     model.merge_adapter()
     with pytest.raises(ActValueError, match="adapter 'default' is merged, expected an unmerged one"):
         prune_channels(model)
     model.unmerge_adapter()
     prune_channels(model)
-    with pytest.raises(ActValueError, match="adapter 'default' has no scales, expected one with trainable='scales'"):
+    with pytest.raises(ActValueError, match="adapter 'default' has no learned scales, expected trainable='scales'"):
         prune_channels(model)
 
 
@@ -368,7 +368,7 @@ def test_scales_that_are_not_finite_are_not_pruned_away():
     model, _, _ = learning()
     with torch.no_grad():
         model.get_base_model().lm_head.act_delta_channel_scale["default"][0] = float("nan")
-    with pytest.raises(ActValueError, match="lm_head: scales that are not finite, expected finite ones"):
+    with pytest.raises(ActValueError, match="lm_head: got learned scales that are not finite, expected"):
         prune_channels(model)
 
 
