@@ -107,6 +107,12 @@ def export_lora(
             on the disk. Nothing is written then.
         ActLoadError: an adapter's tensors that do not fit its configuration or `base`.
         ActTypeError: neither a model nor a path, a `max_rank` that is no integer.
+
+    Example:
+        >>> export = export_lora("math", "lora")
+        >>> max(export.errors.values())
+        0.0
+        >>> model = PeftModel.from_pretrained(base, "lora")
     """
     choice = member_of(Biases, biases, "biases")
     if max_rank is not None:

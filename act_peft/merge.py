@@ -76,6 +76,9 @@ def merge_checkpoint(
 
     Warns:
         ActWarning: once for each adapter that was made for a base with different weights.
+
+    Example:
+        >>> merge_checkpoint(BASE, ["math", "code"], "merged", weights=[1.0, 0.5])
     """
     output = Path(os.path.abspath(output_dir))
     with ExitStack() as stack:

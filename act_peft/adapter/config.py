@@ -82,6 +82,11 @@ class ActConfig(PeftConfig):
     Raises:
         ActValueError, ActTypeError: for values that can never be right; what depends on the model is checked when the
             adapter is created.
+
+    Example:
+        >>> config = ActConfig(channels=mask, donor=DONOR, transfer_scale=0.4, task_type="CAUSAL_LM")
+        >>> model = get_peft_model(base, config)
+        >>> model.save_pretrained("ability")
     """
 
     channels: Any = field(

@@ -35,6 +35,13 @@ class ChannelMask(Mapping[str, torch.Tensor]):
     Raises:
         ActTypeError: names that are no str, indices that are no flat collection of integers, counts that are no int.
         ActValueError: a negative, repeated or out-of-range index, a module without an entry in `num_channels`.
+
+    Example:
+        >>> mask = ChannelMask({"q_proj": [2, 0]}, num_channels={"q_proj": 4, "up_proj": 8})
+        >>> mask["q_proj"]
+        tensor([0, 2])
+        >>> (mask | ChannelMask({"up_proj": [1]}, mask.num_channels)).num_selected
+        3
     """
 
     _channels: dict[str, torch.Tensor]

@@ -72,6 +72,14 @@ class ChannelScores(Mapping[str, torch.Tensor]):
         ActTypeError: a sum that is no floating 1-D tensor, a name that is no str, a count that is no int.
         ActValueError: no module, a number of tokens that does not fit the kind, a sum that is not finite, a negative
             sum that is no attribution, a sum other than 0 for a channel that is not comparable.
+
+    Example:
+        >>> sums = {"q_proj": torch.tensor([6.0, 2.0]), "up_proj": torch.tensor([4.0, 0.0])}
+        >>> scores = ChannelScores(sums, num_tokens=2)
+        >>> scores["q_proj"]
+        tensor([3., 1.], dtype=torch.float64)
+        >>> (scores + scores).num_tokens
+        4
     """
 
     _sums: dict[str, torch.Tensor]
@@ -195,6 +203,14 @@ class ChannelScores(Mapping[str, torch.Tensor]):
         Raises:
             ActTypeError: `density` is not a number.
             ActValueError: `density` is outside 0 to 1, or an unknown `scope` or `normalize`.
+
+        Example:
+            >>> sums = {"q_proj": torch.tensor([6.0, 5.0]), "up_proj": torch.tensor([4.0, 0.0])}
+            >>> scores = ChannelScores(sums, num_tokens=2)
+            >>> scores.top(0.5)["q_proj"]
+            tensor([0, 1])
+            >>> scores.top(0.5, scope="module")["up_proj"]
+            tensor([0])
         """
         density = finite_number(density, "density", least=0, most=1)
         select = _SELECTIONS[member_of(Scope, scope, "scope")]

@@ -100,6 +100,11 @@ def combine(
 
     Warns:
         ActWarning: once, if the adapters name different bases or were made for bases with different weights.
+
+    Example:
+        >>> combined = combine({"sums": "math", "programs": "code"}, "both", weights={"sums": 1.0, "programs": 0.5})
+        >>> model = PeftModel.from_pretrained(base, "both")
+        >>> print(combined.conflicts.only_totals())
     """
     rule = make_rule(combination_type, density=density, majority_sign_method=majority_sign_method)
     chosen = weighted_adapters(adapters, weights)
@@ -263,6 +268,13 @@ def find_conflicts(
         ActValueError: a missing or damaged adapter, a missing weight, deltas that are not finite.
         ActLoadError: adapters of different models.
         ActTypeError: a weight that is no number.
+
+    Example:
+        >>> report = find_conflicts(["math", "code"], weights=[1.0, 0.5])
+        >>> report.totals[0].adapters
+        ('math', 'code')
+        >>> sorted({conflict.module.rpartition(".")[2] for conflict in report.conflicts})
+        ['o_proj']
     """
     with ExitStack() as stack:
         if model is None:

@@ -72,6 +72,11 @@ def localize(
     Warns:
         ActWarning: the vocabularies differ; all scores are 0; an entry of `target_modules` or `exclude_modules`
             matches no module.
+
+    Example:
+        >>> scores = localize(base, donor, batches, exclude_modules=["lm_head"], show_progress=False)
+        >>> mask = scores.top(0.05, scope="module")
+        >>> mask.save("mask.safetensors")
     """
     kind = member_of(ScoreKind, score, "score")
     _check_settings(kind, dataloader=dataloader, keep_dataloader=keep_dataloader, points=points)

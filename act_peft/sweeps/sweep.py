@@ -93,6 +93,12 @@ def sweep(
 
     Warns:
         ActWarning: once, as `initialize_from_donor`.
+
+    Example:
+        >>> result = sweep(base, donor, scores, batches, {"english": batches}, scales=[0.5, 1.0], show_progress=False)
+        >>> len(result.rows)
+        12
+        >>> print(result)
     """
     scope, normalize = member_of(Scope, scope, "scope"), member_of(Normalization, normalize, "normalize")
     _check_base(base)

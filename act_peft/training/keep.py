@@ -52,6 +52,13 @@ class KeepCallback(TrainerCallback):
             training: a model without adapters to switch off, prompt learning, trained biases of the base, float16
             with a scaled loss, DeepSpeed, FSDP. During the training: no batch, a batch without an answer token, a
             model without logits, a divergence that is not finite.
+
+    Example:
+        >>> model = get_peft_model(base, ActConfig(channels=mask, donor=DONOR, task_type="CAUSAL_LM"))
+        >>> arguments = TrainingArguments("training", max_steps=2, report_to="none", use_cpu=True)
+        >>> keep = KeepCallback(batches, weight=0.5)
+        >>> trainer = Trainer(model, arguments, train_dataset=dataset, callbacks=[keep])
+        >>> trainer.train()
     """
 
     def __init__(

@@ -33,6 +33,13 @@ def prune_channels(model: nn.Module, *, threshold: float = 0.0, adapter_name: st
         ActValueError: no such adapter, an adapter without learned scales, a merged one, scales that are not finite, a
             threshold that is negative or above every scale. Then nothing is changed.
         ActTypeError: a threshold that is no number.
+
+    Example:
+        >>> config = ActConfig(channels=mask, donor=DONOR, trainable="scales", task_type="CAUSAL_LM")
+        >>> model = get_peft_model(base, config)  # and train it with ScaleSparsityCallback
+        >>> prune_channels(model, threshold=0.1)
+        >>> model.peft_config["default"].trainable
+        'deltas'
     """
     threshold = finite_number(threshold, "threshold", least=0)
     layers = adapter_layers(model, adapter_name)

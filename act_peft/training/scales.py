@@ -56,6 +56,13 @@ class ScaleSparsityCallback(TrainerCallback):
         ActTypeError: a penalty or bounds that are no numbers.
         ActValueError: a negative or infinite penalty, bounds that are not ascending. At the start of the training: no
             learned scale is trained.
+
+    Example:
+        >>> config = ActConfig(channels=mask, donor=DONOR, trainable="scales", task_type="CAUSAL_LM")
+        >>> model = get_peft_model(base, config)
+        >>> arguments = TrainingArguments("training", max_steps=2, learning_rate=0.05, report_to="none", use_cpu=True)
+        >>> trainer = Trainer(model, arguments, train_dataset=dataset, callbacks=[ScaleSparsityCallback(0.1)])
+        >>> trainer.train()
     """
 
     def __init__(self, l1: float, bounds: tuple[float, float] = (0.0, 1.0)) -> None:

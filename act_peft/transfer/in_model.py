@@ -53,6 +53,10 @@ def initialize_from_donor(
     Warns:
         ActWarning: once, if vocabulary (tokens that the donor lacks get no delta), rotary base or context length
             differ, or the weights look unrelated.
+
+    Example:
+        >>> model = get_peft_model(base, ActConfig(channels=mask, task_type="CAUSAL_LM"))
+        >>> initialize_from_donor(model, donor, transfer_scale=0.4)
     """
     layers = adapter_layers(model, adapter_name)
     config = cast(Any, model).peft_config[adapter_name]

@@ -71,6 +71,10 @@ def create_adapter(
     Warns:
         ActWarning: once, if vocabulary (channels beyond the common tokens are left out), rotary base or context length
             differ or the weights look unrelated.
+
+    Example:
+        >>> create_adapter(BASE, DONOR, mask, "ability", transfer_scale=0.4)
+        >>> model = PeftModel.from_pretrained(base, "ability")
     """
     output = Path(os.path.abspath(output_dir))
     settings = ActConfig(
