@@ -29,9 +29,9 @@ from act_peft.disk.atomic import new_folder
 from act_peft.disk.checkpoint import INDEX, Checkpoint, read_json, small_files
 from act_peft.disk.folders import check_output, check_room, copy_file, file_in
 from act_peft.disk.keys import key_for, prefix_change
-from act_peft.disk.shard import Shard, header_with
+from act_peft.disk.shard import Shard
 from act_peft.disk.skeleton import load_config, tied_weights
-from act_peft.disk.writing import GatheringWriter
+from act_peft.disk.writing import GatheringWriter, header_with
 from act_peft.errors import ActLoadError, ActValueError, ActWarning
 
 _SMALL_ROW = 64  # bytes; a tensor with shorter rows is copied before it is written, as are columns

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from act_peft.disk.folders import file_in
 from act_peft.disk.locations import is_local, local_folder
-from act_peft.disk.shard import DTYPES, Shard, TensorInfo
+from act_peft.disk.shard import Shard, TensorInfo
 from act_peft.errors import ActValueError
 
 SINGLE = "model.safetensors"
@@ -155,8 +155,12 @@ class Checkpoint:
         return self.info(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """Dtype of a tensor."""
-        return DTYPES[self.info(name).dtype]
+        """Dtype of a tensor.
+
+        Raises:
+            ActValueError: if there is no such tensor, or it has none of `shard.DTYPES`.
+        """
+        return self.shard(self.file_of(name)).dtype(name)
 
     # -------------------------------------------------------------------------------------------------- reading ---
 

@@ -1,7 +1,12 @@
-"""One safetensors file as bytes: a checked header, copies of single rows, writes in place.
+"""One safetensors file, read as bytes: a checked header, and copies of single rows.
 
-A safetensors file is `u64 length | JSON header | data`. The header is checked completely before anything else is
-read: nothing is allocated because a header claims it, and no read can leave the tensor's own bytes.
+A safetensors file is `u64 length | JSON header | data`. The whole header is checked before anything else is read: no
+memory is taken because a damaged header asks for it, and no read leaves the bytes of its tensor. The check needs the
+size of a dtype only, so a file may hold tensors that cannot be read. They are refused when somebody asks for them.
+
+The file is mapped in pieces, and the system is told before each read which bytes come next (`_fetch`, `_map_bytes`).
+That makes single rows quick on a slow disk and merging about as quick as `cp`. `tests/benchmarks/bench_merge.py`
+measures it.
 """
 
 from __future__ import annotations
@@ -11,9 +16,9 @@ import math
 import mmap
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +27,16 @@ import torch
 
 from act_peft.errors import ActTypeError, ActValueError
 
+# Dtype of safetensors 0.8 -> bits of one element.
+BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
+# The dtypes that can be read -> their torch dtype.
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -29,6 +44,9 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "C64": torch.complex64,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -39,18 +57,17 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")  # the dtypes of weights that can be read and written as numbers
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")  # weights of these dtypes are ordinary numbers
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 _MAX_DIMS = 8
-_MAX_ELEMENTS = 2**40  # a tensor of one terabyte and more; also bounds the shapes of empty tensors
-_MADV_POPULATE_READ = 22  # the number in every architecture's Linux headers; Python has no name for it yet
-_WINDOW = 32 << 20  # bytes of a tensor that are mapped, or rewritten, at a time
+_MAX_ELEMENTS = 2**40  # more than a terabyte; this also limits the shapes of empty tensors
+_MADV_POPULATE_READ = 22  # from the Linux headers; Python has no name for it yet
+_WINDOW = 32 << 20  # bytes of a tensor that are mapped at a time
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says about one tensor: its dtype (as safetensors names it), shape, and place in the file."""
+    """One entry of a header: dtype (its safetensors name), shape, first byte in the file, byte after the last."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -75,23 +92,26 @@ class TensorInfo:
 
 
 class Shard:
-    """A safetensors file that is open for reading. Every tensor that it hands out is a copy.
+    """A safetensors file, open for reading; a `TensorSource`. Every tensor that it returns is a copy.
 
     Args:
         path: the file.
 
     Attributes:
         path: the file.
+        location: the path as text, for messages.
         tensors: name -> `TensorInfo`, in the order of the header.
-        metadata: the header's own metadata.
-        data_start: where the data begin.
+        metadata: the metadata in the header.
+        data_start: the first byte of the data.
+        size: bytes of the file.
 
     Raises:
-        ActValueError: no file, or one that is cut off, damaged or no safetensors file.
+        ActValueError: if there is no file, or it is cut off, damaged or of another format.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self.location = str(self.path)
         try:
             self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 (closed by `close`)
         except OSError as error:
@@ -117,11 +137,19 @@ class Shard:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The names of all tensors."""
+        return tuple(self.tensors)
+
     def info(self, name: str) -> TensorInfo:
-        """What the header says about a tensor.
+        """The header's entry of a tensor.
 
         Raises:
-            ActValueError: if there is none of this name.
+            ActValueError: if there is no tensor of this name.
         """
         if name not in self.tensors:
             raise ActValueError(
@@ -129,9 +157,30 @@ class Shard:
             )
         return self.tensors[name]
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return self.info(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a tensor.
+
+        Raises:
+            ActValueError: if there is no such tensor, or it has none of `DTYPES`.
+        """
+        return DTYPES[self._readable(name).dtype]
+
+    def _readable(self, name: str) -> TensorInfo:
+        info = self.info(name)
+        if info.dtype not in DTYPES:
+            raise ActValueError(
+                f"{self.path}: {name} is {info.dtype}, expected a tensor of {', '.join(DTYPES)} (the model is "
+                "quantized: take the original one)"
+            )
+        return info
+
     def tensor(self, name: str) -> torch.Tensor:
         """A copy of a whole tensor."""
-        info = self.info(name)
+        info = self._readable(name)
         if not info.shape:
             return self._result((), info, self._map(info.start, info.stop, info).reshape(()).copy())
         return self.block(name, 0, info.shape[0])
@@ -152,7 +201,7 @@ class Shard:
         return self._result(shape, info, out)
 
     def view(self, name: str, first: int, stop: int) -> torch.Tensor:
-        """The entries `first` to `stop` along the first axis as a private mapping of the file; for use at once.
+        """The entries `first` to `stop` along the first axis as a private mapping of the file. Use it at once.
 
         Raises:
             ActValueError: if the range leaves the tensor.
@@ -162,10 +211,10 @@ class Shard:
         return self._result((stop - first, *info.shape[1:]), info, raw)
 
     def pieces(self, start: int, stop: int) -> Iterator[memoryview]:
-        """The bytes `start` to `stop` of the file, as mappings of some megabytes each; for use at once.
+        """The bytes `start` to `stop` of the file, as mappings of some megabytes each. Use each at once.
 
         Raises:
-            ActValueError: if the file has become shorter.
+            ActValueError: if the file has become shorter since it was opened.
         """
         for first in range(start, stop, _WINDOW):
             yield self._map_bytes(first, min(first + _WINDOW, stop), whole=True).data
@@ -173,21 +222,22 @@ class Shard:
     def rows(self, name: str, index: torch.Tensor, dim: int = 0) -> torch.Tensor:
         """A copy of some rows (`dim` 0) or columns (`dim` 1) of a tensor.
 
-        For rows only the pages that hold them are read.
+        Of a tensor's rows, only the pages that hold the selected ones are read.
 
         Args:
             name: the tensor.
             index: int64 `[K]`, ascending.
-            dim: the axis that `index` counts on.
+            dim: the axis of `index`.
 
         Returns:
             The tensor's shape with K along `dim`, in its dtype.
 
         Raises:
-            ActValueError: an index outside the tensor or not ascending, an axis that the tensor does not have.
-            ActTypeError: indices that are not int64 `[K]`.
+            ActValueError: if an index lies outside the tensor, the indices do not ascend, the tensor has no such axis,
+                or it has none of `DTYPES`.
+            ActTypeError: if the indices are not int64 `[K]`.
         """
-        info = self.info(name)
+        info = self._readable(name)
         self._check_index(name, info, index, dim)
         shape = tuple(index.numel() if axis == dim else length for axis, length in enumerate(info.shape))
         out = np.empty(shape, _raw_dtype(info))
@@ -208,7 +258,7 @@ class Shard:
         return self._result(shape, info, out)
 
     def _checked_range(self, name: str, first: int, stop: int) -> TensorInfo:
-        info = self.info(name)
+        info = self._readable(name)
         if not info.shape or not 0 <= first <= stop <= info.shape[0]:
             raise ActValueError(
                 f"{self.path}: {name}: got rows {first} to {stop}, expected a range in the shape {list(info.shape)}"
@@ -237,7 +287,7 @@ class Shard:
         return mapped.reshape(stop - first, *info.shape[1:])
 
     def _fetch(self, info: TensorInfo, where: np.ndarray) -> None:
-        """Ask for all rows before the first is read: page by page the disk would be waited for each time."""
+        """Ask the system for all rows before the first is read; otherwise each page waits for the disk."""
         if not hasattr(os, "posix_fadvise"):
             return
         file, width = self._file.fileno(), info.row_bytes
@@ -250,13 +300,13 @@ class Shard:
             os.posix_fadvise(file, place, length, os.POSIX_FADV_WILLNEED)
 
     def _map(self, start: int, stop: int, info: TensorInfo, *, whole: bool = False) -> np.ndarray:
-        """A private view of some bytes of a tensor; `whole`: all of them will be read."""
+        """A private view of some bytes of a tensor; `whole` means that all of them will be read."""
         raw = self._map_bytes(start, stop, whole=whole)
         aligned = raw if start % _itemsize(info) == 0 else raw.copy()
         return aligned.view(_raw_dtype(info))
 
     def _map_bytes(self, start: int, stop: int, *, whole: bool) -> np.ndarray:
-        """A private view of some bytes of the file; they are unmapped when the last view is gone."""
+        """A private view of some bytes of the file. They are unmapped when nothing refers to the view any more."""
         if start == stop:
             return np.empty(0, np.uint8)
         offset = start - start % mmap.ALLOCATIONGRANULARITY
@@ -268,10 +318,10 @@ class Shard:
                 "bytes that was opened (it was changed in the meantime)"
             ) from error
         if whole and sys.platform == "linux":
-            with suppress(OSError):  # before Linux 5.14; then each page is mapped when it is read
+            with suppress(OSError):  # Linux before 5.14 maps each page when it is read
                 mapped.madvise(_MADV_POPULATE_READ)
         elif not whole and hasattr(mmap, "MADV_RANDOM"):
-            mapped.madvise(mmap.MADV_RANDOM)  # otherwise the system reads 128 KB around every row
+            mapped.madvise(mmap.MADV_RANDOM)  # without it the system reads 128 KB around every row
         return np.frombuffer(mapped, np.uint8, count=stop - start, offset=start - offset)
 
     def _result(self, shape: tuple[int, ...], info: TensorInfo, raw: np.ndarray) -> torch.Tensor:
@@ -282,33 +332,11 @@ _INTEGERS = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}
 
 
 def _itemsize(info: TensorInfo) -> int:
-    return DTYPES[info.dtype].itemsize
+    return BITS[info.dtype] // 8
 
 
 def _raw_dtype(info: TensorInfo) -> Any:
     return _INTEGERS[_itemsize(info)]
-
-
-def header_with(shard: Shard, like: Mapping[str, str]) -> bytes:
-    """The bytes that stand before the data of a file that has some tensors more, at its end.
-
-    Args:
-        shard: the file as it is.
-        like: name of a new tensor -> the tensor whose dtype and shape it has.
-    """
-    places = dict(shard.tensors)
-    end = shard.size
-    for name, model in like.items():
-        info = shard.info(model)
-        places[name] = replace(info, start=end, stop=end + info.stop - info.start)
-        end = places[name].stop
-    header: dict[str, Any] = {"__metadata__": shard.metadata} if shard.metadata else {}
-    for name, info in places.items():
-        offsets = [info.start - shard.data_start, info.stop - shard.data_start]
-        header[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": offsets}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
 
 
 def _read_header(path: Path, file: Any, size: int) -> tuple[dict[str, Any], int]:
@@ -358,11 +386,12 @@ def _checked_entry(path: Path, name: str, entry: Any, data_start: int) -> Tensor
     shape, offsets = _integers(fields.get("shape")), _integers(fields.get("data_offsets"))
     if shape is None or offsets is None or len(offsets) != 2:
         raise ActValueError(f"{path}: {name}: the header says {str(entry)[:120]}, expected dtype, shape, data_offsets")
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ActValueError(f"{path}: {name}: got dtype {str(dtype)[:40]!r}, expected one of {', '.join(DTYPES)}")
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise ActValueError(f"{path}: {name}: got dtype {str(dtype)[:40]!r}, expected one of {', '.join(BITS)}")
     if len(shape) > _MAX_DIMS or math.prod(n for n in shape if n) > _MAX_ELEMENTS:
         raise ActValueError(f"{path}: {name}: got the shape {str(shape)[:80]}, expected the shape of a weight")
-    expected = math.prod(shape) * DTYPES[dtype].itemsize
+    bits = math.prod(shape) * BITS[dtype]
+    expected = bits / 8 if bits % 8 else bits // 8
     if offsets[1] - offsets[0] != expected:
         raise ActValueError(
             f"{path}: {name}: got {offsets[1] - offsets[0]} bytes, expected {expected} for {dtype} {str(shape)[:80]} "

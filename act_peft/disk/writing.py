@@ -1,4 +1,9 @@
-"""Writing a file from many pieces of memory: rows of one tensor put between those of another, without a copy."""
+"""Writing safetensors files: the header, tensor after tensor, or many pieces of memory in one call.
+
+`GatheringWriter` writes changed rows between the unchanged rows of a mapped file, without a copy in memory. It hands
+up to a thousand pieces to the system in one call (`writev`), because a call for each row would cost more than the
+rows. With the reads of `shard.py` this makes merging about as quick as `cp`: see `tests/benchmarks/bench_merge.py`.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,25 +19,26 @@ from typing import Any
 import numpy as np
 import torch
 
-from act_peft.disk.shard import DTYPES
+from act_peft.disk.shard import DTYPES, Shard, TensorInfo
 
-_AT_ONCE = 1000  # pieces in one call; POSIX systems take 1024
-_WAITING = 16 << 20  # bytes that are collected before they are written
+_AT_ONCE = 1000  # pieces in one call; POSIX systems accept 1024
+_WAITING = 16 << 20  # bytes that are collected before a write
 _HAS_WRITEV = hasattr(os, "writev")
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class GatheringWriter:
-    """A file that is written from a place to another, front to back; a context manager.
+    """Writes a file, or a part of it, from front to back; a context manager.
 
-    Pieces are kept as they are and written many at a time: they must not change before the block ends.
+    The pieces are not copied, and many are written at a time. Do not change them before the block ends.
 
     Args:
-        path: a file that does not exist yet; with `start`, one that does.
-        start: where in the file to begin; several writers may fill different places.
+        path: a file that does not exist yet; with `start`, an existing file.
+        start: first byte to write. Several writers may fill different parts of one file.
 
     Raises:
-        OSError: the system refuses.
+        OSError: if the system refuses a write.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, start: int | None = None) -> None:
@@ -54,7 +61,7 @@ class GatheringWriter:
             self._file.close()
 
     def write(self, data: bytes | memoryview | torch.Tensor) -> None:
-        """Add bytes, or those of a contiguous tensor on the CPU."""
+        """Add bytes, or the bytes of a contiguous tensor on the CPU."""
         piece = _bytes_of(data) if isinstance(data, torch.Tensor) else memoryview(data)
         self._pieces.append(piece)
         self._count(len(piece))
@@ -83,7 +90,7 @@ class GatheringWriter:
     def _write_all(self, pieces: list[memoryview]) -> None:
         while pieces:
             written = os.writev(self._file.fileno(), pieces) if _HAS_WRITEV else self._file.write(pieces[0])
-            done = 0  # whole pieces; the system may have taken less than all where the disk fills up
+            done = 0  # whole pieces; a disk that fills up accepts a part of them
             while done < len(pieces) and written >= len(pieces[done]):
                 written -= len(pieces[done])
                 done += 1
@@ -93,7 +100,7 @@ class GatheringWriter:
 
 
 def _interleaved(block: torch.Tensor, where: np.ndarray, rows: torch.Tensor) -> Iterator[memoryview]:
-    """Stretches of `block` and of `rows` in turns; neighbouring rows are one stretch."""
+    """Ranges of `block` and `rows` in turns; neighbouring rows are one range."""
     old, new = _bytes_of(block), _bytes_of(rows)
     width = len(old) // len(block) if len(block) else 0
     breaks = np.flatnonzero(where[1:] != where[:-1] + 1) + 1
@@ -116,9 +123,6 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
 TensorInfos = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
 def size_of(infos: TensorInfos) -> int:
     """Bytes of all tensors."""
     return sum(dtype.itemsize * math.prod(shape) for dtype, shape in infos.values())
@@ -129,24 +133,42 @@ def write_tensors(path: Path, infos: TensorInfos, tensors: Iterable[torch.Tensor
 
     Args:
         path: a file that does not exist yet.
-        infos: what stands in the header. Wide dtypes come first, so that every tensor begins at a multiple of its
-            own size.
-        tensors: the tensors in this order, on the CPU; each is written before the next is asked for.
+        infos: the entries of the header. Wide dtypes come first, so that every tensor begins at a multiple of its
+            item size.
+        tensors: the tensors in this order, on the CPU. Each is written before the next is asked for.
     """
+    places, end = {}, 0
+    for key, (dtype, shape) in infos.items():
+        start, end = end, end + size_of({key: (dtype, shape)})
+        places[key] = TensorInfo(_NAMES[dtype], shape, start, end)
     with open(path, "xb") as file:
-        file.write(_header(infos))
+        file.write(_header(places, {"format": "pt"}, data_start=0))
         for tensor in tensors:
-            # A single element counts as contiguous whatever its stride; bytes can be viewed with stride 1 only.
+            # A single element counts as contiguous whatever its stride; only stride 1 can be viewed as bytes.
             flat = tensor.contiguous().as_strided((tensor.numel(),), (1,))
             file.write(flat.view(torch.uint8).numpy().data)
 
 
-def _header(infos: TensorInfos) -> bytes:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for key, (dtype, shape) in infos.items():
-        start, end = end, end + size_of({key: (dtype, shape)})
-        header[key] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
+def header_with(shard: Shard, like: Mapping[str, str]) -> bytes:
+    """The bytes before the data of a file that holds more tensors, at its end.
+
+    Args:
+        shard: the file as it is.
+        like: name of a new tensor -> the tensor with its dtype and shape.
+    """
+    places, end = dict(shard.tensors), shard.size
+    for name, model in like.items():
+        info = shard.info(model)
+        start, end = end, end + info.stop - info.start
+        places[name] = replace(info, start=start, stop=end)
+    return _header(places, shard.metadata, data_start=shard.data_start)
+
+
+def _header(places: Mapping[str, TensorInfo], metadata: Mapping[str, str], *, data_start: int) -> bytes:
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    for name, info in places.items():
+        offsets = [info.start - data_start, info.stop - data_start]
+        header[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": offsets}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

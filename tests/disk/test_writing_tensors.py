@@ -1,12 +1,14 @@
-"""Files written tensor by tensor are those of the safetensors library."""
+"""Files written tensor by tensor are those of the safetensors library, and so are headers with more tensors."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from act_peft.disk.writing import size_of, write_tensors
+from act_peft.disk.shard import Shard
+from act_peft.disk.writing import header_with, size_of, write_tensors
 
 
 def some_tensors():
@@ -17,7 +19,7 @@ def some_tensors():
         "empty": torch.empty(0, 2),
         "one of a column": torch.randn(1, 6)[:, 5],
         "scalar": torch.tensor(2.5),
-        "h": torch.randn(3).bfloat16(),
+        "hü": torch.randn(3).bfloat16(),
     }
 
 
@@ -48,3 +50,18 @@ def test_a_file_that_exists_stays(tmp_path):
     with pytest.raises(FileExistsError):
         write_tensors(tmp_path / "file", {}, [])
     assert (tmp_path / "file").read_bytes() == b"mine"
+
+
+def test_a_header_with_one_more_tensor_makes_a_file_that_the_library_reads(tmp_path):
+    tensors = {"half": torch.randn(7, 5).bfloat16(), "index": torch.arange(6)}
+    path = tmp_path / "t.safetensors"
+    save_file(tensors, path, metadata={"format": "pt"})
+    with Shard(path) as shard:
+        head = header_with(shard, {"a new one, named ü": "half"})
+        data = path.read_bytes()[shard.data_start :]
+    assert len(head) % 8 == 0
+    path.write_bytes(head + data + bytes(7 * 5 * 2))
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert torch.equal(file.get_tensor("half"), tensors["half"])
+        assert not file.get_tensor("a new one, named ü").any()
