@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import re
-import secrets
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 
 from act_peft.channels.scores import ChannelScores, Scope
 from act_peft.checks import finite_number, member_of
+from act_peft.disk.atomic import write_file
 from act_peft.errors import ActError, ActValueError
 from act_peft.sweeps.result import Measurement, SweepResult
 
@@ -364,9 +365,6 @@ def _save(figure: Any, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     if not path.parent.is_dir():
         raise ActValueError(f"{path}: folder {path.parent} does not exist, expected an existing one (create it first)")
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        figure.savefig(beside, format="png", facecolor="white")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", facecolor="white")
+    write_file(path, picture.getvalue())

@@ -159,8 +159,8 @@ class TestAccuracyFigure:
     def test_interrupted_writing_leaves_the_old_file(self, tmp_path, monkeypatch):
         from matplotlib.figure import Figure
 
-        def broken(self, path, **options):
-            path.write_bytes(b"half")
+        def broken(self, file, **options):
+            file.write(b"half")
             raise OSError("disk full")
 
         (tmp_path / "accuracies.png").write_bytes(b"old")

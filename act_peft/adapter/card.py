@@ -1,35 +1,34 @@
-"""The model card of a saved adapter: what it was made from and how to load it."""
+"""The model card of a saved adapter: its base, its donor, and how to load it."""
 
 from __future__ import annotations
 
-import os
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+
+from act_peft.disk.atomic import write_file
 
 BEGIN = "<!-- act_peft: begin -->"
 END = "<!-- act_peft: end -->"
 
 
 def write_model_card(folder: str, config: dict[str, Any]) -> None:
-    """Create or update `README.md` of an adapter's folder; what the user wrote around our section stays.
+    """Create or update `README.md` in an adapter's folder. The user's text around our section stays.
 
     Args:
         folder: the adapter's folder.
         config: the adapter's configuration as a dict.
     """
-    path = os.path.join(folder, "README.md")
-    card = (
-        ModelCard.load(path) if os.path.exists(path) else ModelCard.from_template(ModelCardData(), template_str=_EMPTY)
-    )
+    path = Path(folder) / "README.md"
+    empty = ModelCard.from_template(ModelCardData(), template_str=_EMPTY)
+    card = ModelCard.load(path) if path.exists() else empty
     card.data["library_name"] = "peft"
-    tags = {tag for tag in card.data.get("tags") or [] if not tag.endswith(":")}  # PEFT's tag of a base without a name
+    tags = {tag for tag in card.data.get("tags") or [] if not tag.endswith(":")}  # PEFT's tag for an unnamed base
     card.data["tags"] = sorted({*tags, "peft", "act"})
     card.data["base_model"] = card.data.get("base_model") or config["base_model_name_or_path"]
     card.text = _with_section(card.text, _section(config))
-    beside = f"{path}.{os.getpid()}.tmp"
-    card.save(beside)
-    os.replace(beside, path)
+    write_file(path, str(card).encode())
 
 
 _EMPTY = "---\n{{ card_data }}\n---\n"

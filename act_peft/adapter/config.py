@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum
+from pathlib import Path
 from typing import Any, cast
 
 from peft import PeftConfig
@@ -21,6 +22,7 @@ from act_peft.adapter.card import write_model_card
 from act_peft.channels.masks import ChannelMask, checked_indices
 from act_peft.channels.scores import ChannelScores
 from act_peft.checks import finite_number, member_of
+from act_peft.disk.atomic import write_file
 from act_peft.errors import ActLoadError, ActTypeError, ActValueError, ActWarning
 
 
@@ -220,9 +222,9 @@ class ActConfig(PeftConfig):
         if os.path.isfile(save_directory):
             raise ActValueError(f"{save_directory}: got a file, expected a folder to save the adapter in")
         os.makedirs(save_directory, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=save_directory, prefix=".") as beside:
-            super(ActConfig, config).save_pretrained(beside, **kwargs)
-            os.replace(os.path.join(beside, CONFIG_NAME), os.path.join(save_directory, CONFIG_NAME))
+        with tempfile.TemporaryDirectory() as scratch:
+            super(ActConfig, config).save_pretrained(scratch, **kwargs)
+            write_file(os.path.join(save_directory, CONFIG_NAME), Path(scratch, CONFIG_NAME).read_bytes())
         if os.path.isfile(os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME)):
             write_model_card(save_directory, self.to_dict())
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import secrets
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
         if path is not None:
             check_output_file(path, overwrite=arguments.overwrite)
     from act_peft import ChannelScores, sweep
+    from act_peft.disk.atomic import write_file
     from act_peft.plots import check_matplotlib, plot_sweep
 
     if arguments.figure is not None:
@@ -91,16 +90,7 @@ def run(arguments: argparse.Namespace) -> None:
         **{name: values for name, values in grid.items() if values is not None},
     )
     text = json.dumps(result.to_dict(), indent=2, allow_nan=False)
-    _write(arguments.output, text + "\n")
+    write_file(arguments.output, f"{text}\n".encode())
     if arguments.figure is not None:
         plot_sweep(result, arguments.figure)
     print(text if arguments.json else result)
-
-
-def _write(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)

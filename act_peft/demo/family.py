@@ -7,8 +7,8 @@ training on German alone. Both are ordinary checkpoint folders; a pair is shippe
 """
 
 import argparse
+import copy
 import logging
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from act_peft.batches.answer_tokens import IGNORED_LABEL
 from act_peft.demo.task import Row, Split, accuracy, rows
 from act_peft.demo.words import Language, vocabulary
+from act_peft.disk.atomic import new_folder
 from act_peft.errors import ActValueError
 
 logger = logging.getLogger(__name__)
@@ -252,19 +253,18 @@ def train_family(
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, seed=seed)
     results = {}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".family-") as scratch:
-        phases = (("donor", ancestor_phase, donor_gate), ("base", base_phase, base_gate))
-        for name, phase, gate in phases:
-            train_phase(model, tokenizer, phase, seed=seed, show_progress=show_progress, title=name)
-            results[name] = measure(model, tokenizer)
-            logger.info("%s: %s", name, {language.value: value for language, value in results[name].items()})
-            check_gate(name, gate, results[name])
-            model.save_pretrained(Path(scratch) / name)
-            tokenizer.save_pretrained(Path(scratch) / name)
-        output.mkdir(exist_ok=True)
-        for name, _, _ in phases:
-            (Path(scratch) / name).rename(output / name)
+    trained = {}
+    for name, phase, gate in (("donor", ancestor_phase, donor_gate), ("base", base_phase, base_gate)):
+        train_phase(model, tokenizer, phase, seed=seed, show_progress=show_progress, title=name)
+        results[name] = measure(model, tokenizer)
+        logger.info("%s: %s", name, {language.value: value for language, value in results[name].items()})
+        check_gate(name, gate, results[name])
+        trained[name] = copy.deepcopy(model)
+    output.mkdir(parents=True, exist_ok=True)
+    for name, copied in trained.items():
+        with new_folder(output / name) as folder:
+            copied.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
     return results
 
 

@@ -11,8 +11,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from act_peft.demo.steps import RECORD, Report, Steps
 from act_peft.demo.surroundings import offline, one_thread, quiet
 from act_peft.demo.task import Row, Split, accuracy, rows
 from act_peft.demo.words import Language
+from act_peft.disk.atomic import new_folder
 from act_peft.errors import ActError, ActValueError
 from act_peft.localization import localize
 from act_peft.plots import check_matplotlib, plot_demo
@@ -195,7 +195,7 @@ class _Demo:
 
     def _copy_models(self) -> None:
         for name, source in (("base", BASE), ("donor", DONOR)):
-            with self._new_folder(name) as folder:
+            with new_folder(self.output / name) as folder:
                 shutil.copytree(source, folder, dirs_exist_ok=True, copy_function=shutil.copyfile)
 
     def _measure_originals(self) -> dict[str, Accuracies]:
@@ -243,13 +243,13 @@ class _Demo:
         tuning = self._trainer(model, ability, batch_size=few, steps=s.row_steps, learning_rate=s.row_learning_rate)
         tuning.add_callback(keeping)
         tuning.train()
-        with self._new_folder("learned") as folder:
+        with new_folder(self.output / "learned") as folder:
             model.save_pretrained(folder)
         return _measure(model.eval(), self.tokenizer, s)
 
     def _fine_tune(self, mask: ChannelMask) -> Accuracies:
         model = self._tuned(mask, self.settings.transfer_scale)
-        with self._new_folder("adapter") as folder:
+        with new_folder(self.output / "adapter") as folder:
             model.save_pretrained(folder)
         reloaded = self._reloaded_adapter()
         if not torch.equal(self._logits(reloaded), self._logits(model)):
@@ -258,7 +258,7 @@ class _Demo:
 
     def _merge(self) -> dict[str, float]:
         expected = self._logits(self._reloaded_adapter())
-        with self._new_folder("merged") as folder:
+        with new_folder(self.output / "merged") as folder:
             self._reloaded_adapter().merge_and_unload().save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
         got = self._logits(self._model("merged"))
@@ -325,17 +325,6 @@ class _Demo:
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(_ProgressBar())
         return trainer
-
-    @contextmanager
-    def _new_folder(self, name: str) -> Iterator[Path]:
-        """A folder to fill, which then takes the place of `name`."""
-        with tempfile.TemporaryDirectory(dir=self.output, prefix=".unfinished-") as scratch:
-            folder = Path(scratch) / name
-            folder.mkdir()
-            yield folder
-            if (self.output / name).exists():
-                shutil.rmtree(self.output / name)
-            folder.rename(self.output / name)
 
     def _result(self, accuracies: dict[str, Accuracies]) -> DemoResult:
         columns = (ABILITY, KEPT, UNTOUCHED)

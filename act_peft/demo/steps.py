@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from act_peft.disk.atomic import write_file
 from act_peft.errors import ActValueError
 
 RECORD = "results.json"
@@ -81,9 +81,7 @@ class Steps:
         return record
 
     def _write(self) -> None:
-        beside = self.path.with_name(f".{RECORD}.tmp")
-        beside.write_text(json.dumps(self.record, indent=2) + "\n", encoding="utf-8")
-        os.replace(beside, self.path)
+        write_file(self.path, (json.dumps(self.record, indent=2) + "\n").encode())
 
 
 def _versions() -> dict[str, str]:

@@ -1,4 +1,17 @@
-"""New folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all.
+
+Both are written under a hidden name in the same folder and renamed at the end. An older folder of the final name is
+exchanged for the new one: in one step where the system can, otherwise in three renames. A run that is killed leaves
+one of three states. The next run to the same output cleans up:
+
+| state | `output`   | `.output.*.tmp` | `.output.*.old.tmp` | when              | the next run             |
+|-------|------------|-----------------|---------------------|-------------------|--------------------------|
+| 1     | old or none| new             |                     | before renaming   | removes the new folder   |
+| 2     | none       | new             | old                 | after one rename  | puts the old folder back |
+| 3     | new        | old, or none    | old, or none        | after the next    | removes the old folder   |
+
+A run locks its hidden folder, so that a different run does not take it for a leftover.
+"""
 
 from __future__ import annotations
 
@@ -16,21 +29,42 @@ from act_peft.errors import ActValueError
 
 try:
     import fcntl
-except ImportError:  # Windows: what a killed run left behind stays there
+except ImportError:  # Windows: the folders of killed runs stay there
     fcntl = None  # type: ignore[assignment]
 
-_OLD = ".old.tmp"  # how the name of a folder ends that is moved away for a moment
+_OLD = ".old.tmp"  # suffix of a folder that is moved away temporarily
+
+
+def write_file(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file whole or not at all, over an older file if there is one; it is on the disk afterwards.
+
+    The permissions are those of any new file. After an error, or Ctrl-C, the older file is as it was.
+
+    Args:
+        path: the file, in an existing folder.
+        data: its content.
+
+    Raises:
+        OSError: if the system refuses.
+    """
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with open(beside, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """A folder that becomes `output` when the block ends, and vanishes if it fails.
+    """A new folder that becomes `output` when the block ends, and is removed if the block fails.
 
-    It lies beside `output` under a hidden name, so a run that is killed leaves nothing new under the final name; the
-    next run to the same output removes what killed ones left. An older `output` is exchanged for the new one in one
-    step on Linux. Where the file system cannot, it is moved away first; what a run killed just then left hidden is
-    put back by the next one. Nothing is flushed to the disk: after a power failure look at the result before you use
-    it.
+    An older `output` is replaced. Nothing is flushed to the disk: check the result after a power failure.
 
     Raises:
         ActValueError: if the disk refuses a write.
@@ -55,7 +89,7 @@ def new_folder(output: Path) -> Iterator[Path]:
 
 
 def _exchange(new: Path, old: Path) -> None:
-    """Let two folders change their names."""
+    """Exchange the names of two folders."""
     if _exchange_at_once(new, old):
         return
     away = new.with_suffix(_OLD)
@@ -80,7 +114,7 @@ def _exchange_at_once(a: Path, b: Path) -> bool:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """A lock that ends with the process, by which other runs see that the folder is in use."""
+    """Hold a lock on a folder, which shows other runs that it is in use. The lock ends with the process."""
     if fcntl is None:
         yield
         return
@@ -93,10 +127,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _clear_leftovers(output: Path, stem: str) -> None:
-    """Remove the hidden folders of runs that were killed: nobody holds a lock on those.
-
-    One that was moved away and has nothing in its place goes back there: it is whole.
-    """
+    """Remove the hidden folders that nobody holds a lock on; see the table above."""
     if fcntl is None:
         return
     for path in output.parent.glob(f"{glob.escape(stem)}{'[0-9a-f]' * 16}*.tmp"):

@@ -1,15 +1,14 @@
-"""Typed, versioned, atomic files of named tensors.
+"""Files of named tensors with a kind and a version.
 
-A file is a plain safetensors file. Its safetensors metadata has the single key `act_peft`, whose value is one JSON
-object with sorted keys: `kind` (str), `version` (int, from 1) and `metadata` (object, its content is the kind's own
-affair). Equal content gives equal bytes. Reading never unpickles anything.
+A file is a plain safetensors file. Its safetensors metadata has the single key `act_peft`. The value is one JSON
+object with sorted keys: `kind` (str), `version` (int, from 1) and `metadata` (object, defined by the kind). Equal
+content gives equal bytes. Reading never unpickles anything.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 
+from act_peft.disk.atomic import write_file
 from act_peft.errors import ActValueError
 
 _METADATA_KEY = "act_peft"
@@ -31,17 +31,17 @@ def write(
     tensors: Mapping[str, torch.Tensor],
     metadata: Mapping[str, Any],
 ) -> None:
-    """Write tensors to `path`: whole or not at all, over an older file if there is one.
+    """Write tensors to a file, as `write_file` does.
 
     Args:
         path: the file to write, in an existing folder.
-        kind: what the file holds; `read` must ask for the same kind.
-        version: version of the kind's layout, from 1.
+        kind: kind of the content; `read` must ask for the same kind.
+        version: version of the layout of this kind, from 1.
         tensors: any shapes, dtypes and devices.
         metadata: JSON-serialisable; finite numbers only.
 
     Raises:
-        ActValueError: `path` is a folder or lies in a folder that does not exist.
+        ActValueError: if `path` is a folder, or its folder does not exist.
     """
     path = Path(path)
     if path.is_dir():
@@ -54,34 +54,25 @@ def write(
         separators=(",", ":"),
         allow_nan=False,
     )
-    # Clones, because safetensors refuses tensors that share memory.
+    # safetensors refuses tensors that share memory.
     copies = {name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)}
-    data = serialize(copies, metadata={_METADATA_KEY: header})
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with open(beside, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+    write_file(path, serialize(copies, metadata={_METADATA_KEY: header}))
 
 
 def read(path: str | os.PathLike[str], kind: str, version: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Read a file that `write` made, after checking everything that can be checked without knowing the kind.
+    """Read a file that `write` made. Everything is checked that does not depend on the kind.
 
     Args:
         path: the file.
-        kind: the kind of file that is expected.
+        kind: the expected kind.
         version: the newest version of that kind that the caller can read.
 
     Returns:
         The tensors (copies on the CPU, independent of the file) in the order of their names, and the kind's metadata.
 
     Raises:
-        ActValueError: no such file, a folder, not a safetensors file, damaged, of another kind, or of a newer version.
+        ActValueError: if there is no such file, it is a folder, damaged or no safetensors file, or of a different kind
+            or a newer version.
     """
     with _opened(Path(path), f"a file of kind {kind!r}") as (file, header):
         _check_header(Path(path), header, kind, version)
@@ -90,13 +81,13 @@ def read(path: str | os.PathLike[str], kind: str, version: int) -> tuple[dict[st
 
 
 def kind_of(path: str | os.PathLike[str]) -> str:
-    """What kind of content a file that `write` made has.
+    """The kind of a file that `write` made.
 
     Args:
         path: the file.
 
     Raises:
-        ActValueError: no such file, a folder, not a safetensors file, or damaged.
+        ActValueError: if there is no such file, or it is a folder, damaged or no safetensors file.
     """
     with _opened(Path(path), "a file that act_peft saved") as (_, header):
         return header["kind"]
@@ -109,7 +100,7 @@ def _opened(path: Path, expected: str) -> Iterator[tuple[Any, dict[str, Any]]]:
         raise ActValueError(f"{path}: got a folder, expected a file (name the file inside it)")
     if not path.is_file():
         raise ActValueError(f"{path}: no such file, expected {expected} (check the path)")
-    if path.stat().st_size == 0:  # an empty file cannot be mapped into memory, which is another error on every system
+    if path.stat().st_size == 0:  # mapping an empty file is a different error on every system
         raise ActValueError(f"{path}: got an empty file, expected a safetensors file (save it again)")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
