@@ -28,9 +28,8 @@ from act_peft.combination.weighting import weighted_adapters
 from act_peft.disk.atomic import new_folder
 from act_peft.disk.checkpoint import INDEX, Checkpoint, read_json, small_files
 from act_peft.disk.folders import check_output, check_room, copy_file, file_in
-from act_peft.disk.keys import key_for, prefix_change
+from act_peft.disk.keys import CheckpointKeys
 from act_peft.disk.shard import Shard
-from act_peft.disk.skeleton import load_config, tied_weights
 from act_peft.disk.writing import GatheringWriter, header_with
 from act_peft.errors import ActLoadError, ActValueError, ActWarning
 
@@ -144,7 +143,7 @@ class _Change:
 
 @dataclass(frozen=True)
 class _Plan:
-    """Key that is written -> its change; new key -> the tied tensor that it starts as; module -> weight, bias."""
+    """Key to write -> its change; new key -> the tied tensor that it starts as; module -> weight, bias of the base."""
 
     changes: dict[str, _Change] = field(default_factory=dict)
     untied: dict[str, str] = field(default_factory=dict)
@@ -155,40 +154,27 @@ def _make_plan(checkpoint: Checkpoint, sources: Sequence[_Source]) -> _Plan:
     """Find the tensor of every module of the adapters and check that they fit."""
     modules = {module: None for source in sources for module in source.adapter.modules}
     names = [f"{module}.weight" for module in modules]
-    tied = _tied_pairs(checkpoint, names)
-    change = prefix_change([*names, *tied, *tied.values()], checkpoint.names)
-    plan = _Plan()
-    for target, source in tied.items():
-        new, old = key_for(target, change), key_for(source, change)
-        new, old = (new, old) if new not in checkpoint else (old, new)
-        if new not in checkpoint and old in checkpoint and {target, source} & set(names):
-            plan.untied[new] = old
+    keys = CheckpointKeys(checkpoint, names)
+    plan = _Plan(untied=keys.untied_by([*names, *(f"{module}.bias" for module in modules)]))
     for module in modules:
-        written = key_for(f"{module}.weight", change)
-        original = plan.untied.get(written, written)
+        written = keys.own_key(f"{module}.weight")
+        original = keys.key(f"{module}.weight") or written
         parts = [(s, s.adapter.modules[module]) for s in sources if module in s.adapter.modules]
         dim = _check_parts(checkpoint, module, original, parts)
         index = torch.cat([delta.index for _, delta in parts]).unique()  # sorted
         plan.changes[written] = _Change(original, dim, index, [_weight_part(s, d, module) for s, d in parts])
-        bias = key_for(f"{module}.bias", change)
+        bias = keys.key(f"{module}.bias")
         _check_bias(checkpoint, module, bias, parts)
-        if bias in checkpoint:
+        if bias is not None:
             biases = [_Part(s, module, d.index, d.bias) for s, d in parts if d.bias]
-            plan.changes[bias] = _Change(bias, 0, index, biases)
-        plan.modules[module] = (written, bias if bias in checkpoint else None)
+            plan.changes[keys.own_key(f"{module}.bias")] = _Change(bias, 0, index, biases)
+        plan.modules[module] = (written, bias)
     return plan
 
 
 def _weight_part(source: _Source, delta: ModuleDelta, module: str) -> _Part:
     recorded = source.adapter.recorded_base(module)
     return _Part(source, module, delta.index, delta.weight, None if recorded is None else Fingerprint())
-
-
-def _tied_pairs(checkpoint: Checkpoint, names: Sequence[str]) -> dict[str, str]:
-    """Parameter -> the one that it is tied to; transformers is asked only where the answer is not in config.json."""
-    configs = [checkpoint.config, checkpoint.config.get("text_config")]
-    said = [c["tie_word_embeddings"] for c in configs if isinstance(c, Mapping) and "tie_word_embeddings" in c]
-    return {} if said and not any(said) else tied_weights(load_config(checkpoint))
 
 
 def _check_parts(checkpoint: Checkpoint, module: str, key: str, parts: Sequence[tuple[_Source, ModuleDelta]]) -> int:
@@ -232,18 +218,20 @@ def _check_parts(checkpoint: Checkpoint, module: str, key: str, parts: Sequence[
     return dim
 
 
-def _check_bias(checkpoint: Checkpoint, module: str, key: str, parts: Sequence[tuple[_Source, ModuleDelta]]) -> None:
-    has_bias = key in checkpoint
+def _check_bias(
+    checkpoint: Checkpoint, module: str, key: str | None, parts: Sequence[tuple[_Source, ModuleDelta]]
+) -> None:
     for source, delta in parts:
-        if has_bias != (delta.bias is not None):
-            words = ("no deltas", "one") if has_bias else ("deltas", "none")
+        if (key is None) != (delta.bias is None):
+            words = ("deltas", "none") if key is None else ("no deltas", "one")
             raise ActLoadError(
                 f"{module}: {source.adapter.location} has {words[0]} for the bias, the base has {words[1]} (the "
                 "adapter was made for another model)"
             )
-    if has_bias and not checkpoint.info(key).is_plain:
+    if key is not None and not checkpoint.info(key).is_plain:
         raise ActValueError(f"{module}: {key} is {checkpoint.info(key).dtype}, expected F64, F32, F16 or BF16")
-    if has_bias and any(int(d.index[-1]) >= math.prod(checkpoint.shape(key)) for _, d in parts if d.index.numel()):
+    selected = max((int(delta.index[-1]) for _, delta in parts if delta.index.numel()), default=-1)
+    if key is not None and selected >= math.prod(checkpoint.shape(key)):
         raise ActLoadError(f"{module}: {key} has shape {list(checkpoint.shape(key))}, fewer channels than the weight")
 
 

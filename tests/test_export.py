@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.conversion import save_as_lora
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PhiConfig, PhiForCausalLM
 
 import act_peft.export
 from act_peft import ActConfig, ActLoadError, ActTypeError, ActValueError, export_lora
@@ -24,7 +24,7 @@ from act_peft.channels.kinds import ChannelKind
 from act_peft.channels.masks import ChannelMask
 from act_peft.export import Biases, factors
 from act_peft.layers import ActLayer
-from tests.support.tiny_models import DTYPES, FAMILIES, batch, build, random_mask
+from tests.support.tiny_models import DECODER, DTYPES, FAMILIES, batch, build, random_mask
 
 QUERY = "model.layers.0.self_attn.q_proj"
 OUTER = "base_model.model."
@@ -582,8 +582,28 @@ def test_configurations_that_cannot_be_used_are_refused(saved, tmp_path, key, va
 def test_a_base_of_another_shape_is_refused(tmp_path):
     build("qwen2", hidden_size=32).save_pretrained(tmp_path / "base")
     adapted(build("qwen2"), channels={"q_proj": [1], "up_proj": [2]}, biases=True).save_pretrained(tmp_path / "act")
-    with pytest.raises(ActLoadError, match=r"has a weight F32 \[32, 32\], expected plain numbers of shape \[16, 16\]"):
+    match = r"has a weight torch\.float32 \[32, 32\], expected plain numbers of shape \[16, 16\]"
+    with pytest.raises(ActLoadError, match=match):
         export_lora(tmp_path / "act", tmp_path / "lora", biases="modules_to_save", base=tmp_path / "base")
+
+
+def test_a_tied_head_with_a_bias_is_saved_as_a_whole_from_the_checkpoint(tmp_path):
+    settings = {"num_key_value_heads": 4, "tie_word_embeddings": True, "partial_rotary_factor": 0.5}
+    config = PhiConfig(**{**DECODER, **settings})
+    torch.manual_seed(0)
+    base = PhiForCausalLM(config).eval()
+    base.save_pretrained(tmp_path / "base")
+    assert "lm_head.weight" not in load_file(tmp_path / "base" / "model.safetensors")
+    model = adapted(base, channels={"lm_head": [1, 5], "q_proj": [2]})
+    layers_of(model)["lm_head"].act_delta_bias["default"].data.fill_(0.5)
+    model.save_pretrained(tmp_path / "act")
+    from_memory = export_lora(model, tmp_path / "memory", biases="modules_to_save")
+    from_disk = export_lora(tmp_path / "act", tmp_path / "disk", biases="modules_to_save", base=tmp_path / "base")
+    assert from_disk.saved_modules == from_memory.saved_modules == ("lm_head",)
+    expected = load_file(tmp_path / "memory" / "adapter_model.safetensors")
+    found = load_file(tmp_path / "disk" / "adapter_model.safetensors")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 
 # --------------------------------------------------------------------------------------------- whole or not at all ---

@@ -1,10 +1,11 @@
-"""What an adapter changes, module by module, whether it is in a model in memory or in a folder on disk."""
+"""The changes of an adapter, module by module: the same questions for a model in memory and a folder on disk."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,29 +16,25 @@ from act_peft.adapter.file import AdapterFolder, ModuleDelta
 from act_peft.channels.kinds import ChannelKind
 from act_peft.channels.rows import merged_rows, wide_dtype
 from act_peft.disk.checkpoint import Checkpoint
-from act_peft.disk.keys import key_for, prefix_change
-from act_peft.disk.shard import DTYPES
+from act_peft.disk.parameters import Parameters
+from act_peft.disk.writing import TensorInfos
 from act_peft.errors import ActError, ActLoadError, ActValueError
 
-OUTER = "base_model.model."  # what PEFT puts before the names of modules in an adapter's file
+OUTER = "base_model.model."  # the prefix of all module names in an adapter's file
 
 
-@dataclass(frozen=True)
-class ModuleChange:
-    """One module of the adapter.
+class ModuleChange(ABC):
+    """One module of an adapter.
 
     Attributes:
-        name: its name in the base model.
-        kind: what kind of module it is.
+        name: name of the module in the base model.
+        kind: its kind.
         num_channels: C.
         index: the selected channels, int64 `[K]`.
         width: I; V for an embedding, 1 for a norm.
         dtype: dtype of the delta.
-        rows: reads the delta of the weight, scaled, `[K, I]`.
         has_bias: whether the module has a bias.
-        bias: the delta of the bias, scaled, `[K]`; None where there is none or it is zero.
-        whole_infos: "weight", "bias" -> dtype and shape of the module's whole parameters.
-        whole: reads one of these with the delta applied, rounded once.
+        scale: factor of the deltas.
     """
 
     name: str
@@ -46,11 +43,39 @@ class ModuleChange:
     index: torch.Tensor
     width: int
     dtype: torch.dtype
-    rows: Callable[[], torch.Tensor]
     has_bias: bool
-    bias: torch.Tensor | None
-    whole_infos: Callable[[], Mapping[str, tuple[torch.dtype, tuple[int, ...]]]]
-    whole: Callable[[str], torch.Tensor]
+    scale = 1.0
+
+    @abstractmethod
+    def whole_infos(self) -> TensorInfos:
+        """Dtype and shape of the module's whole parameters, by "weight" and "bias"."""
+
+    @abstractmethod
+    def _delta(self, part: str) -> torch.Tensor:
+        """The delta of "weight" or "bias" in the module's orientation, without `scale`."""
+
+    @abstractmethod
+    def _original(self, part: str) -> torch.Tensor:
+        """The whole "weight" or "bias" of the base."""
+
+    def rows(self) -> torch.Tensor:
+        """The delta of the weight, scaled, `[K, I]`."""
+        delta = self._scaled("weight")
+        return delta.unsqueeze(1) if self.kind.is_norm else delta.transpose(0, self.kind.channel_dim)
+
+    @cached_property
+    def bias(self) -> torch.Tensor | None:
+        """The delta of the bias, scaled, `[K]`; None if there is none or it is zero."""
+        delta = self._scaled("bias") if self.has_bias else None
+        return delta if delta is not None and bool(delta.any()) else None
+
+    def whole(self, part: str) -> torch.Tensor:
+        """The whole "weight" or "bias" with the delta added, rounded once."""
+        deltas = [(self.index, self._delta(part), self.scale)]
+        return merged_rows(self._original(part), torch.arange(self.num_channels), deltas, dim=self.kind.axis_of(part))
+
+    def _scaled(self, part: str) -> torch.Tensor:
+        return self._delta(part) * self.scale
 
 
 @dataclass(frozen=True)
@@ -59,11 +84,11 @@ class AdapterChanges:
 
     Attributes:
         config: its configuration.
-        modules: what it changes.
-        extra: tensors that go along as they are (modules that the adapter itself saves as a whole, trained tokens).
-        known: names of modules of the base model, as far as they are known.
+        modules: its changes, module by module.
+        extra: tensors that are copied unchanged (modules that the adapter saves as a whole, trained tokens).
+        known: the known module names of the base model.
         inputs: folders that are read.
-        origin: what it is, for the card.
+        origin: description of the adapter, for the card.
     """
 
     config: ActConfig
@@ -75,7 +100,7 @@ class AdapterChanges:
 
 
 def changes_in_folder(folder: AdapterFolder, checkpoint: Checkpoint | None) -> AdapterChanges:
-    """The changes of a saved adapter; only biases are read now. `checkpoint` is needed for whole parameters.
+    """The changes of a saved adapter. `checkpoint`, the base, is needed for whole parameters only.
 
     Raises:
         ActValueError: if its configuration cannot be used.
@@ -88,13 +113,13 @@ def changes_in_folder(folder: AdapterFolder, checkpoint: Checkpoint | None) -> A
     except (ValueError, TypeError) as error:
         raise ActValueError(
             f"{folder.location}: adapter_config.json cannot be used ({str(error)[:200]}), expected that of an ACT "
-            "adapter (it is damaged)"
+            "adapter (the file is damaged)"
         ) from error
     base = None
     if checkpoint is not None:
-        base = checkpoint, prefix_change([f"{name}.weight" for name in folder.modules], checkpoint.names)
-    modules = [
-        _from_file(folder, name, delta, config, base) for name, delta in folder.modules.items() if delta.index.numel()
+        base = Parameters(checkpoint, [f"{name}.{p}" for name, d in folder.modules.items() for p in _parts(d)])
+    modules: list[ModuleChange] = [
+        FileChange(folder, name, config, base) for name, delta in folder.modules.items() if delta.index.numel()
     ]
     is_local = os.path.isdir(folder.location)
     name = os.path.basename(os.path.abspath(folder.location)) if is_local else folder.location
@@ -108,74 +133,78 @@ def changes_in_folder(folder: AdapterFolder, checkpoint: Checkpoint | None) -> A
     )
 
 
-def _from_file(
-    folder: AdapterFolder,
-    name: str,
-    delta: ModuleDelta,
-    config: ActConfig,
-    base: tuple[Checkpoint, tuple[str, str]] | None,
-) -> ModuleChange:
-    where = f"{folder.location}: {name}"
-    entry = (config.adapted_modules or {}).get(name, {})
-    count = delta.index.numel()
-    num_channels = entry.get("channels")
-    if type(num_channels) is not int or int(delta.index[-1]) >= num_channels:
-        raise ActLoadError(
-            f"{where}: adapted_modules says {str(num_channels)[:40]} channels, expected a number greater than the "
-            f"greatest selected channel, {int(delta.index[-1])} (adapter_config.json does not belong to the tensors)"
-        )
-    kind = _kind_of_file(where, delta, entry.get("kind"))
-    dim = kind.channel_dim
-    if len(delta.weight_shape) != (1 if kind.is_norm else 2) or delta.weight_shape[dim] != count:
-        raise ActLoadError(
-            f"{where}: act_delta_weight has {list(delta.weight_shape)}, expected that of a {kind.value} with {count} "
-            "channels (the file is damaged)"
-        )
-    dtype = DTYPES[folder.shard.info(delta.weight).dtype]
-    shapes = {"weight": (*delta.weight_shape[:dim], num_channels, *delta.weight_shape[dim + 1 :])}
-    deltas = {"weight": delta.weight}
-    if delta.bias is not None:
-        shapes["bias"], deltas["bias"] = (num_channels,), delta.bias
+def _parts(delta: ModuleDelta) -> dict[str, str]:
+    """The parts of a module -> the keys of their deltas."""
+    return {"weight": delta.weight, **({} if delta.bias is None else {"bias": delta.bias})}
 
-    def whole_infos() -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        checkpoint, change = cast(Any, base)
-        infos = {}
-        for part, shape in shapes.items():
-            info = checkpoint.info(key_for(f"{name}.{part}", change))
-            if not info.is_plain or info.shape != shape:
+
+class FileChange(ModuleChange):
+    """One module of a saved adapter.
+
+    Args:
+        folder: the adapter; must stay open.
+        name: name of the module.
+        config: the adapter's configuration.
+        base: the parameters of the base, for whole parameters.
+
+    Raises:
+        ActLoadError: if configuration and tensors do not belong together.
+    """
+
+    def __init__(self, folder: AdapterFolder, name: str, config: ActConfig, base: Parameters | None) -> None:
+        delta = folder.modules[name]
+        self._where = f"{folder.location}: {name}"
+        entry = (config.adapted_modules or {}).get(name, {})
+        count, num_channels = delta.index.numel(), entry.get("channels")
+        if type(num_channels) is not int or int(delta.index[-1]) >= num_channels:
+            raise ActLoadError(
+                f"{self._where}: adapted_modules says {str(num_channels)[:40]} channels, expected a number greater "
+                f"than the greatest selected channel, {int(delta.index[-1])} (adapter_config.json does not belong to "
+                "the tensors)"
+            )
+        kind = _kind_of_file(self._where, delta, entry.get("kind"))
+        dim = kind.channel_dim
+        if len(delta.weight_shape) != (1 if kind.is_norm else 2) or delta.weight_shape[dim] != count:
+            raise ActLoadError(
+                f"{self._where}: act_delta_weight has {list(delta.weight_shape)}, expected that of a {kind.value} "
+                f"with {count} channels (the file is damaged)"
+            )
+        stored = folder.shard.dtype(delta.weight)
+        self._folder, self._base, self._keys = folder, base, _parts(delta)
+        self._shapes = {"weight": (*delta.weight_shape[:dim], num_channels, *delta.weight_shape[dim + 1 :])}
+        self._shapes |= {"bias": (num_channels,)}
+        self.name, self.kind, self.num_channels, self.index = name, kind, num_channels, delta.index
+        self.width = 1 if kind.is_norm else delta.weight_shape[1 - dim]
+        self.dtype = stored if delta.scales is None else wide_dtype(stored, delta.scales.dtype)
+        self.has_bias = delta.bias is not None
+
+    def whole_infos(self) -> TensorInfos:
+        """See `ModuleChange.whole_infos`.
+
+        Raises:
+            ActLoadError: if the adapter does not fit the base.
+        """
+        base, infos = cast(Parameters, self._base), {}
+        for part in self._keys:
+            name, shape = f"{self.name}.{part}", self._shapes[part]
+            if not base.is_plain(name) or base.shape(name) != shape:
                 raise ActLoadError(
-                    f"{where}: {checkpoint.location} has a {part} {info.dtype} {list(info.shape)}, expected plain "
-                    f"numbers of shape {list(shape)} (the adapter was made for another model)"
+                    f"{self._where}: {base.location} has a {part} {base.dtype(name)} {list(base.shape(name))}, "
+                    f"expected plain numbers of shape {list(shape)} (the adapter was made for a different model)"
                 )
-            infos[part] = (DTYPES[info.dtype], shape)
+            infos[part] = (base.dtype(name), shape)
         return infos
 
-    def read(part: str) -> torch.Tensor:
-        return folder.scaled(name, folder.shard.tensor(deltas[part]), kind.axis_of(part))
+    def _delta(self, part: str) -> torch.Tensor:
+        return self._folder.scaled(self.name, self._folder.shard.tensor(self._keys[part]), self.kind.axis_of(part))
 
-    def whole(part: str) -> torch.Tensor:
-        checkpoint, change = cast(Any, base)
-        original = checkpoint.tensor(key_for(f"{name}.{part}", change))
-        changes = [(delta.index, read(part), 1.0)]
-        return merged_rows(original, torch.arange(num_channels), changes, dim=kind.axis_of(part))
-
-    return ModuleChange(
-        name=name,
-        kind=kind,
-        num_channels=num_channels,
-        index=delta.index,
-        width=1 if kind.is_norm else delta.weight_shape[1 - dim],
-        dtype=dtype if delta.scales is None else wide_dtype(dtype, delta.scales.dtype),
-        rows=lambda: _as_rows(read("weight"), kind),
-        has_bias=delta.bias is not None,
-        bias=None if delta.bias is None else _nonzero(read("bias")),
-        whole_infos=whole_infos,
-        whole=whole,
-    )
+    def _original(self, part: str) -> torch.Tensor:
+        everything = torch.arange(self.num_channels)
+        return cast(Parameters, self._base).rows(f"{self.name}.{part}", everything, self.kind.axis_of(part))
 
 
 def _kind_of_file(where: str, delta: ModuleDelta, recorded: Any) -> ChannelKind:
-    """The recorded kind; for adapters of versions that recorded none, the only one that the shapes allow."""
+    """The recorded kind; for adapters of versions that recorded none, the only kind that the shapes allow."""
     if recorded is not None:
         try:
             return ChannelKind(recorded)
@@ -194,14 +223,3 @@ def _kind_of_file(where: str, delta: ModuleDelta, recorded: Any) -> ChannelKind:
             f"square, {list(shape)} (load the adapter with PEFT and save it again, or export the model in memory)"
         )
     return ChannelKind.LINEAR if shape[0] == count else columns
-
-
-def _as_rows(delta: torch.Tensor, kind: ChannelKind) -> torch.Tensor:
-    """A delta in the module's own orientation as `[K, I]`."""
-    if kind.is_norm:
-        return delta.unsqueeze(1)
-    return delta.transpose(0, kind.channel_dim)
-
-
-def _nonzero(delta: torch.Tensor) -> torch.Tensor | None:
-    return delta if bool(delta.any()) else None

@@ -13,8 +13,7 @@ from act_peft.adapter.base_record import recorded_base
 from act_peft.channels.kinds import ChannelKind
 from act_peft.channels.rows import scaled_channels
 from act_peft.disk.checkpoint import read_json
-from act_peft.disk.folders import file_in
-from act_peft.disk.locations import local_folder
+from act_peft.disk.locations import Location, open_location
 from act_peft.disk.shard import Shard
 from act_peft.errors import ActLoadError, ActValueError
 
@@ -27,9 +26,9 @@ _PARTS = ("act_delta_index", "act_delta_weight", "act_delta_bias", "act_delta_ch
 
 @dataclass(frozen=True)
 class ModuleDelta:
-    """What an adapter holds for one module: channels int64 `[K]`, ascending, and where its deltas are.
+    """The deltas of one module in a file: channels, int64 `[K]`, ascending, and the keys of the tensors.
 
-    `scales` are the learned ones, float `[K]`, that the rows are multiplied with; None where the rows are the deltas.
+    `scales` are the learned scales, float `[K]`, that the rows are multiplied with; None if there are none.
     """
 
     index: torch.Tensor
@@ -43,24 +42,22 @@ class AdapterFolder:
     """A saved ACT adapter, open for reading; a context manager.
 
     Args:
-        location: a folder or Hub id.
-        revision: revision on the Hub; left aside for a folder.
+        location: a folder or Hub id, or one that is open already.
 
     Attributes:
-        location: what the user named.
+        location: the folder or Hub id that the user gave.
         folder: the local folder.
-        config: what `adapter_config.json` says.
+        config: the content of `adapter_config.json`.
         modules: module name -> `ModuleDelta`.
 
     Raises:
-        ActValueError: no such adapter, a damaged file, an adapter of another method.
-        ActLoadError: tensors that no ACT adapter has.
+        ActValueError: if there is no such adapter, a file is damaged, or it is an adapter of a different method.
+        ActLoadError: if it holds tensors that no ACT adapter has.
     """
 
-    def __init__(self, location: str | os.PathLike[str], *, revision: str | None = None) -> None:
-        self.location = os.fspath(location)
-        files = [CONFIG, TENSORS]
-        self.folder = local_folder(location, expected=f"an adapter ({CONFIG})", files=files, revision=revision)
+    def __init__(self, location: str | os.PathLike[str] | Location) -> None:
+        place = open_location(location, expected=f"an adapter ({CONFIG})", files=[CONFIG, TENSORS])
+        self.location, self.folder = place.name, place.folder
         self.config = read_json(self.folder, CONFIG)
         if self.config.get("peft_type") != "ACT":
             raise ActValueError(
@@ -69,7 +66,7 @@ class AdapterFolder:
             )
         recorded = self.config.get("adapted_modules") or {}
         self._recorded: Mapping[str, Any] = recorded if isinstance(recorded, dict) else {}
-        self.shard = Shard(file_in(self.folder, TENSORS))
+        self.shard = Shard(place.file(TENSORS))
         try:
             self.modules = self._read_modules()
         except BaseException:
@@ -87,24 +84,24 @@ class AdapterFolder:
         self.close()
 
     def recorded_base(self, module: str) -> str | None:
-        """Fingerprint of the base rows of a module that the adapter was made for, if it recorded one."""
+        """The recorded fingerprint of the base rows of a module; None if there is none."""
         return recorded_base(self._recorded, module)
 
     def recorded_axis(self, module: str) -> int | None:
-        """The axis of a module's channels, by the kind that its configuration records."""
+        """The axis of a module's channels, by its recorded kind; None if there is none."""
         entry = self._recorded.get(module)
         kinds = {kind.value: kind for kind in ChannelKind}
         kind = kinds.get(str(entry.get("kind"))) if isinstance(entry, dict) else None
         return None if kind is None else kind.channel_dim
 
     def scaled(self, module: str, rows: torch.Tensor, dim: int, channels: slice | torch.Tensor = _ALL) -> torch.Tensor:
-        """Rows that were read, times the learned scales of their channels; as they are, where the adapter has none.
+        """Rows of an adapter times the learned scales of their channels; unchanged if the adapter has no scales.
 
         Args:
             module: name of the module.
-            rows: of its `act_delta_weight` or `act_delta_bias`, channels along `dim`.
+            rows: rows of its `act_delta_weight` or `act_delta_bias`, channels along `dim`.
             dim: axis of the channels.
-            channels: which of the selected channels they are, a slice or int64 `[n]`; all by default.
+            channels: positions of the rows among the selected channels, a slice or int64 `[n]`; all by default.
         """
         scales = self.modules[module].scales
         return rows if scales is None else scaled_channels(rows, scales[channels], dim)

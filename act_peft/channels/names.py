@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Container, Iterator
 
-from act_peft.disk.keys import _is_suffix
 from act_peft.errors import ActTypeError
 
 Patterns = str | Collection[str] | None
@@ -32,7 +31,7 @@ def matches(name: str, patterns: Patterns) -> bool:
             f"module names: got {type(patterns).__name__}, expected a regular expression (str) or a list of names "
             "(write [name] for a single one)"
         )
-    return any(_is_suffix(pattern, name) for pattern in patterns)
+    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
 
 
 def matching_key(name: str, keys: Container[str]) -> str | None:

@@ -12,9 +12,8 @@ from act_peft.adapter.base_record import BaseComparison, fingerprint, module_rec
 from act_peft.adapter.changes import ModuleChange
 from act_peft.combination.union import Source, UnionModule
 from act_peft.disk.checkpoint import Checkpoint
-from act_peft.disk.keys import key_for, prefix_change
-from act_peft.disk.skeleton import load_config, tied_weights
-from act_peft.errors import ActLoadError, ActValueError
+from act_peft.disk.parameters import Parameters
+from act_peft.errors import ActLoadError
 
 
 def different_bases(sources: Sequence[Source]) -> Iterator[str]:
@@ -70,14 +69,14 @@ def records_on(
     """The `adapted_modules` of the result on a base, and notes on adapters that were made for a different one.
 
     Raises:
-        ActLoadError: the adapters do not fit the base.
-        ActValueError: the base has no such tensor, or a quantised one.
+        ActLoadError: if the adapters do not fit the base.
+        ActValueError: if a tensor that the adapters change is missing in the base, or quantized.
     """
-    keys = _find_keys(checkpoint, modules)
+    base = Parameters(checkpoint, [f"{module.name}.{part}" for module in modules for part in module.shapes()])
     found = {}
     comparisons = [BaseComparison(source.name, checkpoint.location) for source in sources]
     for module in modules:
-        rows = {part: _rows(checkpoint, module, part, keys[f"{module.name}.{part}"]) for part in module.shapes()}
+        rows = {part: _rows(base, module, part) for part in module.shapes()}
         found[module.name] = _record(module, fingerprint(rows["weight"], rows.get("bias")))
         for source, change, comparison in zip(sources, module.changes, comparisons, strict=True):
             if change is not None:
@@ -97,35 +96,15 @@ def _record(module: UnionModule, base: str | None) -> dict[str, Any]:
     return module_record(module.kind, selected=module.index.numel(), channels=module.num_channels, base=base)
 
 
-def _find_keys(checkpoint: Checkpoint, modules: Sequence[UnionModule]) -> Mapping[str, str]:
-    """Parameter name -> key in the checkpoint; a tied parameter that is not stored has the key of its partner."""
-    names = [f"{module.name}.{part}" for module in modules for part in module.shapes()]
-    change = prefix_change(names, checkpoint.names)
-    keys = {name: key_for(name, change) for name in names}
-    if any(key not in checkpoint for key in keys.values()):
-        tied = tied_weights(load_config(checkpoint))
-        change = prefix_change([*names, *tied, *tied.values()], checkpoint.names)
-        keys = {name: key_for(name, change) for name in names}
-        for one, other in [*tied.items(), *((b, a) for a, b in tied.items())]:
-            if one in keys and keys[one] not in checkpoint:
-                keys[one] = key_for(other, change)
-    return keys
-
-
-def _rows(checkpoint: Checkpoint, module: UnionModule, part: str, key: str) -> torch.Tensor:
-    """The base parameters of the channels of all adapters."""
-    info = checkpoint.info(key)
+def _rows(base: Parameters, module: UnionModule, part: str) -> torch.Tensor:
+    """The base parameters of the channels that the adapters change."""
+    name = f"{module.name}.{part}"
     dim = module.kind.axis_of(part)
     shape = list(module.shapes()[part])
     shape[dim] = module.num_channels
-    if list(info.shape) != shape:
+    if list(base.shape(name)) != shape:
         raise ActLoadError(
-            f"{module.name}: size mismatch: {checkpoint.location} has {part} {list(info.shape)}, expected {shape} by "
-            "the adapters (they were made for another model)"
+            f"{module.name}: size mismatch: {base.location} has {part} {list(base.shape(name))}, expected {shape} by "
+            "the adapters (they were made for a different model)"
         )
-    if not info.is_plain:
-        raise ActValueError(
-            f"{module.name}: {checkpoint.location}: {key} is {info.dtype}, expected F64, F32, F16 or BF16 (the base "
-            "is quantised: name the original checkpoint)"
-        )
-    return checkpoint.rows(key, module.index, dim)
+    return base.rows(name, module.index, dim)

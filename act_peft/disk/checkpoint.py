@@ -1,4 +1,4 @@
-"""The one reader of checkpoints on disk: a folder or Hub id, one safetensors file or several, read row by row."""
+"""The one reader of checkpoints on disk: a folder or Hub id with one or several safetensors files."""
 
 from __future__ import annotations
 
@@ -12,17 +12,15 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from act_peft.disk.folders import file_in
-from act_peft.disk.locations import is_local, local_folder
+from act_peft.disk.locations import Location, open_location
 from act_peft.disk.shard import Shard, TensorInfo
 from act_peft.errors import ActValueError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# What stands beside the weights: configuration, tokenizer, chat template, code of the model, licence.
+# The files of a model without its weights: configuration, tokenizer, chat template, code, licence.
 SMALL_FILES = (
     "*.json",
     "*.txt",
@@ -41,23 +39,24 @@ _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 class Checkpoint:
-    """A checkpoint on disk, open for reading. Made by `Checkpoint.open`; a context manager.
+    """A checkpoint on disk, open for reading; a context manager and a `TensorSource`.
 
-    Nothing is read before it is asked for: neither the shards of a checkpoint on the Hub, which are downloaded one by
-    one, nor a whole tensor where rows will do. Every tensor that it hands out is a copy.
+    Files on the Hub are downloaded one by one, when they are first needed. Every tensor that it returns is a copy.
+
+    Args:
+        place: the opened folder, see `Checkpoint.open`.
 
     Attributes:
-        location: what the user named.
+        location: the folder or Hub id that the user gave.
         folder: the local folder.
     """
 
-    def __init__(self, location: str, folder: Path, *, repository: tuple[str, str] | None = None) -> None:
-        """See `Checkpoint.open`; `repository` is a Hub id with the revision that `folder` is a snapshot of."""
-        self.location = location
-        self.folder = folder
-        self._repository = repository
+    def __init__(self, place: Location) -> None:
+        self.location = place.name
+        self.folder = place.folder
+        self._place = place
         self._shards: dict[str, Shard] = {}
-        self._place = self._find_tensors()
+        self._file_of = self._find_tensors()
 
     @classmethod
     def open(cls, location: str | os.PathLike[str], *, revision: str | None = None) -> Checkpoint:
@@ -65,15 +64,13 @@ class Checkpoint:
 
         Args:
             location: a folder or a Hub id.
-            revision: revision on the Hub; left aside for a folder.
+            revision: revision on the Hub; ignored for a folder.
 
         Raises:
-            ActValueError: nothing there, pickled weights only, a missing or damaged file, a link that leaves the
-                folder.
+            ActValueError: if there is nothing, or only pickled weights; for a missing or damaged file, or a link out
+                of the folder.
         """
-        folder = local_folder(location, expected="a checkpoint", files=SMALL_FILES, revision=revision)
-        repository = None if is_local(location) else (os.fspath(location), folder.name)
-        return cls(os.fspath(location), folder, repository=repository)
+        return cls(open_location(location, expected="a checkpoint", files=SMALL_FILES, revision=revision))
 
     def close(self) -> None:
         """Close all files; closing twice is harmless."""
@@ -87,26 +84,26 @@ class Checkpoint:
         self.close()
 
     def __contains__(self, name: object) -> bool:
-        return name in self._place
+        return name in self._file_of
 
     # --------------------------------------------------------------------------------------------------- asking ---
 
     @property
     def names(self) -> Sequence[str]:
         """The keys of all tensors."""
-        return tuple(self._place)
+        return tuple(self._file_of)
 
     @property
     def files(self) -> Sequence[str]:
         """The names of the files that hold the tensors, sorted."""
-        return tuple(sorted(set(self._place.values())))
+        return tuple(sorted(set(self._file_of.values())))
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
-        """What `config.json` says; read-only.
+        """The content of `config.json`, read-only.
 
         Raises:
-            ActValueError: if there is none, or no JSON object in it.
+            ActValueError: if there is no such file, or it holds no JSON object.
         """
         return MappingProxyType(read_json(self.folder, "config.json"))
 
@@ -116,12 +113,12 @@ class Checkpoint:
         Raises:
             ActValueError: if there is no such tensor.
         """
-        if name not in self._place:
+        if name not in self._file_of:
             raise ActValueError(
-                f"{self.location}: {name} is missing in the checkpoint, expected it among its {len(self._place)} "
-                "tensors (it is incomplete, or of another model)"
+                f"{self.location}: {name} is missing in the checkpoint, expected it among its {len(self._file_of)} "
+                "tensors (the checkpoint is incomplete, or belongs to a different model)"
             )
-        return self._place[name]
+        return self._file_of[name]
 
     def shard(self, file: str) -> Shard:
         """One of `files`, opened on first use and downloaded where needed.
@@ -130,23 +127,14 @@ class Checkpoint:
             ActValueError: if it is missing, damaged, or lies outside the folder.
         """
         if file not in self._shards:
-            if self._repository is not None:
-                repository, revision = self._repository
-                try:
-                    hf_hub_download(repository, file, revision=revision)
-                except (OSError, HfHubHTTPError, HFValidationError) as error:
-                    raise ActValueError(
-                        f"{self.location}: {file} cannot be downloaded ({str(error)[:300]}), expected every file that "
-                        "its index names"
-                    ) from error
-            self._shards[file] = Shard(file_in(self.folder, file))
+            self._shards[file] = Shard(self._place.file(file))
         return self._shards[file]
 
     def info(self, name: str) -> TensorInfo:
-        """Dtype, shape and place of a tensor.
+        """Dtype, shape and position of a tensor.
 
         Raises:
-            ActValueError: if there is no such tensor, or its file is missing, damaged or lacks it.
+            ActValueError: if there is no such tensor, or its file is missing or damaged.
         """
         return self.shard(self.file_of(name)).info(name)
 
@@ -168,7 +156,7 @@ class Checkpoint:
         """A copy of rows (`dim` 0) or columns (`dim` 1) of a tensor; `index` is int64 `[K]`, ascending.
 
         Raises:
-            ActValueError, ActTypeError: as `Shard.rows`, and no such tensor.
+            ActValueError, ActTypeError: as `Shard.rows`.
         """
         return self.shard(self.file_of(name)).rows(name, index, dim)
 
@@ -182,7 +170,7 @@ class Checkpoint:
 
     def _find_tensors(self) -> dict[str, str]:
         """Key -> name of the file that holds it."""
-        if self._repository is None and os.path.lexists(self.folder / SINGLE):
+        if self._place.is_local and os.path.lexists(self.folder / SINGLE):
             return dict.fromkeys(self.shard(SINGLE).tensors, SINGLE)
         if os.path.lexists(self.folder / INDEX):
             table = read_json(self.folder, INDEX).get("weight_map")
@@ -191,7 +179,7 @@ class Checkpoint:
                     f"{self.folder / INDEX}: weight_map is {str(table)[:80]}, expected names of tensors with the "
                     "names of safetensors files (the index is damaged)"
                 )
-            if self._repository is None:
+            if self._place.is_local:
                 for file in sorted(set(table.values())):
                     if not os.path.lexists(self.folder / file):
                         raise ActValueError(
@@ -199,7 +187,7 @@ class Checkpoint:
                             "incomplete; copy or download it again)"
                         )
             return dict(table)
-        if self._repository is not None:
+        if not self._place.is_local:
             return dict.fromkeys(self.shard(SINGLE).tensors, SINGLE)
         pickled = sorted(file for file in os.listdir(self.folder) if file.endswith(_PICKLED))
         if pickled:
@@ -217,7 +205,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     """The object in a JSON file of a folder.
 
     Raises:
-        ActValueError: no such file, not JSON, not an object.
+        ActValueError: if there is no such file, or it is no JSON object.
     """
     try:
         value = json.loads(file_in(folder, name).read_bytes())
@@ -237,7 +225,7 @@ def _is_shard_name(file: Any) -> bool:
 
 
 def small_files(folder: Path) -> list[str]:
-    """The files beside the weights that belong to the model, by their names in the folder."""
+    """The names of a model's files without its weights."""
     names = sorted(os.listdir(folder))
     small = [n for n in names if n == INDEX or (_is_like(n, SMALL_FILES) and not _is_like(n, _LEFT_OUT))]
     if (folder / _TEMPLATES).is_dir():

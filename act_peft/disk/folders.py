@@ -1,4 +1,4 @@
-"""Folders: files that may be read from one, copies of files, and new folders that appear whole or not at all."""
+"""Folders: which files may be read, copies of files, and checks before a new folder is written."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from act_peft.errors import ActValueError
 def file_in(folder: Path, name: str) -> Path:
     """The real path of a file of a folder.
 
-    Links are followed inside the folder and, for a snapshot of the Hub's cache, into the cache's `blobs` beside it.
+    Links may lead to the same folder or, from a snapshot of the Hub's cache, to the `blobs` of the cache.
 
     Raises:
-        ActValueError: if there is no such file, it is none (a folder, a pipe), or it lies outside.
+        ActValueError: if there is no such file, it is a folder or a pipe, or it lies outside the folder.
     """
     root = folder.resolve()
     try:
         real = (folder / name).resolve(strict=True)
         is_file = real.is_file()
-    except (OSError, RuntimeError, ValueError) as error:  # nothing there, a loop of links, a zero byte in the name
+    except (OSError, RuntimeError, ValueError) as error:  # missing, a loop of links, a zero byte in the name
         raise ActValueError(f"{folder / name}: no such file, expected one ({error})") from error
     allowed = [root]
     if root.parent.name == "snapshots":
@@ -38,7 +38,7 @@ def file_in(folder: Path, name: str) -> Path:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file to one that does not exist yet, in the kernel and without new space where it can be shared."""
+    """Copy a file to a new one: in the kernel where possible, and on shared disk space where the system can."""
     with open(source, "rb", buffering=0) as a, open(target, "xb", buffering=0) as b:
         left = os.fstat(a.fileno()).st_size
         while left > 0 and hasattr(os, "copy_file_range"):
@@ -55,11 +55,11 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def check_output(output: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
-    """Check that a new folder may be written, before anything is.
+    """Check that a new folder may be written.
 
     Raises:
-        ActValueError: if the output exists (and is not to be overwritten, or does not look like a model), lies in an
-            input or holds one, or its parent folder does not exist.
+        ActValueError: if the output lies in an input or holds one, its parent folder does not exist, or the output
+            exists and must not be overwritten or does not look like a model.
     """
     if not output.parent.is_dir():
         raise ActValueError(f"{output}: folder {output.parent} does not exist, expected an existing one (create it)")
@@ -83,7 +83,7 @@ def check_room(output: Path, needed: int) -> None:
     """Check that the disk has room for `needed` bytes.
 
     Raises:
-        ActValueError: if it has not.
+        ActValueError: if there is less.
     """
     free = shutil.disk_usage(output.parent).free
     if free < needed:

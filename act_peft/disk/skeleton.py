@@ -1,8 +1,9 @@
-"""What can be known of a model from its `config.json` alone: its class, its tied weights, its modules without data."""
+"""Facts about a model from its `config.json` alone: its class, its tied weights, its modules without data."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ def load_config(checkpoint: Checkpoint) -> Any:
         ActValueError: if transformers cannot read it, or does not know the architecture.
     """
     if "auto_map" in checkpoint.config and "model_type" not in checkpoint.config:
-        raise ActValueError(f"{checkpoint.location}: needs code of its own, expected a model that transformers knows")
+        raise ActValueError(f"{checkpoint.location}: needs remote code, expected a model that transformers knows")
     try:
         config = AutoConfig.from_pretrained(str(checkpoint.folder), trust_remote_code=False)
     except Exception as error:  # a damaged configuration fails anywhere inside transformers
@@ -32,8 +33,17 @@ def load_config(checkpoint: Checkpoint) -> Any:
     return config
 
 
-def tied_weights(config: PretrainedConfig) -> dict[str, str]:
-    """Parameter -> the parameter whose tensor it uses, for the causal language model of a configuration."""
+def tied_weights(checkpoint: Checkpoint) -> dict[str, str]:
+    """Parameter -> the parameter whose tensor it uses, for the causal language model of a checkpoint.
+
+    Raises:
+        ActValueError: if `config.json` does not say that nothing is tied, and `load_config` fails.
+    """
+    configs = [checkpoint.config, checkpoint.config.get("text_config")]
+    said = [c["tie_word_embeddings"] for c in configs if isinstance(c, Mapping) and "tie_word_embeddings" in c]
+    if said and not any(said):
+        return {}
+    config = load_config(checkpoint)
     if not getattr(config, "tie_word_embeddings", False):
         return {}
     with contextlib.suppress(KeyError):

@@ -1,4 +1,4 @@
-"""What an adapter in a model changes, module by module."""
+"""The changes of an adapter in a model, module by module."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from act_peft.adapter.changes import OUTER, AdapterChanges, ModuleChange, _as_rows, _nonzero
-from act_peft.channels.rows import merged_rows
+from act_peft.adapter.changes import OUTER, AdapterChanges, ModuleChange
+from act_peft.disk.writing import TensorInfos
 from act_peft.errors import ActValueError
 from act_peft.layers import ActLayer
 from act_peft.layers.lookup import adapter_layers, base_model
@@ -35,7 +35,7 @@ def changes_in_model(model: nn.Module, adapter_name: str) -> AdapterChanges:
                 extra[f"{OUTER}{name}.{key}"] = tensor.detach().cpu()
     return AdapterChanges(
         config=cast(Any, model).peft_config[adapter_name],
-        modules=[_from_layer(name, layer, adapter_name) for name, layer in layers.items()],
+        modules=[LayerChange(name, layer, adapter_name) for name, layer in layers.items()],
         extra=extra,
         known=[name for name, module in root.named_modules() if getattr(module, "weight", None) is not None],
         inputs=[],
@@ -43,31 +43,32 @@ def changes_in_model(model: nn.Module, adapter_name: str) -> AdapterChanges:
     )
 
 
-def _from_layer(name: str, layer: ActLayer, adapter_name: str) -> ModuleChange:
-    scale = layer.act_delta_scale[adapter_name]
-    index = layer.act_delta_index[adapter_name].cpu()
-    weight = layer.act_delta_weight[adapter_name]
-    plain = layer.get_base_layer()
+class LayerChange(ModuleChange):
+    """One module of an adapter in memory.
 
-    def read(part: str) -> torch.Tensor:
-        return layer.delta(adapter_name, part).detach().cpu()
+    Args:
+        name: name of the module in the base model.
+        layer: its layer.
+        adapter_name: name of the adapter.
+    """
 
-    def whole(part: str) -> torch.Tensor:
-        everything = layer.original_rows(torch.arange(layer.num_channels))
-        original = cast(torch.Tensor, getattr(everything, part)).cpu()
-        changes = [(index, read(part), scale)]
-        return merged_rows(original, everything.index.cpu(), changes, dim=layer.kind.axis_of(part))
+    def __init__(self, name: str, layer: ActLayer, adapter_name: str) -> None:
+        self._layer, self._adapter_name = layer, adapter_name
+        self.name, self.kind, self.num_channels = name, layer.kind, layer.num_channels
+        self.index = layer.act_delta_index[adapter_name].cpu()
+        self.width = layer.act_delta_weight[adapter_name].numel() // self.index.numel()
+        self.dtype = layer.delta_dtype(adapter_name)
+        self.has_bias = layer.has_bias
+        self.scale = layer.act_delta_scale[adapter_name]
 
-    return ModuleChange(
-        name=name,
-        kind=layer.kind,
-        num_channels=layer.num_channels,
-        index=index,
-        width=weight.numel() // index.numel(),
-        dtype=layer.delta_dtype(adapter_name),
-        rows=lambda: _as_rows(read("weight") * scale, layer.kind),
-        has_bias=layer.has_bias,
-        bias=_nonzero(read("bias") * scale) if layer.has_bias else None,
-        whole_infos=lambda: {n: (p.dtype, tuple(p.shape)) for n, p in plain.named_parameters()},
-        whole=whole,
-    )
+    def whole_infos(self) -> TensorInfos:
+        """See `ModuleChange.whole_infos`."""
+        plain = self._layer.get_base_layer()
+        return {name: (parameter.dtype, tuple(parameter.shape)) for name, parameter in plain.named_parameters()}
+
+    def _delta(self, part: str) -> torch.Tensor:
+        return self._layer.delta(self._adapter_name, part).detach().cpu()
+
+    def _original(self, part: str) -> torch.Tensor:
+        everything = self._layer.original_rows(torch.arange(self.num_channels))
+        return cast(torch.Tensor, getattr(everything, part)).cpu()

@@ -18,8 +18,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from act_peft.adapter.file import CONFIG, TENSORS
-from act_peft.disk.folders import file_in
-from act_peft.disk.locations import local_folder
+from act_peft.disk.locations import open_location
 from act_peft.disk.shard import Shard
 from act_peft.errors import ActError, ActTypeError, ActValueError
 from act_peft.peft_modules import _MODELS, _WRAPPERS, named_modules, plain_layer, without_wrapper
@@ -116,13 +115,14 @@ def _load_adapter(base: nn.Module, location: str) -> nn.Module:
             f"donor: {location} is an adapter, but the base has adapters of its own, expected the plain model that "
             "the adapter was made for (load it anew, or take base.merge_and_unload())"
         )
-    folder = local_folder(location, expected=f"an adapter ({CONFIG})", files=[CONFIG, TENSORS])
+    place = open_location(location, expected=f"an adapter ({CONFIG})", files=[CONFIG, TENSORS])
+    folder = place.folder
     if not (folder / CONFIG).is_file():
         raise ActValueError(
             f"donor: {location} has no {CONFIG}, expected the folder or Hub id of an adapter (load a whole model, for "
             "example with AutoModelForCausalLM.from_pretrained, and pass the model)"
         )
-    with Shard(file_in(folder, TENSORS)) as shard:  # biases, resized embeddings: PEFT writes these into the model
+    with Shard(place.file(TENSORS)) as shard:  # biases, resized embeddings: PEFT writes these into the model
         donor = twin(base, own={key.removeprefix(_OUTER).replace(".base_layer.", ".") for key in shard.tensors})
     try:
         config = PeftConfig.from_pretrained(str(folder))

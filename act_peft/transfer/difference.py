@@ -10,10 +10,10 @@ from typing import cast
 import torch
 
 from act_peft.channels.rows import ChannelRows
+from act_peft.disk.parameters import Parameters
 from act_peft.errors import ActValueError, ActWarning
 from act_peft.transfer.donors import Donor
 from act_peft.transfer.lineage import Resemblance
-from act_peft.transfer.parameters import Parameters
 
 
 class Transfer:

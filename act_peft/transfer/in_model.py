@@ -15,12 +15,13 @@ from act_peft.adapter.config import Trainable
 from act_peft.channels.kinds import is_quantised, kind_of
 from act_peft.channels.rows import ChannelRows
 from act_peft.checks import finite_number
+from act_peft.disk.parameters import Parameters
 from act_peft.errors import ActValueError
 from act_peft.layers import ActLayer
 from act_peft.layers.lookup import adapter_layers, base_model
 from act_peft.transfer.difference import Transfer
 from act_peft.transfer.donors import open_donor
-from act_peft.transfer.parameters import ModelTensors, Parameters, vocabulary_parameters
+from act_peft.transfer.parameters import ModelTensors, vocabulary_parameters
 
 
 def initialize_from_donor(

@@ -24,13 +24,14 @@ from act_peft.disk.atomic import new_folder
 from act_peft.disk.checkpoint import Checkpoint
 from act_peft.disk.folders import check_output, check_room
 from act_peft.disk.locations import is_local
-from act_peft.disk.skeleton import build_skeleton, load_config, tied_weights
+from act_peft.disk.parameters import Parameters
+from act_peft.disk.skeleton import build_skeleton, load_config
 from act_peft.errors import ActValueError
 from act_peft.layers.deltas import PREFIX
 from act_peft.layers.targets import plan_channels
 from act_peft.transfer.difference import Transfer
 from act_peft.transfer.donors import open_donor
-from act_peft.transfer.parameters import Parameters, vocabulary_parameters
+from act_peft.transfer.parameters import vocabulary_parameters
 
 
 def create_adapter(
@@ -90,7 +91,7 @@ def create_adapter(
         config = load_config(checkpoint)
         skeleton = build_skeleton(config)
         shapes = {n: tuple(p.shape) for n, p in skeleton.named_parameters(remove_duplicate=False)}
-        parameters = Parameters(checkpoint, list(shapes), tied=tied_weights(config))
+        parameters = Parameters(checkpoint, list(shapes))
         indices = plan_channels(settings, skeleton, None)
         kinds = {name: kind_of(skeleton.get_submodule(name)) for name in indices}
         _check_shapes(checkpoint, parameters, shapes, needed=indices)
@@ -153,7 +154,7 @@ def _check_shapes(
             base.file_of(name)  # raises, and says what is missing
         if name in parameters and parameters.shape(name) != shape:
             raise ActValueError(
-                f"{base.location}: {parameters.keys[name]} has shape {list(parameters.shape(name))}, expected "
+                f"{base.location}: {parameters.key(name)} has shape {list(parameters.shape(name))}, expected "
                 f"{list(shape)} by its config.json (the checkpoint is damaged)"
             )
 

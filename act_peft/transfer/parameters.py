@@ -1,31 +1,24 @@
-"""The parameters of base and donor by the base's names, in memory or on disk."""
+"""The parameters of a model in memory as they are without adapters."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import cast
 
 import torch
 from torch import nn
 
-from act_peft.disk.checkpoint import Checkpoint
-from act_peft.disk.keys import key_for, prefix_change
-from act_peft.disk.shard import DTYPES, PLAIN_DTYPES
-from act_peft.errors import ActValueError
 from act_peft.layers import ActLayer
-
-_PLAIN = frozenset(DTYPES[name] for name in PLAIN_DTYPES)
-_PARTS = ("weight", "bias")
 
 
 class ModelTensors:
-    """The parameters of a model in memory as they are without adapters; asked as a `Checkpoint` is.
+    """The parameters of a model in memory as they are without adapters; a `TensorSource`.
 
     Args:
         model: the model, with or without adapters in it.
 
     Attributes:
-        location: what it is called in messages.
+        location: name of the model in messages.
         names: the names of all parameters, tied ones under each of their names.
     """
 
@@ -58,71 +51,6 @@ class ModelTensors:
         if isinstance(layer, ActLayer):
             return cast(torch.Tensor, getattr(layer.original_rows(index), part))
         return parameter.detach().index_select(dim, index.to(parameter.device))
-
-
-class Parameters:
-    """A model's parameters in some source, by their names in the base.
-
-    Args:
-        source: where they are.
-        names: the base's parameter names.
-        tied: parameter -> the parameter whose tensor it uses, for sources that have only one of them.
-
-    Attributes:
-        location: what the source is called in messages.
-        names: the base's parameter names.
-        keys: parameter name -> key in the source, for those that it has.
-    """
-
-    def __init__(
-        self, source: Checkpoint | ModelTensors, names: Sequence[str], *, tied: Mapping[str, str] | None = None
-    ) -> None:
-        self.location = source.location
-        self.names = names
-        self._source = source
-        self._change = prefix_change(names, source.names)
-        self.keys = {name: key for name in names if (key := key_for(name, self._change)) in source}
-        known = set(names)
-        for one, other in (tied or {}).items():
-            for missing, partner in ((one, other), (other, one)):
-                if missing in known and missing not in self.keys and partner in self.keys:
-                    self.keys[missing] = self.keys[partner]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.keys
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a parameter."""
-        return self._source.shape(self.keys[name])
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of all parameters, and of weights and biases that the base does not have."""
-        old, new = self._change
-        used = set(self.keys.values())
-        surplus = {
-            old + key.removeprefix(new): self._source.shape(key)
-            for key in self._source.names
-            if key not in used and key.startswith(new) and key.rpartition(".")[2] in _PARTS
-        }
-        return {**surplus, **{name: self.shape(name) for name in self.keys}}
-
-    def is_plain(self, name: str) -> bool:
-        """Whether a parameter holds ordinary floating point numbers."""
-        return self._source.dtype(self.keys[name]) in _PLAIN
-
-    def rows(self, name: str, index: torch.Tensor, dim: int) -> torch.Tensor:
-        """A copy of rows (`dim` 0) or columns (`dim` 1) of a parameter; `index` is int64 `[K]`, ascending.
-
-        Raises:
-            ActValueError: its values are no ordinary floating point numbers.
-        """
-        key = self.keys[name]
-        if not self.is_plain(name):
-            raise ActValueError(
-                f"{self.location}: {key} is {self._source.dtype(key)}, expected float64, float32, float16 or bfloat16 "
-                "(the model is quantised: take the original one)"
-            )
-        return self._source.rows(key, index, dim)
 
 
 def plain_name(name: str) -> str:

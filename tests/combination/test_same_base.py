@@ -108,4 +108,4 @@ def test_a_base_that_does_not_fit_is_refused(tmp_path):
     for part in ("weight", "bias"):
         key = f"model.layers.0.self_attn.q_proj.{part}"
         save_file({**tensors, key: tensors[key].to(torch.int8)}, path)
-        refused(tmp_path, f"q_proj: .*{key} is I8, expected F64, F32, F16 or BF16", ActValueError)
+        refused(tmp_path, f"{key} is torch.int8, expected float64, float32, float16 or bfloat16", ActValueError)

@@ -13,9 +13,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from act_peft import ActValueError
-from act_peft.disk import checkpoint, locations
+from act_peft.disk import locations
 from act_peft.disk.checkpoint import INDEX, SINGLE, Checkpoint
-from act_peft.disk.keys import key_for, prefix_change
 from tests.support.tiny_checkpoints import save_relatives, write_shard
 from tests.support.tiny_models import build
 
@@ -163,7 +162,7 @@ def test_the_hub_is_asked_only_for_what_is_read(tmp_path, monkeypatch, shards):
     save_relatives(tmp_path, "llama", shards=shards)
     hub = Hub(tmp_path, tmp_path / "base")
     monkeypatch.setattr(locations, "snapshot_download", hub.snapshot_download)
-    monkeypatch.setattr(checkpoint, "hf_hub_download", hub.hf_hub_download)
+    monkeypatch.setattr(locations, "hf_hub_download", hub.hf_hub_download)
     monkeypatch.chdir(tmp_path / "donor")
     with Checkpoint.open("org/name", revision="main") as opened:
         assert torch.equal(opened.tensor("lm_head.weight"), build("llama").lm_head.weight)
@@ -181,35 +180,3 @@ def test_no_tensor_is_found_where_the_index_lies_about_the_file(tmp_path):
     write_shard(tmp_path / "a.safetensors", {})
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"x": "a.safetensors"}}))
     refused(tmp_path, "has no tensor 'x', expected one")
-
-
-LAYERS = ("layers.0.mlp.up_proj.weight", "layers.1.mlp.up_proj.weight", "norm.weight", "embed_tokens.weight")
-MODEL = (*(f"model.{name}" for name in LAYERS), "lm_head.weight")
-PREFIXES = {
-    "the same": (MODEL, MODEL),
-    "a base model": (MODEL, (*LAYERS, "lm_head.weight")),
-    "a model with head, read as a base model": (LAYERS, MODEL),
-    "a wrapper of the body": (
-        MODEL,
-        (*(f"model.language_model.{name}" for name in LAYERS), "lm_head.weight"),
-    ),
-    "a wrapper of the whole": (
-        MODEL,
-        (*(f"language_model.{name}" for name in MODEL[:-1]), "language_model.lm_head.weight"),
-    ),
-}
-
-
-@pytest.mark.parametrize("what", PREFIXES)
-def test_names_of_a_model_find_their_keys(what):
-    names, keys = PREFIXES[what]
-    vision = [f"model.visual.{name}" for name in LAYERS[:2]] if "wrapper" in what else []
-    change = prefix_change(names, [*vision, *keys])
-    assert [key_for(name, change) for name in names] == [
-        key for key in keys if what != "a model with head, read as a base model" or key != "lm_head.weight"
-    ]
-
-
-def test_without_a_common_name_nothing_is_changed():
-    assert prefix_change(MODEL, ["something.else"]) == ("", "")
-    assert prefix_change([], ["something.else"]) == ("", "")

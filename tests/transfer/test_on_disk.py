@@ -160,7 +160,7 @@ CONFIGS = {
     "no architecture": ({"model_type": None}, "config.json cannot be opened by transformers"),
     "no causal language model": ({"model_type": "t5"}, "cannot build a causal language model"),
     "another kind of value": ({"hidden_size": "many"}, "config.json cannot be opened|cannot build a causal"),
-    "code of its own": ({"model_type": None, "auto_map": {"AutoConfig": "x.Y"}}, "needs code of its own"),
+    "code of its own": ({"model_type": None, "auto_map": {"AutoConfig": "x.Y"}}, "needs remote code"),
 }
 
 

@@ -9,17 +9,18 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from act_peft.adapter.file import CONFIG, TENSORS, AdapterFolder
+from act_peft.adapter.file import CONFIG, AdapterFolder
 from act_peft.disk.checkpoint import INDEX, SINGLE, SMALL_FILES, Checkpoint, read_json
-from act_peft.disk.locations import is_local, local_folder
-from act_peft.disk.skeleton import load_config, tied_weights
+from act_peft.disk.locations import Location, open_location
+from act_peft.disk.parameters import Parameters
+from act_peft.disk.skeleton import load_config
 from act_peft.errors import ActTypeError, ActValueError
 from act_peft.transfer.donors.act import ActDonor
 from act_peft.transfer.donors.base import Donor
 from act_peft.transfer.donors.full import FullDonor
 from act_peft.transfer.donors.lora import LoraDonor
 from act_peft.transfer.lineage import check_configs
-from act_peft.transfer.parameters import ModelTensors, Parameters
+from act_peft.transfer.parameters import ModelTensors
 
 __all__ = ["Donor", "is_adapter", "open_donor"]
 
@@ -59,50 +60,45 @@ def open_donor(
         return FullDonor(base, theirs, needed=needed, vocabulary=vocabulary, notes=notes)
     if not isinstance(donor, (str, os.PathLike)):
         raise ActTypeError(f"donor: got {type(donor).__name__}, expected a model, or the folder or Hub id of one")
-    if is_adapter(donor, revision=revision):
-        return _open_adapter(donor, base, axes=axes, revision=revision)
-    checkpoint = Checkpoint.open(donor, revision=revision)
+    place = open_location(donor, expected="a checkpoint", files=SMALL_FILES, revision=revision)
+    if is_adapter(place):
+        return _open_adapter(place, base, axes=axes)
+    checkpoint = Checkpoint(place)
     try:
-        notes, tied = [], {}
-        if config is not None:
-            their_config = load_config(checkpoint)
-            notes, tied = check_configs(config, their_config), tied_weights(their_config)
-        theirs = Parameters(checkpoint, base.names, tied=tied)
+        notes = [] if config is None else check_configs(config, load_config(checkpoint))
+        theirs = Parameters(checkpoint, base.names, tied={} if config is None else None)
         return FullDonor(base, theirs, needed=needed, vocabulary=vocabulary, notes=notes, checkpoint=checkpoint)
     except BaseException:
         checkpoint.close()
         raise
 
 
-def is_adapter(location: str | os.PathLike[str], *, revision: str | None = None) -> bool:
+def is_adapter(location: str | os.PathLike[str] | Location) -> bool:
     """Whether a folder or Hub id holds a PEFT adapter rather than a full checkpoint.
 
     Raises:
-        ActValueError: there is no such folder or repository.
+        ActValueError: if there is no such folder or repository.
     """
-    folder = local_folder(location, expected="a checkpoint", files=SMALL_FILES, revision=revision)
-    if not (folder / CONFIG).is_file():
+    place = open_location(location, expected="a checkpoint", files=SMALL_FILES)
+    if not (place.folder / CONFIG).is_file():
         return False
-    return not any((folder / name).is_file() for name in ((SINGLE, INDEX) if is_local(location) else ("config.json",)))
+    weights = (SINGLE, INDEX) if place.is_local else ("config.json",)  # weights on the Hub are not downloaded yet
+    return not any((place.folder / name).is_file() for name in weights)
 
 
-def _open_adapter(
-    location: str | os.PathLike[str], base: Parameters, *, axes: Mapping[str, int], revision: str | None
-) -> Donor:
-    name = os.fspath(location)
-    folder = local_folder(name, expected=f"an adapter ({CONFIG})", files=[CONFIG, TENSORS], revision=revision)
-    config = read_json(folder, CONFIG)
+def _open_adapter(place: Location, base: Parameters, *, axes: Mapping[str, int]) -> Donor:
+    config = read_json(place.folder, CONFIG)
     kind = config.get("peft_type")
     if kind == "LORA":
-        return LoraDonor(name, folder, config, base, axes=axes)
+        return LoraDonor(place, config, base, axes=axes)
     if kind == "ACT":
-        adapter = AdapterFolder(name, revision=revision)
+        adapter = AdapterFolder(place)
         try:
             return ActDonor(adapter, base, axes=axes)
         except BaseException:
             adapter.close()
             raise
     raise ActValueError(
-        f"{name}: got an adapter of type {str(kind)[:40]}, expected LoRA or ACT (merge it with "
+        f"{place.name}: got an adapter of type {str(kind)[:40]}, expected LoRA or ACT (merge it with "
         "model.merge_and_unload(), save the model and name its folder as donor)"
     )

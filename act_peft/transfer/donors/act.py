@@ -10,10 +10,10 @@ import torch
 from act_peft.adapter.base_record import BaseComparison, fingerprint
 from act_peft.adapter.file import AdapterFolder, ModuleDelta
 from act_peft.channels.rows import wide_dtype
-from act_peft.disk.keys import key_for, prefix_change
+from act_peft.disk.keys import CheckpointKeys
+from act_peft.disk.parameters import Parameters
 from act_peft.errors import ActLoadError
 from act_peft.transfer.donors.base import Donor
-from act_peft.transfer.parameters import Parameters
 
 
 class ActDonor(Donor):
@@ -31,8 +31,8 @@ class ActDonor(Donor):
     def __init__(self, folder: AdapterFolder, base: Parameters, *, axes: Mapping[str, int]) -> None:
         self.location = folder.location
         self._folder = folder
-        change = prefix_change([f"{name}.weight" for name in folder.modules], base.names)
-        renamed = {key_for(f"{n}.weight", change).rpartition(".")[0]: (n, d) for n, d in folder.modules.items()}
+        keys = CheckpointKeys(base, [f"{name}.weight" for name in folder.modules])
+        renamed = {keys.own_key(f"{n}.weight").rpartition(".")[0]: (n, d) for n, d in folder.modules.items()}
         self._deltas = {name: delta for name, (_, delta) in renamed.items()}
         self._own_names = {name: own for name, (own, _) in renamed.items()}
         comparison = BaseComparison("the donor")

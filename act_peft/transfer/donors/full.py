@@ -8,9 +8,9 @@ import torch
 
 from act_peft.channels.rows import wide_difference, wide_dtype
 from act_peft.disk.checkpoint import Checkpoint
+from act_peft.disk.parameters import Parameters
 from act_peft.transfer.donors.base import Donor
 from act_peft.transfer.lineage import check_shapes
-from act_peft.transfer.parameters import Parameters
 
 
 class FullDonor(Donor):

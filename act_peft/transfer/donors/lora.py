@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,12 +13,12 @@ from peft.utils.other import get_pattern_key
 
 from act_peft.adapter.file import TENSORS
 from act_peft.channels.rows import wide_dtype
-from act_peft.disk.folders import file_in
-from act_peft.disk.keys import key_for, prefix_change
+from act_peft.disk.keys import CheckpointKeys
+from act_peft.disk.locations import Location
+from act_peft.disk.parameters import Parameters
 from act_peft.disk.shard import Shard
 from act_peft.errors import ActLoadError, ActValueError
 from act_peft.transfer.donors.base import Donor
-from act_peft.transfer.parameters import Parameters
 
 _OUTER = "base_model.model."
 # Ends of the keys that PEFT writes -> what they are here. `weight` and `bias` are whole parameters.
@@ -58,9 +57,8 @@ class LoraDonor(Donor):
     are read by row.
 
     Args:
-        location: what the user named.
-        folder: the adapter's folder.
-        config: what its `adapter_config.json` says.
+        place: the adapter's folder.
+        config: the content of its `adapter_config.json`.
         base: the parameters of the base.
         axes: module -> axis of its channels, for the modules that will be asked for.
 
@@ -70,12 +68,12 @@ class LoraDonor(Donor):
     """
 
     def __init__(
-        self, location: str, folder: Path, config: Mapping[str, Any], base: Parameters, *, axes: Mapping[str, int]
+        self, place: Location, config: Mapping[str, Any], base: Parameters, *, axes: Mapping[str, int]
     ) -> None:
-        self.location = location
+        self.location = place.name
         self.notes = []
-        _check_variant(location, config)
-        self._shard = Shard(file_in(folder, TENSORS))
+        _check_variant(self.location, config)
+        self._shard = Shard(place.file(TENSORS))
         try:
             self._modules = self._find_modules(config, base)
             for name, module in self._modules.items():
@@ -101,10 +99,10 @@ class LoraDonor(Donor):
                 )
             module = name.removesuffix(f".{end}").removesuffix(".base_layer")
             found.setdefault(module, {})[_ENDS[end]] = key
-        change = prefix_change([f"{name}.weight" for name in found], base.names)
+        own_keys = CheckpointKeys(base, [f"{name}.weight" for name in found])
         modules = {}
         for name, keys in found.items():
-            own = key_for(f"{name}.weight", change).rpartition(".")[0]
+            own = own_keys.own_key(f"{name}.weight").rpartition(".")[0]
             if f"{own}.weight" not in base:
                 raise ActLoadError(
                     f"{self.location}: adapts {name}, which the base does not have (the adapter was made for another "

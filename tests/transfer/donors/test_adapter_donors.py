@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from act_peft import ActConfig, ActLoadError, ActValueError, ActWarning, create_adapter, initialize_from_donor
 from act_peft.channels.kinds import channel_kind
+from act_peft.disk import locations
 from tests.support.tiny_models import build, random_mask
 
 LINEAR = ["q_proj", "up_proj", "down_proj"]
@@ -216,3 +219,46 @@ def test_a_folder_with_both_is_a_checkpoint(tmp_path):
             build("llama"), ActConfig(channels={"q_proj": [1]}, donor=str(tmp_path), transfer_scale=1.0)
         )
     assert not any(bool(p.any()) for n, p in model.named_parameters() if "act_delta_" in n)
+
+
+class Hub:
+    """A Hub with one repository, of which files appear in the cache as they are asked for."""
+
+    def __init__(self, source, cache):
+        self.source, self.asked = source, []
+        self.snapshot = cache / "snapshots" / "abc"
+        self.snapshot.mkdir(parents=True)
+
+    def snapshot_download(self, repository, *, revision, allow_patterns):
+        self.asked.append((repository, revision))
+        shutil.copyfile(self.source / "adapter_config.json", self.snapshot / "adapter_config.json")
+        return str(self.snapshot)
+
+    def hf_hub_download(self, repository, name, *, revision):
+        self.asked.append((repository, revision, name))
+        if not (self.source / name).exists():
+            raise LocalEntryNotFoundError("no such file")
+        shutil.copyfile(self.source / name, self.snapshot / name)
+
+
+@pytest.mark.parametrize("method", ["lora", "act"])
+def test_a_donor_on_the_hub_is_opened_once(tmp_path, monkeypatch, method):
+    settings = {"task_type": "CAUSAL_LM"}
+    if method == "lora":
+        config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False, **settings)
+    else:
+        config = ActConfig(channels={"q_proj": [1, 2]}, init_weights=False, **settings)
+    get_peft_model(build("llama"), config).save_pretrained(tmp_path / "adapter")
+    hub = Hub(tmp_path / "adapter", tmp_path / "cache")
+    monkeypatch.setattr(locations, "snapshot_download", hub.snapshot_download)
+    monkeypatch.setattr(locations, "hf_hub_download", hub.hf_hub_download)
+    model = get_peft_model(build("llama"), ActConfig(channels={"q_proj": [1]}, **settings))
+    initialize_from_donor(model, "org/name")
+    assert hub.asked == [("org/name", None), ("org/name", "abc", "adapter_model.safetensors")]
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    (hub.snapshot / "adapter_model.safetensors").unlink()
+    match = (
+        r"org/name: adapter_model\.safetensors cannot be downloaded \(no such file\), expected it in the repository"
+    )
+    with pytest.raises(ActValueError, match=match):
+        initialize_from_donor(model, "org/name")
