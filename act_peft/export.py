@@ -23,8 +23,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig
 from torch import nn
 
-from act_peft.adapter.changes import OUTER, AdapterChanges, ModuleChange, changes_in_folder
-from act_peft.adapter.file import TENSORS, AdapterFolder
+from act_peft.adapter.changes import AdapterChanges, ModuleChange, changes_in_folder
+from act_peft.adapter.file import OUTER, TENSORS, AdapterFolder
 from act_peft.channels.kinds import ChannelKind
 from act_peft.channels.rows import wide_dtype
 from act_peft.checks import member_of, whole_number

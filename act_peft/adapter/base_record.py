@@ -1,4 +1,4 @@
-"""A fingerprint of base rows: by it an adapter recognises the base that it was made for."""
+"""Fingerprints of base rows, by which an adapter recognizes its base, and the record of a module."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ import torch
 from act_peft.channels.kinds import ChannelKind
 from act_peft.errors import ActValueError
 
-LENGTH = 16  # hexadecimal digits kept of the sha256
+LENGTH = 16  # hexadecimal digits of the SHA-256 that are kept
 
 
 class Fingerprint:
-    """A fingerprint in the making; `fingerprint` is the short form."""
+    """A fingerprint that is computed from parts; `fingerprint` is the short form."""
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
 
     def add(self, rows: torch.Tensor) -> None:
-        """Add rows, any shape; adding parts along the first axis one after the other equals adding the whole."""
+        """Add rows of any shape. Parts along the first axis, added in order, count as the whole."""
         rounded = rows.detach().to("cpu", torch.bfloat16).contiguous()
         self._digest.update(rounded.view(torch.int16).numpy().data)
 
     def result(self) -> str:
-        """16 hexadecimal digits of the sha256 over the values rounded to bfloat16."""
+        """16 hexadecimal digits of the SHA-256 of the values, rounded to bfloat16."""
         return self._digest.hexdigest()[:LENGTH]
 
 
 def fingerprint(weight: torch.Tensor, bias: torch.Tensor | None = None) -> str:
-    """Hash of some rows of one module, the same for a float32 and a bfloat16 copy of them.
+    """Hash of rows of one module, equal for a float32 and a bfloat16 copy of them.
 
     Args:
         weight: selected part of the module's weight, any shape, in the module's orientation.
-        bias: `[K]`, the elements of the bias that belong to it, if there is a bias.
+        bias: `[K]`, the elements of the bias for these rows, if there is a bias.
 
     Returns:
-        16 hexadecimal digits of the sha256 over the values rounded to bfloat16.
+        16 hexadecimal digits of the SHA-256 of the values, rounded to bfloat16.
     """
     whole = Fingerprint()
     for tensor in (weight, bias):
@@ -106,10 +106,10 @@ def module_record(kind: ChannelKind, *, selected: int, channels: int, base: str 
 
 
 def _check_record(modules: Any) -> None:
-    """Check `adapted_modules` as it comes out of a file.
+    """Check the `adapted_modules` of a file.
 
     Raises:
-        ActValueError: if it is not what the library writes.
+        ActValueError: if its form is wrong.
     """
     if modules is None:
         return

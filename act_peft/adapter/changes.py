@@ -20,8 +20,6 @@ from act_peft.disk.parameters import Parameters
 from act_peft.disk.writing import TensorInfos
 from act_peft.errors import ActError, ActLoadError, ActValueError
 
-OUTER = "base_model.model."  # the prefix of all module names in an adapter's file
-
 
 class ModuleChange(ABC):
     """One module of an adapter.

@@ -1,4 +1,4 @@
-"""`ActConfig`: what PEFT needs to know to build an ACT adapter, and what an adapter's file says about itself."""
+"""`ActConfig`: the configuration of an ACT adapter, and its record in a saved adapter's folder."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from act_peft.errors import ActLoadError, ActTypeError, ActValueError, ActWarnin
 
 
 class Trainable(Enum):
-    """What of an adapter trains; `ActConfig.trainable`.
+    """Which tensors of an adapter are trained; `ActConfig.trainable`.
 
     DELTAS: the rows of the selected channels. SCALES: one scale per channel on the donor's frozen difference. BOTH:
-    one scale per channel and the rows that it multiplies.
+    one scale per channel, and the rows that it multiplies.
     """
 
     DELTAS = "deltas"
@@ -44,46 +44,45 @@ class Trainable(Enum):
 
     @property
     def trains_rows(self) -> bool:
-        """Whether the rows train."""
+        """Whether the rows are trained."""
         return self is not Trainable.SCALES
 
 
 @dataclass
 class ActConfig(PeftConfig):
-    """Configuration of an ACT adapter: which channels of which modules, and what moves into them.
+    """Configuration of an ACT adapter: the selected channels, and the donor of their values.
 
-    Constructing `ActConfig()` without channels is allowed; `get_peft_model` needs them.
+    `ActConfig()` without channels is allowed; `get_peft_model` needs them.
 
     Args:
         channels: the selected channels: a `ChannelMask`, a dict `module name -> channels`, or the path of a saved
             mask. A name matches a module exactly or as a dotted suffix, as `target_modules` does (`"q_proj"` matches
-            every `...q_proj`). Never written to `adapter_config.json`: the adapter's tensors hold the indices.
-        donor: folder or Hub id of the model whose channels move over. Read once, when the adapter is created; loading
-            an adapter never opens it.
+            every `...q_proj`). Not written to `adapter_config.json`: the indices are saved with the tensors.
+        donor: folder or Hub id of the donor. It is read once, when the adapter is created, and never when the adapter
+            is loaded.
         donor_revision: revision of a donor on the Hub.
-        transfer_scale: λ, the share of the donor's difference that moves over. With 1 the selected rows are the
-            donor's.
-        target_modules: narrows `channels` to these modules; names or one regular expression, as in PEFT. By default
-            every module that `channels` names. Entries of `channels` outside are left aside.
-        exclude_modules: modules to leave out, names or one regular expression.
-        modules_to_save: further modules to train and save as a whole.
+        transfer_scale: λ, the factor of the donor's difference. With 1 the selected rows are those of the donor.
+        target_modules: use `channels` for these modules only; names or one regular expression, as in PEFT. By default
+            every module that `channels` names. Other entries of `channels` are ignored.
+        exclude_modules: modules that get no adapter, names or one regular expression.
+        modules_to_save: more modules to train and save as a whole.
         trainable_token_indices: rows of the token embedding to train, as in PEFT.
         layers_to_transform: only modules in the layers of these numbers.
-        layers_pattern: name of the list of layers that `layers_to_transform` counts in.
+        layers_pattern: name of the list of layers for `layers_to_transform`.
         init_weights: True: the deltas start at zero (or at the donor's difference); False: random, for tests.
-        trainable: what trains. `"deltas"`: the selected rows. `"scales"`: one scale per channel, which starts at
-            `transfer_scale`, on the donor's frozen difference. `"both"`: the scales and the rows that they multiply.
-            See `ScaleSparsityCallback` and `prune_channels`.
-        offload_deltas: with `trainable="scales"`: the frozen differences stay in CPU memory, wherever the model goes,
-            and are copied to its device layer by layer, in every forward and every backward pass. For models whose
-            differences do not fit beside them; costs the time of these copies. Ends with `prune_channels`.
+        trainable: the trained tensors. `"deltas"`: the selected rows. `"scales"`: one scale per channel, which starts
+            at `transfer_scale`, on the donor's frozen difference. `"both"`: the scales and the rows that they
+            multiply. See `ScaleSparsityCallback` and `prune_channels`.
+        offload_deltas: with `trainable="scales"`: keep the frozen differences in CPU memory and copy them to the
+            model's device layer by layer, in every forward and backward pass. Slower; for differences that do not fit
+            into the device's memory. Ends with `prune_channels`.
         density: selected channels / all channels of the mask; filled in by the library.
-        adapted_modules: module name -> kind, number of channels, number of selected ones, fingerprint of their base
-            rows; filled in by the library.
+        adapted_modules: module name -> kind, number of channels, number of selected channels, fingerprint of their
+            base rows; filled in by the library.
 
     Raises:
-        ActValueError, ActTypeError: for values that can never be right; what depends on the model is checked when the
-            adapter is created.
+        ActValueError, ActTypeError: for values that fit no model. The fit to a model is checked when the adapter is
+            created.
 
     Example:
         >>> config = ActConfig(channels=mask, donor=DONOR, transfer_scale=0.4, task_type="CAUSAL_LM")
@@ -136,16 +135,16 @@ class ActConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # PEFT hands over `peft_type` as text when it builds a config from a file, and users do not. What a file says
-        # is a record: the donor that it names is never opened.
+        # PEFT passes `peft_type` as text when it builds a config from a file; users do not. The donor in a file is a
+        # record and never opened.
         given = vars(self)["peft_type"]
         self._named_targets: set[str] | None = None
         as_text = isinstance(given, str) and not isinstance(given, PeftType)
-        self._from_file = as_text and not isinstance(self.channels, ChannelMask)  # no file holds a mask
+        self._from_file = as_text and not isinstance(self.channels, ChannelMask)  # a file holds no mask
         if self._from_file and self.channels is not None:
             raise ActValueError(
-                f"channels: got {str(self.channels)[:80]!r} in a configuration that was read from a file, which names "
-                "none (to make a new adapter, leave peft_type out: ActConfig(channels=..., donor=...))"
+                f"channels: got {str(self.channels)[:80]!r} in a configuration from a file, expected none (for a new "
+                "adapter leave peft_type out: ActConfig(channels=..., donor=...))"
             )
         self.peft_type = PeftType("ACT")
         if isinstance(self.target_modules, list):
@@ -162,8 +161,8 @@ class ActConfig(PeftConfig):
         self.trainable = member_of(Trainable, self.trainable, "trainable").value
         if self.offload_deltas and Trainable(self.trainable).trains_rows:
             raise ActValueError(
-                f"offload_deltas: got True with trainable={self.trainable!r}, expected 'scales' (rows that train have "
-                "to be where the model is)"
+                f"offload_deltas: got True with trainable={self.trainable!r}, expected 'scales' (trained rows must be "
+                "on the model's device)"
             )
         _check_record(self.adapted_modules)
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
@@ -175,19 +174,19 @@ class ActConfig(PeftConfig):
 
     @property
     def from_file(self) -> bool:
-        """Whether this config was read from an adapter's folder rather than written by the user."""
+        """Whether this config was read from an adapter's folder."""
         return self._from_file
 
     @property
     def chosen_targets(self) -> set[str] | str | None:
-        """`target_modules` as the user chose them; None where `name_targets` filled them in."""
+        """The user's `target_modules`; None if `name_targets` filled them in."""
         return None if self.target_modules == self._named_targets else cast(Any, self.target_modules)
 
     def name_targets(self, names: Iterable[str]) -> None:
-        """Fill in `target_modules`, where the user chose none, for tools that read them from the configuration.
+        """Fill in `target_modules` if the user chose none, for tools that read them from the configuration.
 
-        PEFT's `convert_to_lora` does. It would also save a whole embedding whose name it finds there, so modules at
-        the top of a model that are called as embeddings usually are (`lm_head`) are left out.
+        PEFT's `convert_to_lora` reads them. It would save a whole embedding that is named there, so modules with the
+        usual names of embeddings (`lm_head`) are left out.
 
         Args:
             names: the modules that have an adapter.
@@ -196,7 +195,7 @@ class ActConfig(PeftConfig):
             self.target_modules = self._named_targets = set(names) - set(EMBEDDING_LAYER_NAMES)
 
     def forget_named_targets(self) -> None:
-        """Undo `name_targets`: PEFT would shorten a long list of names, which then looks like a choice of the user."""
+        """Undo `name_targets`: PEFT would shorten a long list of names, and it would look like the user's choice."""
         self.target_modules = self.chosen_targets
         self._named_targets = None
 
@@ -207,14 +206,14 @@ class ActConfig(PeftConfig):
         return {"channels": None, "target_modules": copy.copy(self.chosen_targets), **plain}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json` and, beside an adapter's tensors, the model card.
+        """Write `adapter_config.json` and, if the folder holds an adapter's tensors, the model card.
 
         Args:
             save_directory: the adapter's folder.
             kwargs: as in PEFT.
 
         Raises:
-            ActValueError: if there is a file of this name.
+            ActValueError: if `save_directory` is a file.
         """
         config = copy.copy(self)
         config.target_modules = _sorted_if_set(self.chosen_targets)
@@ -253,7 +252,7 @@ class ActConfig(PeftConfig):
 
 
 def _check_tensor_file(folder: str) -> None:
-    """Look at the tensors of a local adapter before PEFT touches the model; a Hub id is left to PEFT."""
+    """Check the tensor file of a local adapter before PEFT changes the model; PEFT checks adapters on the Hub."""
     path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
     if os.path.isfile(path):
         try:
@@ -273,7 +272,7 @@ def _check_tensor_file(folder: str) -> None:
 
 
 def _checked_donor(donor: Any) -> str:
-    """The donor's name as text, which a file can hold.
+    """The donor's name as text.
 
     Raises:
         ActTypeError: for anything else.
@@ -291,7 +290,7 @@ def _sorted_if_set(names: Any) -> Any:
 
 
 def _checked_channels(channels: Any) -> Any:
-    """A mask and a path as they are; a dict with its channels as sorted lists.
+    """A mask or a path unchanged; a dict with sorted lists of channels.
 
     Raises:
         ActTypeError: for anything else.

@@ -20,7 +20,7 @@ from act_peft.errors import ActLoadError, ActValueError
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 _ALL = slice(None)
-_OUTER = "base_model.model."
+OUTER = "base_model.model."  # the prefix of all module names in an adapter's file
 _PARTS = ("act_delta_index", "act_delta_weight", "act_delta_bias", "act_delta_channel_scale")
 
 
@@ -109,8 +109,8 @@ class AdapterFolder:
     def _read_modules(self) -> dict[str, ModuleDelta]:
         parts: dict[str, dict[str, str]] = {}
         for key in self.shard.tensors:
-            module, _, part = key.removeprefix(_OUTER).rpartition(".")
-            if part not in _PARTS or not module or not key.startswith(_OUTER):
+            module, _, part = key.removeprefix(OUTER).rpartition(".")
+            if part not in _PARTS or not module or not key.startswith(OUTER):
                 raise ActLoadError(
                     f"{self.location}: {key}: got a tensor that is no channel delta, expected only "
                     f"{', '.join(_PARTS)} (modules_to_save and trainable tokens have to be merged in memory, with "

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from act_peft.adapter.changes import OUTER, changes_in_folder
+from act_peft.adapter.changes import changes_in_folder
 from act_peft.adapter.config import ActConfig
-from act_peft.adapter.file import TENSORS, AdapterFolder
+from act_peft.adapter.file import OUTER, TENSORS, AdapterFolder
 from act_peft.combination.conflicts import ConflictReport, Conflicts
 from act_peft.combination.rules import CombinationType, MajoritySign, Rule, make_rule
 from act_peft.combination.same_base import different_bases, records, records_on

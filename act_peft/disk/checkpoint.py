@@ -86,8 +86,6 @@ class Checkpoint:
     def __contains__(self, name: object) -> bool:
         return name in self._file_of
 
-    # --------------------------------------------------------------------------------------------------- asking ---
-
     @property
     def names(self) -> Sequence[str]:
         """The keys of all tensors."""
@@ -143,14 +141,8 @@ class Checkpoint:
         return self.info(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """Dtype of a tensor.
-
-        Raises:
-            ActValueError: if there is no such tensor, or it has none of `shard.DTYPES`.
-        """
+        """Dtype of a tensor."""
         return self.shard(self.file_of(name)).dtype(name)
-
-    # -------------------------------------------------------------------------------------------------- reading ---
 
     def rows(self, name: str, index: torch.Tensor, dim: int = 0) -> torch.Tensor:
         """A copy of rows (`dim` 0) or columns (`dim` 1) of a tensor; `index` is int64 `[K]`, ascending.
@@ -161,11 +153,7 @@ class Checkpoint:
         return self.shard(self.file_of(name)).rows(name, index, dim)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A copy of a whole tensor.
-
-        Raises:
-            ActValueError: if there is no such tensor.
-        """
+        """A copy of a whole tensor."""
         return self.shard(self.file_of(name)).tensor(name)
 
     def _find_tensors(self) -> dict[str, str]:

@@ -47,11 +47,6 @@ class Location:
         return file_in(self.folder, name)
 
 
-def is_local(location: str | os.PathLike[str]) -> bool:
-    """Whether there is a folder of this name. Every other name is a Hub id."""
-    return os.path.isdir(location)
-
-
 def open_location(
     location: str | os.PathLike[str] | Location, *, expected: str, files: Sequence[str], revision: str | None = None
 ) -> Location:
@@ -69,7 +64,7 @@ def open_location(
     if isinstance(location, Location):
         return location
     name = os.fspath(location)
-    if is_local(name):
+    if os.path.isdir(name):  # every other name is a Hub id
         return Location(name, Path(name), True)
     if os.path.lexists(name):
         raise ActValueError(f"{name}: got a file, expected a folder with {expected}, or a Hub id")

@@ -27,15 +27,6 @@ import torch
 
 from act_peft.errors import ActTypeError, ActValueError
 
-# Dtype of safetensors 0.8 -> bits of one element.
-BITS = {
-    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
-    **dict.fromkeys(("F32", "I32", "U32"), 32),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
-    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0"), 8),
-    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
-    "F4": 4,
-}
 # The dtypes that can be read -> their torch dtype.
 DTYPES = {
     "F64": torch.float64,
@@ -57,6 +48,9 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+# Bits of an element for every dtype of safetensors 0.8.
+BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()}
+BITS |= {"F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
 PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")  # weights of these dtypes are ordinary numbers
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 _MAX_DIMS = 8
@@ -239,6 +233,8 @@ class Shard:
         """
         info = self._readable(name)
         self._check_index(name, info, index, dim)
+        if index.numel() == info.shape[dim]:
+            return self.tensor(name)
         shape = tuple(index.numel() if axis == dim else length for axis, length in enumerate(info.shape))
         out = np.empty(shape, _raw_dtype(info))
         if index.numel():

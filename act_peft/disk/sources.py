@@ -13,25 +13,21 @@ class TensorSource(Protocol):
 
     Attributes:
         location: name of the source in messages.
-        names: the names of all tensors.
     """
 
-    @property
-    def location(self) -> str: ...  # noqa: D102
+    location: str
 
     @property
-    def names(self) -> Sequence[str]: ...  # noqa: D102
+    def names(self) -> Sequence[str]:
+        """The names of all tensors."""
 
     def __contains__(self, name: object) -> bool: ...
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
-        ...
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of a tensor."""
-        ...
 
     def rows(self, name: str, index: torch.Tensor, dim: int = 0) -> torch.Tensor:
         """A copy of rows (`dim` 0) or columns (`dim` 1) of a tensor; `index` is int64 `[K]`, ascending."""
-        ...

@@ -8,7 +8,8 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from act_peft.adapter.changes import OUTER, AdapterChanges, ModuleChange
+from act_peft.adapter.changes import AdapterChanges, ModuleChange
+from act_peft.adapter.file import OUTER
 from act_peft.disk.writing import TensorInfos
 from act_peft.errors import ActValueError
 from act_peft.layers import ActLayer

@@ -23,7 +23,6 @@ from act_peft.channels.rows import ChannelRows, wide_dtype
 from act_peft.disk.atomic import new_folder
 from act_peft.disk.checkpoint import Checkpoint
 from act_peft.disk.folders import check_output, check_room
-from act_peft.disk.locations import is_local
 from act_peft.disk.parameters import Parameters
 from act_peft.disk.skeleton import build_skeleton, load_config
 from act_peft.errors import ActValueError
@@ -86,7 +85,7 @@ def create_adapter(
         inference_mode=True,
     )
     with Checkpoint.open(base) as checkpoint:
-        inputs = [checkpoint.folder, *([Path(donor)] if is_local(donor) else [])]
+        inputs = [checkpoint.folder, *([Path(donor)] if os.path.isdir(donor) else [])]
         check_output(output, inputs, overwrite=overwrite)
         config = load_config(checkpoint)
         skeleton = build_skeleton(config)

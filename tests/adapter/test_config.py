@@ -91,7 +91,7 @@ def test_replaced_fields_make_a_configuration_of_a_user_s(channels):
 
 @pytest.mark.parametrize("channels", [{"q_proj": [3, 17]}, "mask.safetensors"])
 def test_channels_in_what_looks_like_a_file_are_refused(channels):
-    with pytest.raises(ActValueError, match=r"read from a file, which names none .*leave peft_type out"):
+    with pytest.raises(ActValueError, match=r"in a configuration from a file, expected none .*leave peft_type out"):
         get_peft_config({"peft_type": "ACT", "channels": channels, "donor": "org/donor"})
 
 

@@ -61,6 +61,8 @@ def test_tensors_blocks_and_rows_are_those_of_the_library(path, tensors):
         index = torch.tensor([0, 1, 7, 8, 30, 39])
         assert torch.equal(shard.rows("matrix", index), matrix[index])
         assert torch.equal(shard.rows("matrix", torch.tensor([1, 5]), 1), matrix[:, [1, 5]])
+        assert torch.equal(shard.rows("matrix", torch.arange(40)), matrix)
+        assert torch.equal(shard.rows("matrix", torch.arange(6), 1), matrix)
         assert torch.equal(shard.rows("half", torch.tensor([6])), tensors["half"][[6]])
         assert torch.equal(shard.rows("vector", torch.tensor([0, 8])), tensors["vector"][[0, 8]])
         assert torch.equal(shard.rows("cube", torch.tensor([1, 3])), tensors["cube"][[1, 3]])

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from peft.utils.other import get_pattern_key
 
-from act_peft.adapter.file import TENSORS
+from act_peft.adapter.file import OUTER, TENSORS
 from act_peft.channels.rows import wide_dtype
 from act_peft.disk.keys import CheckpointKeys
 from act_peft.disk.locations import Location
@@ -20,7 +20,6 @@ from act_peft.disk.shard import Shard
 from act_peft.errors import ActLoadError, ActValueError
 from act_peft.transfer.donors.base import Donor
 
-_OUTER = "base_model.model."
 # Ends of the keys that PEFT writes -> what they are here. `weight` and `bias` are whole parameters.
 _ENDS = {
     "lora_A.weight": "a",
@@ -90,9 +89,9 @@ class LoraDonor(Donor):
     def _find_modules(self, config: Mapping[str, Any], base: Parameters) -> dict[str, _Module]:
         found: dict[str, dict[str, str]] = {}
         for key in self._shard.tensors:
-            name = key.removeprefix(_OUTER)
+            name = key.removeprefix(OUTER)
             end = next((end for end in _ENDS if name.endswith(f".{end}")), None)
-            if end is None or not key.startswith(_OUTER):
+            if end is None or not key.startswith(OUTER):
                 raise ActValueError(
                     f"{self.location}: {key} is no factor of plain LoRA, expected lora_A, lora_B or whole weights "
                     f"({_MERGE_IT})"
