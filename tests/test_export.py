@@ -611,7 +611,7 @@ def test_a_tied_head_with_a_bias_is_saved_as_a_whole_from_the_checkpoint(tmp_pat
 
 def test_an_output_that_exists_is_refused(saved, tmp_path):
     model, folder = saved
-    with pytest.raises(ActValueError, match="expected a folder beside it"):
+    with pytest.raises(ActValueError, match="expected a folder outside it"):
         export_lora(folder, folder / "lora")
     export_lora(model, tmp_path / "lora", max_rank=1)
     before = tensors_of(tmp_path / "lora")

@@ -10,12 +10,12 @@ import time
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
 
 import act_peft
-from act_peft import ActLoadError, ActTypeError, ActValueError, ActWarning, merge, merge_checkpoint
+from act_peft import ActConfig, ActLoadError, ActTypeError, ActValueError, ActWarning, merge, merge_checkpoint
 from act_peft.disk import shard as shards
 from tests.support.killed_runs import contents, slow_runs
 from tests.support.tiny_checkpoints import save_adapter, save_relatives
@@ -78,6 +78,27 @@ def test_tied_embeddings_part_where_one_of_them_changes(family, which, tmp_path)
     sizes = [p.numel() * p.element_size() for p in merged.parameters()]
     assert index["metadata"]["total_size"] == sum(sizes)
     assert index["metadata"]["total_parameters"] == sum(p.numel() for p in merged.parameters())
+
+
+@pytest.mark.filterwarnings(f"ignore:{TIED}")
+def test_a_tied_bias_gets_a_tensor_of_its_own(tmp_path):
+    settings = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    base = BertLMHeadModel(BertConfig(vocab_size=48, is_decoder=True, **settings)).eval()
+    base.save_pretrained(tmp_path / "base")
+    head = "cls.predictions.decoder"
+    assert f"{head}.bias" not in load_file(tmp_path / "base" / "model.safetensors")
+    adapted = get_peft_model(base, ActConfig(channels={head: [1, 5]}, init_weights=False, task_type="CAUSAL_LM"))
+    adapted.save_pretrained(tmp_path / "act")
+    merge_checkpoint(tmp_path / "base", tmp_path / "act", tmp_path / "out")
+    written, before = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "base"))
+    assert torch.equal(written["cls.predictions.bias"], before["cls.predictions.bias"])
+    layer = adapted.base_model.model.get_submodule(head)
+    expected = before["cls.predictions.bias"].clone()
+    expected[[1, 5]] += layer.act_delta_bias["default"].detach()
+    assert torch.equal(written[f"{head}.bias"], expected)
+    merged = BertLMHeadModel.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(merged(batch()).logits, adapted.eval()(batch()).logits)
 
 
 @pytest.mark.filterwarnings(f"ignore:{TIED}")

@@ -130,7 +130,7 @@ class ActConfig(PeftConfig):
         default=None, metadata={"help": "Share of the channels that is selected; filled in by the library."}
     )
     adapted_modules: dict[str, dict[str, Any]] | None = field(
-        default=None, metadata={"help": "What the adapter holds, per module; filled in by the library."}
+        default=None, metadata={"help": "Record of each adapted module; filled in by the library."}
     )
 
     def __post_init__(self) -> None:

@@ -68,12 +68,12 @@ def check_output(output: Path, inputs: Iterable[Path], *, overwrite: bool) -> No
         other = folder.resolve()
         if real.is_relative_to(other) or other.is_relative_to(real):
             raise ActValueError(
-                f"{output}: is, lies in or holds the input {folder}, expected a folder beside it (name another one)"
+                f"{output}: is, lies in or holds the input {folder}, expected a folder outside it (name a new one)"
             )
     if not os.path.lexists(output):
         return
     if not overwrite:
-        raise ActValueError(f"{output}: exists, expected a new folder (name another one, or pass overwrite=True)")
+        raise ActValueError(f"{output}: exists, expected a new folder (name a new one, or pass overwrite=True)")
     names = os.listdir(output) if output.is_dir() and not output.is_symlink() else None
     if names is None or (names and not {"config.json", "adapter_config.json"} & set(names)):
         raise ActValueError(f"{output}: is no folder of a model, expected one to overwrite (remove it yourself)")
@@ -89,5 +89,5 @@ def check_room(output: Path, needed: int) -> None:
     if free < needed:
         raise ActValueError(
             f"{output}: the disk has {free / 1e9:.2f} GB free, expected at least {needed / 1e9:.2f} GB (make room, or "
-            "write to another disk)"
+            "write to a different disk)"
         )

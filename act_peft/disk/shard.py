@@ -100,7 +100,7 @@ class Shard:
         size: bytes of the file.
 
     Raises:
-        ActValueError: if there is no file, or it is cut off, damaged or of another format.
+        ActValueError: if there is no file, or it is cut off, damaged or of a different format.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -147,7 +147,7 @@ class Shard:
         """
         if name not in self.tensors:
             raise ActValueError(
-                f"{self.path}: has no tensor {name!r}, expected one (the file belongs to another model)"
+                f"{self.path}: has no tensor {name!r}, expected one (the file belongs to a different model)"
             )
         return self.tensors[name]
 
@@ -340,7 +340,7 @@ def _read_header(path: Path, file: Any, size: int) -> tuple[dict[str, Any], int]
     if not 2 <= length <= min(size - 8, _MAX_HEADER):
         raise ActValueError(
             f"{path}: got {size} bytes and a header of {length}, expected a whole safetensors file "
-            "(it is cut off, damaged or of another format; copy or download it again)"
+            "(it is cut off, damaged or of a different format; copy or download it again)"
         )
     try:
         header = json.loads(file.read(length))

@@ -1,4 +1,4 @@
-"""What rows can be read from: a donor is anything that can be asked for rows."""
+"""Sources of tensors: a donor is anything that can be asked for rows."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def _opened(path: Path, expected: str) -> Iterator[tuple[Any, dict[str, Any]]]:
     except SafetensorError as error:
         raise ActValueError(
             f"{path}: got a file that safetensors cannot read ({error}), expected a whole safetensors file "
-            "(it is damaged, cut off or of another format; save or download it again)"
+            "(it is damaged, cut off or of a different format; save or download it again)"
         ) from error
 
 
@@ -140,7 +140,7 @@ def _parse_header(path: Path, metadata: Mapping[str, str] | None) -> dict[str, A
 
 def _check_header(path: Path, header: dict[str, Any], kind: str, version: int) -> None:
     if header["kind"] != kind:
-        raise ActValueError(f"{path}: got a file of kind {header['kind']!r}, expected {kind!r} (name another file)")
+        raise ActValueError(f"{path}: got a file of kind {header['kind']!r}, expected {kind!r} (wrong file?)")
     if header["version"] > version:
         raise ActValueError(
             f"{path}: got version {header['version']} of kind {kind!r}, expected at most {version} (upgrade act_peft)"
