@@ -169,8 +169,8 @@ class FileChange(ModuleChange):
             )
         stored = folder.shard.dtype(delta.weight)
         self._folder, self._base, self._keys = folder, base, _parts(delta)
-        self._shapes = {"weight": (*delta.weight_shape[:dim], num_channels, *delta.weight_shape[dim + 1 :])}
-        self._shapes |= {"bias": (num_channels,)}
+        weight = (*delta.weight_shape[:dim], num_channels, *delta.weight_shape[dim + 1 :])
+        self._shapes = {"weight": weight, "bias": (num_channels,)}
         self.name, self.kind, self.num_channels, self.index = name, kind, num_channels, delta.index
         self.width = 1 if kind.is_norm else delta.weight_shape[1 - dim]
         self.dtype = stored if delta.scales is None else wide_dtype(stored, delta.scales.dtype)

@@ -36,9 +36,9 @@ _OLD = ".old.tmp"  # suffix of a folder that is moved away temporarily
 
 
 def write_file(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file whole or not at all, over an older file if there is one; it is on the disk afterwards.
+    """Write a file whole or not at all, over an older file if there is one, and flush it to the disk.
 
-    The permissions are those of any new file. After an error, or Ctrl-C, the older file is as it was.
+    The permissions follow the umask. After an error, or Ctrl-C, the older file is unchanged.
 
     Args:
         path: the file, in an existing folder.

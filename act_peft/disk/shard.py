@@ -298,7 +298,7 @@ class Shard:
     def _map(self, start: int, stop: int, info: TensorInfo, *, whole: bool = False) -> np.ndarray:
         """A private view of some bytes of a tensor; `whole` means that all of them will be read."""
         raw = self._map_bytes(start, stop, whole=whole)
-        aligned = raw if start % _itemsize(info) == 0 else raw.copy()
+        aligned = raw if start * 8 % BITS[info.dtype] == 0 else raw.copy()
         return aligned.view(_raw_dtype(info))
 
     def _map_bytes(self, start: int, stop: int, *, whole: bool) -> np.ndarray:
@@ -321,18 +321,14 @@ class Shard:
         return np.frombuffer(mapped, np.uint8, count=stop - start, offset=start - offset)
 
     def _result(self, shape: tuple[int, ...], info: TensorInfo, raw: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(raw.view(_INTEGERS[_itemsize(info)])).view(DTYPES[info.dtype]).reshape(shape)
+        return torch.from_numpy(raw.view(_raw_dtype(info))).view(DTYPES[info.dtype]).reshape(shape)
 
 
-_INTEGERS = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}
-
-
-def _itemsize(info: TensorInfo) -> int:
-    return BITS[info.dtype] // 8
+_INTEGERS = {8: np.uint8, 16: np.int16, 32: np.int32, 64: np.int64}
 
 
 def _raw_dtype(info: TensorInfo) -> Any:
-    return _INTEGERS[_itemsize(info)]
+    return _INTEGERS[BITS[info.dtype]]
 
 
 def _read_header(path: Path, file: Any, size: int) -> tuple[dict[str, Any], int]:

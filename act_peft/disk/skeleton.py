@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,12 +43,10 @@ def tied_weights(checkpoint: Checkpoint) -> dict[str, str]:
     if said and not any(said):
         return {}
     config = load_config(checkpoint)
-    if not getattr(config, "tie_word_embeddings", False):
+    if not getattr(config, "tie_word_embeddings", False) or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return {}
-    with contextlib.suppress(KeyError):
-        tied = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._tied_weights_keys
-        return dict(tied) if isinstance(tied, dict) else {}
-    return {}
+    tied = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._tied_weights_keys
+    return dict(tied) if isinstance(tied, dict) else {}
 
 
 def build_skeleton(config: PretrainedConfig) -> PreTrainedModel:
