@@ -170,7 +170,7 @@ def test_a_hostile_configuration_makes_nothing_open(tmp_path, monkeypatch):
 
     monkeypatch.setattr("act_peft.tuner.model.donor_for_model", forbidden)
     monkeypatch.setattr("act_peft.layers.targets.ChannelMask.load", forbidden)
-    with pytest.raises(ValueError, match=r"channels: got '.*mask' in a configuration that was read from a file"):
+    with pytest.raises(ValueError, match=r"channels: got '.*mask' in a configuration from a file"):
         PeftModel.from_pretrained(fresh, tmp_path)
 
 
