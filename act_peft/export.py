@@ -24,7 +24,7 @@ from peft import LoraConfig
 from torch import nn
 
 from act_peft.adapter.changes import AdapterChanges, ModuleChange, changes_in_folder
-from act_peft.adapter.file import OUTER, TENSORS, AdapterFolder
+from act_peft.adapter.file import TENSORS, AdapterFolder
 from act_peft.channels.kinds import ChannelKind
 from act_peft.channels.rows import wide_dtype
 from act_peft.checks import member_of, whole_number
@@ -32,6 +32,7 @@ from act_peft.disk.atomic import new_folder
 from act_peft.disk.checkpoint import Checkpoint
 from act_peft.disk.folders import check_output, check_room
 from act_peft.disk.writing import size_of, write_tensors
+from act_peft.doors import OUTER
 from act_peft.errors import ActTypeError, ActValueError
 from act_peft.layers.changes import changes_in_model
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from peft import PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 _MODELS = (PeftModel, PeftMixedModel)
@@ -30,27 +31,47 @@ class NamedModule:
     layer: nn.Module
 
 
+@contextmanager
+def same_gradients(model: nn.Module) -> Iterator[None]:
+    """Afterwards the same parameters train as before; PEFT lets all active adapters train when it switches them on."""
+    trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, required in trains:
+            parameter.requires_grad_(required)
+
+
 def without_wrapper(model: nn.Module) -> nn.Module:
     """The model that the user gave to PEFT; any other model as it is."""
     return model.get_base_model() if isinstance(model, _MODELS) else model
 
 
+def has_adapters(model: nn.Module) -> bool:
+    """Whether PEFT has wrapped a module of the model."""
+    return any(isinstance(module, _WRAPPERS) for module in model.modules())
+
+
+def inner_layer(module: nn.Module) -> nn.Module:
+    """The module that an adapter layer wraps, or the module itself."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
 def plain_layer(module: nn.Module) -> nn.Module:
-    """The layer inside PEFT's wrappers, otherwise the module itself."""
+    """The module inside all of PEFT's wrappers, those of modules that are trained as a whole included."""
     while isinstance(module, _WRAPPERS):
-        module = _unwrapped(module)
+        module = inner_layer(module) if isinstance(module, BaseTunerLayer) else cast(Any, module).original_module
     return module
+
+
+def plain_name(name: str) -> str:
+    """The name that a parameter has without PEFT's wrappers."""
+    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, NamedModule]]:
     """As `model.named_modules()` would be without PEFT: no prefix, no wrappers, nothing that belongs to an adapter."""
     yield from _walk(without_wrapper(model), "", set())
-
-
-def _unwrapped(module: nn.Module) -> nn.Module:
-    if isinstance(module, BaseTunerLayer):
-        return module.get_base_layer()
-    return cast(AuxiliaryTrainingWrapper, module).original_module
 
 
 def _walk(module: nn.Module, name: str, seen: set[int]) -> Iterator[tuple[str, NamedModule]]:

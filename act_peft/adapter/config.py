@@ -14,7 +14,6 @@ from typing import Any, cast
 
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
-from peft.utils.other import EMBEDDING_LAYER_NAMES
 from safetensors import SafetensorError, safe_open
 
 from act_peft.adapter.base_record import _check_record
@@ -23,6 +22,7 @@ from act_peft.channels.masks import ChannelMask, checked_indices
 from act_peft.channels.scores import ChannelScores
 from act_peft.checks import finite_number, member_of
 from act_peft.disk.atomic import write_file
+from act_peft.doors import EMBEDDING_LAYER_NAMES
 from act_peft.errors import ActLoadError, ActTypeError, ActValueError, ActWarning
 
 
@@ -159,7 +159,7 @@ class ActConfig(PeftConfig):
         if not isinstance(self.transfer_scale, (int, float)):  # a file holds plain numbers only
             self.transfer_scale = scale
         self.trainable = member_of(Trainable, self.trainable, "trainable").value
-        if self.offload_deltas and Trainable(self.trainable).trains_rows:
+        if self.offload_deltas and self.trains.trains_rows:
             raise ActValueError(
                 f"offload_deltas: got True with trainable={self.trainable!r}, expected 'scales' (trained rows must be "
                 "on the model's device)"
@@ -171,6 +171,11 @@ class ActConfig(PeftConfig):
             raise ActValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
         if self.donor_revision is not None and self.donor is None:
             raise ActValueError("donor_revision: given without a donor (name the donor, or leave the revision out)")
+
+    @property
+    def trains(self) -> Trainable:
+        """What trains, as a member of the enum."""
+        return Trainable(self.trainable)
 
     @property
     def from_file(self) -> bool:
@@ -249,6 +254,23 @@ class ActConfig(PeftConfig):
                 f"{pretrained_model_name_or_path}: got a file, expected the adapter's folder (with {CONFIG_NAME})"
             )
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+
+def record_adapter(config: ActConfig, modules: Mapping[str, dict[str, Any]], *, kept: float | None = None) -> None:
+    """Write into a configuration what its adapter holds: `adapted_modules`, `density`, and names of targets.
+
+    Args:
+        config: the adapter's configuration.
+        modules: module name -> its `module_record`.
+        kept: for an adapter that lost channels, the share of its channels that it still has.
+    """
+    config.adapted_modules = dict(modules)
+    if kept is not None:
+        config.density = None if config.density is None else config.density * kept
+    elif isinstance(config.channels, ChannelMask):
+        selected = sum(entry["selected"] for entry in modules.values())
+        config.density = selected / sum(config.channels.num_channels.values())
+    config.name_targets(modules)
 
 
 def _check_tensor_file(folder: str) -> None:

@@ -15,12 +15,12 @@ from act_peft.channels.rows import scaled_channels
 from act_peft.disk.checkpoint import read_json
 from act_peft.disk.locations import Location, open_location
 from act_peft.disk.shard import Shard
+from act_peft.doors import OUTER
 from act_peft.errors import ActLoadError, ActValueError
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 _ALL = slice(None)
-OUTER = "base_model.model."  # the prefix of all module names in an adapter's file
 _PARTS = ("act_delta_index", "act_delta_weight", "act_delta_bias", "act_delta_channel_scale")
 
 

@@ -20,7 +20,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D
 
 from act_peft.errors import ActTypeError
 

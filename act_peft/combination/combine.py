@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from act_peft.adapter.changes import changes_in_folder
-from act_peft.adapter.config import ActConfig
-from act_peft.adapter.file import OUTER, TENSORS, AdapterFolder
+from act_peft.adapter.config import ActConfig, record_adapter
+from act_peft.adapter.file import TENSORS, AdapterFolder
 from act_peft.combination.conflicts import ConflictReport, Conflicts
 from act_peft.combination.rules import CombinationType, MajoritySign, Rule, make_rule
 from act_peft.combination.same_base import different_bases, records, records_on
@@ -25,6 +25,7 @@ from act_peft.disk.atomic import new_folder
 from act_peft.disk.checkpoint import Checkpoint
 from act_peft.disk.folders import check_output, check_room
 from act_peft.disk.writing import size_of, write_tensors
+from act_peft.doors import OUTER
 from act_peft.errors import ActTypeError, ActValueError, ActWarning
 from act_peft.layers.changes import changes_in_model
 from act_peft.layers.deltas import PREFIX
@@ -116,12 +117,14 @@ def combine(
         check_output(output, [*inputs, *([] if checkpoint is None else [checkpoint.folder])], overwrite=overwrite)
         modules = union_modules(sources)
         notes = list(different_bases(sources))
-        settings = _settings(sources)
+        settings = combined_settings(sources)
         settings.inference_mode = True
-        settings.adapted_modules = records(modules, sources)
-        if checkpoint is not None:
-            settings.adapted_modules, differing = records_on(checkpoint, modules, sources)
+        if checkpoint is None:
+            recorded = records(modules, sources)
+        else:
+            recorded, differing = records_on(checkpoint, modules, sources)
             notes += differing
+        record_adapter(settings, recorded)
         infos = _infos(modules)
         check_room(output, size_of(infos) + _SLACK)
         conflicts = Conflicts([source.name for source in sources])
@@ -155,7 +158,7 @@ def _warn(notes: Sequence[str], *, stacklevel: int) -> None:
         )
 
 
-def _settings(sources: Sequence[Source]) -> ActConfig:
+def combined_settings(sources: Sequence[Source]) -> ActConfig:
     """The configuration of the result: that of the first adapter, with the donor only if all adapters agree on it."""
     configs = [source.changes.config for source in sources]
     first = configs[0]
@@ -218,17 +221,22 @@ def _provenance(sources: Sequence[Source], rule: Rule) -> str:
 # ------------------------------------------------------------------------------------------------------- in memory ---
 
 
-def _sources_in(tuner: Any, adapters: Any, weights: Any) -> list[Source]:
+def sources_in_model(model: nn.Module, adapters: Any, weights: Any) -> list[Source]:
+    """Adapters of a model with their weights.
+
+    Raises:
+        ActTypeError, ActValueError: names or weights that are not right; adapters with more than channel deltas.
+    """
     if isinstance(adapters, str) or not isinstance(adapters, Sequence) or not adapters:
         raise ActTypeError(f"adapters: got {adapters!r:.80}, expected a list with the names of at least one adapter")
-    known = getattr(tuner, "peft_config", {})
+    known = getattr(model, "peft_config", {})
     unknown = [name for name in adapters if name not in known]
     if unknown:
         raise ActValueError(f"adapters: got {unknown[0]!r}, expected some of {sorted(known)}")
     factors = checked_weights(adapters, weights)
     sources = []
     for name, weight in zip(adapters, factors, strict=True):
-        changes = changes_in_model(tuner, name)
+        changes = changes_in_model(model, name)
         if changes.extra:
             raise ActValueError(
                 f"adapters: {name!r} holds {next(iter(changes.extra)).removeprefix(OUTER)}, expected channel deltas "
@@ -280,7 +288,7 @@ def find_conflicts(
         if model is None:
             sources = _open(stack, weighted_adapters(adapters, weights))
         else:
-            sources = _sources_in(model, adapters, weights)
+            sources = sources_in_model(model, adapters, weights)
         conflicts = Conflicts([source.name for source in sources])
         for module in union_modules(sources):
             conflicts.add_(module.name, module.read(sources))

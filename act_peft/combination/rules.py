@@ -9,10 +9,10 @@ from enum import Enum
 from typing import Any
 
 import torch
-from peft.utils import merge_utils
 
 from act_peft.channels.rows import wide_dtype
 from act_peft.checks import finite_number, member_of
+from act_peft.doors import DENSITY_WARNING, merge_utils
 from act_peft.errors import ActValueError
 
 
@@ -199,7 +199,7 @@ def _by_peft(function: Callable[..., torch.Tensor]) -> Callable[[_Rows, torch.Te
             settings["majority_sign_method"] = rule.majority_sign.value
         with warnings.catch_warnings():
             # A density of 1 is allowed: only the election of signs, without pruning.
-            warnings.filterwarnings("ignore", message="The density 1.0 is greater than or equal to 1")
+            warnings.filterwarnings("ignore", message=DENSITY_WARNING)
             return function(rows, weights, **settings)
 
     return combine

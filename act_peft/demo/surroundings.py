@@ -9,8 +9,9 @@ from contextlib import contextmanager
 
 import datasets
 import torch
-from huggingface_hub import constants as hub_constants
 from transformers.utils import logging as transformers_logging
+
+from act_peft.doors import hub_constants
 
 
 @contextmanager

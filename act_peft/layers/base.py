@@ -6,11 +6,11 @@ import warnings
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
 from act_peft.channels.rows import ChannelRows, merged_rows
 from act_peft.checks import finite_number
+from act_peft.doors import check_adapters_to_merge
 from act_peft.errors import ActValueError, ActWarning
 from act_peft.layers.deltas import DeltaLayer
 from act_peft.layers.quantized import QuantisedRows

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from act_peft.adapter.changes import AdapterChanges, ModuleChange
-from act_peft.adapter.file import OUTER
 from act_peft.disk.writing import TensorInfos
+from act_peft.doors import OUTER
 from act_peft.errors import ActValueError
 from act_peft.layers import ActLayer
 from act_peft.layers.lookup import adapter_layers, base_model

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from act_peft.adapter.config import Trainable
 from act_peft.channels.kinds import ChannelKind, features, is_quantised
 from act_peft.channels.rows import ChannelRows, scaled_channels, wide_dtype
-from act_peft.layers.state import check_adapter_state
+from act_peft.doors import BufferDict
+from act_peft.layers.state import SELECTED, ExpectedState, check_adapter_state
 
 PREFIX = "act_delta_"  # `act_` alone is part of the names of modules in half of all transformers models
 
@@ -266,6 +266,17 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
 
     # -------------------------------------------------------------------------------------------------- loading ---
 
+    def expected_state(self, adapter_name: str) -> ExpectedState:
+        """The tensors that the layer expects of an adapter that is being loaded."""
+        shapes = {"act_delta_weight": self.delta_shape(SELECTED)}
+        if self.has_bias:
+            shapes["act_delta_bias"] = (SELECTED,)
+        if adapter_name in self.act_delta_channel_scale:
+            shapes["act_delta_channel_scale"] = (SELECTED,)
+        return ExpectedState(
+            self.num_channels, self.act_delta_index[adapter_name], self.knows_channels(adapter_name), shapes
+        )
+
     def knows_channels(self, adapter_name: str) -> bool:
         """Whether the adapter's channels are known, rather than still to be loaded."""
         index = self.act_delta_index[adapter_name]
@@ -277,7 +288,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         # torch calls this before it loads the containers below, so what is checked and resized here is what they load.
         for adapter_name in list(self.act_delta_index.keys()):
             state = self.adapter_state(state_dict, prefix, adapter_name)
-            check_adapter_state(self, adapter_name, state, prefix.rstrip("."))
+            check_adapter_state(self.expected_state(adapter_name), state, prefix.rstrip("."))
             index = state.get("act_delta_index")
             if index is not None and self.act_delta_index[adapter_name].numel() != index.numel():
                 self._resize(adapter_name, index.numel())

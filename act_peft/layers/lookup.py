@@ -1,8 +1,9 @@
-"""Which layers of a model carry an ACT adapter, and what is recorded about them."""
+"""The layers of a model that have an ACT adapter, and facts about the modules of a model."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -15,7 +16,7 @@ from act_peft.layers import ActLayer
 
 
 def record(layer: ActLayer, index: torch.Tensor) -> dict[str, Any]:
-    """What an adapter's configuration says about one module."""
+    """The entry of one module in `ActConfig.adapted_modules`."""
     base = None
     if layer.get_base_layer().weight.device.type != "meta" and not layer.is_quantised:
         rows = layer.original_rows(index)
@@ -34,6 +35,33 @@ def shared_weights(model: nn.Module) -> set[int]:
     return shared
 
 
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The model's output embedding, if it has one."""
+    return embedding(model, "get_output_embeddings")
+
+
+def embedding(model: nn.Module, getter: str) -> nn.Module | None:
+    """What `get_input_embeddings` or `get_output_embeddings` of a model returns; None for a model without it."""
+    try:
+        return cast("nn.Module | None", getattr(model, getter, lambda: None)())
+    except (AttributeError, NotImplementedError):  # transformers models without such a layer
+        return None
+
+
+def act_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, ActLayer]:
+    """The ACT layers of a model by the names of their modules.
+
+    Args:
+        model: any module; the names are those inside it.
+        adapter_name: only the layers that have this adapter.
+    """
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, ActLayer) and (adapter_name is None or adapter_name in module.act_delta_index)
+    }
+
+
 def base_model(model: nn.Module) -> nn.Module:
     """The model that the layers were injected into, without the wrappers of PEFT and `torch.compile` around it.
 
@@ -49,19 +77,28 @@ def base_model(model: nn.Module) -> nn.Module:
 
 
 def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, ActLayer]:
-    """The ACT layers that have an adapter, by the names of their modules in the base model.
+    """The layers of an adapter by the names of their modules in the base model.
 
     Raises:
         ActValueError: if there is none.
     """
-    layers = {
-        name: module
-        for name, module in base_model(model).named_modules()
-        if isinstance(module, ActLayer) and adapter_name in module.act_delta_index
-    }
+    layers = act_layers(base_model(model), adapter_name)
     if not layers:
         raise ActValueError(
             f"{type(model).__name__}: has no ACT adapter {adapter_name!r}, expected one "
             "(create it with get_peft_model(model, ActConfig(channels=...)))"
         )
     return layers
+
+
+def check_unmerged(layers: Mapping[str, ActLayer], adapter_name: str) -> None:
+    """Check that an adapter is not merged.
+
+    Raises:
+        ActValueError: it is merged.
+    """
+    for name, layer in layers.items():
+        if adapter_name in layer.merged_adapters:
+            raise ActValueError(
+                f"{name}: adapter {adapter_name!r} is merged, expected an unmerged one (unmerge first)"
+            )

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
 
 from act_peft.channels.kinds import ChannelKind
 from act_peft.channels.rows import ChannelRows
+from act_peft.doors import dequantize_bnb_weight
 from act_peft.errors import ActTypeError
 from act_peft.layers.rows import BaseRows
 

@@ -4,40 +4,51 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from torch import nn
 
 from act_peft.adapter.config import ActConfig
 from act_peft.channels.kinds import channel_kind, num_channels
 from act_peft.channels.masks import ChannelMask, checked_indices
 from act_peft.channels.names import matching_key, suffixes
+from act_peft.doors import (
+    COMPILED,
+    check_target_module_exists,
+    include_all_linear_layers_,
+    is_read_by_mamba_kernel,
+)
 from act_peft.errors import ActTypeError, ActValueError
 from act_peft.layers.deltas import PREFIX, unknown_index
-
-COMPILED = "_orig_mod."  # what torch.compile puts before the names of a model's modules
-FUSED_MAMBA_MODULES = {"out_proj", "conv1d"}  # their weights are read by a fused kernel, never called as modules
-MAMBA_TYPES = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
+from act_peft.peft_modules import inner_layer
 
 
-def plan_channels(
-    config: ActConfig, model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None
-) -> dict[str, torch.Tensor]:
-    """Find the channels of every target module.
+@dataclass(frozen=True)
+class Targets:
+    """The modules of a model that get an adapter, decided once.
 
-    They come from `config.channels`. For an adapter that is being loaded only their number is known, from the state
-    dict or from what its configuration recorded; their place is held by -1.
+    Attributes:
+        indices: module name -> channels, int64 `[K]`.
+        answers: name of every module -> the answer to PEFT's question whether it is a target (`target_answers`).
+    """
+
+    indices: dict[str, torch.Tensor]
+    answers: dict[str, Any]
+
+
+def find_targets(config: ActConfig, model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None) -> Targets:
+    """Find the target modules of an adapter and their channels.
+
+    The channels are those of `config.channels`. If the adapter is being loaded, only their number is known, from the
+    state dict or from the record in the configuration; the channels are then -1.
 
     Args:
         config: the adapter's configuration.
-        model: the base model, possibly with other adapters in it.
-        state_dict: the adapter's tensors, if the modules are to be found by them.
-
-    Returns:
-        Module name -> channels, int64 `[K]`.
+        model: the base model, with or without adapters in it.
+        state_dict: the adapter's tensors, if their names decide about the modules.
 
     Raises:
         ActValueError: no channels, a name that matches no module, a channel out of range, a mask of another model.
@@ -48,16 +59,17 @@ def plan_channels(
             "channels: got none, expected a ChannelMask, a dict of lists or a saved mask "
             "(for example ActConfig(channels=localize(base, donor, dataloader).top(0.05)))"
         )
-    channels = resolved_channels(config)
+    channels = given_channels(config)
     if config.chosen_targets is None:
         _check_names(channels, model)
-    _maybe_include_all_linear_layers(config, model)
+    include_all_linear_layers_(config, model)
     stored = None if state_dict is None else _stored_counts(state_dict)
+    prefix = "" if stored is None else COMPILED  # where PEFT ignores this prefix too
+    modules = {name.removeprefix(prefix): module for name, module in model.named_modules()}
+    answers = target_answers(config, modules)
     indices = {}
-    for name, module in model.named_modules():
-        if stored is not None:
-            name = name.removeprefix(COMPILED)
-        targeted = name in stored if stored is not None else bool(is_targeted(config, name))
+    for name, module in modules.items():
+        targeted = name in stored if stored is not None else bool(answers[name])
         index = _index_for(name, config, channels, stored, module) if name and targeted else None
         if index is None:
             continue
@@ -73,16 +85,15 @@ def plan_channels(
             "channels: no channel of a module that may be adapted is selected, expected at least one "
             "(a higher density, or other exclude_modules)"
         )
-    return indices
+    return Targets(indices, answers)
 
 
 def _reader_of_weights(name: str, model: nn.Module) -> str | None:
-    """What runs a module without calling it, so that a delta would be ignored; None where the module is called."""
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    """What reads the weight of a module instead of calling the module: a delta would have no effect there."""
     parent_name, _, own = name.rpartition(".")
     parent = model.get_submodule(parent_name)
-    if model_type in MAMBA_TYPES and own in FUSED_MAMBA_MODULES:
-        return f"the fused kernel of a {model_type} model"
+    if is_read_by_mamba_kernel(model, own):
+        return f"the fused kernel of a {cast(Any, model).config.model_type} model"
     if isinstance(parent, nn.MultiheadAttention):
         return "nn.MultiheadAttention"
     if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
@@ -90,9 +101,21 @@ def _reader_of_weights(name: str, model: nn.Module) -> str | None:
     return None
 
 
-def is_targeted(config: ActConfig, name: str) -> Any:
-    """Whether a module gets an adapter; what PEFT's own check returns, narrowed to modules with selected channels."""
-    channels = resolved_channels(config)
+def target_answers(config: ActConfig, names: Iterable[str]) -> dict[str, Any]:
+    """What PEFT's own check returns for each module, narrowed to modules with selected channels.
+
+    Args:
+        config: the adapter's configuration.
+        names: names of modules.
+
+    Returns:
+        Module name -> true for a target; false for others; PEFT's own false marker for modules that the user excluded.
+    """
+    channels = given_channels(config)
+    return {name: _is_target(config, channels, name) for name in names}
+
+
+def _is_target(config: ActConfig, channels: Mapping[str, Any], name: str) -> Any:
     entry = matching_key(name, channels)
     if config.chosen_targets is None:
         if entry is None or (config.layers_to_transform is not None and "." not in name):
@@ -125,11 +148,16 @@ def _check_names(channels: Mapping[str, Any], model: nn.Module) -> None:
         )
 
 
-def resolved_channels(config: ActConfig) -> Mapping[str, Any]:
-    """The channels of a configuration as a mapping; a saved mask is read once."""
-    if isinstance(config.channels, (str, os.PathLike)):
-        config.channels = ChannelMask.load(config.channels)
-    return config.channels if config.channels is not None else (config.adapted_modules or {})
+def given_channels(config: ActConfig) -> Mapping[str, Any]:
+    """The channels that the user selected; for an adapter that is being loaded, the record of its modules."""
+    if config.channels is None:
+        return config.adapted_modules or {}
+    return read_mask(config.channels)
+
+
+def read_mask(channels: Any) -> Any:
+    """Read the channels of a configuration if they are the path of a saved mask."""
+    return ChannelMask.load(channels) if isinstance(channels, (str, os.PathLike)) else channels
 
 
 def _stored_counts(state_dict: Mapping[str, torch.Tensor]) -> dict[str, int]:
@@ -169,17 +197,13 @@ def _index_for(
 
 
 def _count_channels(name: str, module: nn.Module) -> int:
-    plain = _plain(module)
+    plain = inner_layer(module)
     if channel_kind(plain) is None:
         raise ActTypeError(
             f"{name}: {type(plain).__name__} is not supported, expected Linear (quantised or not), Conv1D, Embedding "
             f"or a norm (leave it out with exclude_modules=[{name!r}])"
         )
     return num_channels(plain)
-
-
-def _plain(module: nn.Module) -> nn.Module:
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def _placeholder(name: str, num_selected: int, count: int) -> torch.Tensor:

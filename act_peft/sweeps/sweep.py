@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from tqdm import tqdm
 
@@ -16,6 +15,7 @@ from act_peft.channels.kinds import channel_kind, num_channels, weight_of
 from act_peft.channels.scores import ChannelScores, Normalization, Scope
 from act_peft.checks import ascending, finite_number, member_of
 from act_peft.errors import ActTypeError, ActValueError
+from act_peft.peft_modules import has_adapters
 from act_peft.sweeps.heldout import HeldOutData
 from act_peft.sweeps.result import Measurement, SweepResult, SweepRow
 from act_peft.transfer.in_model import donor_for_model
@@ -145,7 +145,7 @@ def sweep(
 def _check_base(base: nn.Module) -> None:
     if not isinstance(base, nn.Module):
         raise ActTypeError(f"base: got {type(base).__name__}, expected a torch.nn.Module (load the model first)")
-    if isinstance(base, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in base.modules()):
+    if isinstance(base, PeftModel) or has_adapters(base):
         raise ActTypeError(
             f"base: got a {type(base).__name__} with adapters in it, expected a plain model (merge them with "
             "merge_and_unload(), or load the model without them)"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from transformers import TrainerCallback
 from act_peft.batches.predictions import Predictions, find_predictions, logits_of
 from act_peft.checks import finite_number, whole_number
 from act_peft.errors import ActError, ActTypeError, ActValueError
+from act_peft.peft_modules import same_gradients
 from act_peft.training.scales import add_to_log
 
 
@@ -147,7 +147,7 @@ class KeepCallback(TrainerCallback):
 
 def _base_log_probabilities(model: PeftModel, batch: Predictions) -> torch.Tensor:
     model.eval()
-    with torch.no_grad(), _same_gradients(model), model.disable_adapter():
+    with torch.no_grad(), same_gradients(model), model.disable_adapter():
         return _log_probabilities(model, batch)
 
 
@@ -163,17 +163,6 @@ def _unsupported_training(model: nn.Module, optimizer: Any) -> str | None:
             "older than prune_channels: make a new one; or it trains a part of them: freeze the rest)"
         )
     return None
-
-
-@contextmanager
-def _same_gradients(model: nn.Module) -> Iterator[None]:
-    """Restore `requires_grad` at the end: PEFT sets it for all active adapters when it switches them on."""
-    trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        yield
-    finally:
-        for parameter, required in trains:
-            parameter.requires_grad_(required)
 
 
 def _divergence(target: torch.Tensor, model: torch.Tensor) -> torch.Tensor:

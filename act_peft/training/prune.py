@@ -8,10 +8,11 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from act_peft.adapter.config import record_adapter
 from act_peft.checks import finite_number
 from act_peft.errors import ActValueError
 from act_peft.layers import remove_adapter
-from act_peft.layers.lookup import adapter_layers, base_model, record
+from act_peft.layers.lookup import adapter_layers, base_model, check_unmerged, record
 from act_peft.training.scales import _scales_of
 
 
@@ -49,11 +50,7 @@ def prune_channels(model: nn.Module, *, threshold: float = 0.0, adapter_name: st
             f"{without[0]}: adapter {adapter_name!r} has no learned scales, expected trainable='scales' or 'both' "
             f"({len(without)} of {len(layers)} modules have none; was it pruned already, or made for rows?)"
         )
-    merged = [name for name, layer in layers.items() if adapter_name in layer.merged_adapters]
-    if merged:
-        raise ActValueError(
-            f"{merged[0]}: adapter {adapter_name!r} is merged, expected an unmerged one (unmerge first)"
-        )
+    check_unmerged(layers, adapter_name)
     broken = [n for n, layer in layers.items() if not torch.isfinite(_scales_of(layer, adapter_name)).all()]
     if broken:
         raise ActValueError(
@@ -81,6 +78,5 @@ def prune_channels(model: nn.Module, *, threshold: float = 0.0, adapter_name: st
         remove_adapter(base, name, adapter_name)
     left = {name: layer for name, layer in layers.items() if kept[name].numel()}
     config.trainable, config.offload_deltas = "deltas", False
-    config.density = None if config.density is None else config.density * share
-    config.adapted_modules = {name: record(layer, layer.act_delta_index[adapter_name]) for name, layer in left.items()}
-    config.name_targets(left)
+    modules = {name: record(layer, layer.act_delta_index[adapter_name]) for name, layer in left.items()}
+    record_adapter(config, modules, kept=share)

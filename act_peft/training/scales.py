@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from act_peft.checks import finite_number, number
 from act_peft.errors import ActTypeError, ActValueError
 from act_peft.layers import ActLayer
+from act_peft.layers.lookup import act_layers
 
 _UNBOUNDED = (-math.inf, math.inf)
 
@@ -136,10 +137,9 @@ def _density(scales: torch.Tensor) -> float:
 
 def _adapters(model: nn.Module) -> Iterator[tuple[ActLayer, str]]:
     """The layers with learned scales, each with the names of its adapters that have them."""
-    for module in model.modules():
-        if isinstance(module, ActLayer):
-            for name in module.act_delta_channel_scale:
-                yield module, name
+    for layer in act_layers(model).values():
+        for name in layer.act_delta_channel_scale:
+            yield layer, name
 
 
 def _scales_of(layer: ActLayer, adapter_name: str) -> nn.Parameter:

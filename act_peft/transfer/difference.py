@@ -12,7 +12,7 @@ import torch
 from act_peft.channels.rows import ChannelRows
 from act_peft.disk.parameters import Parameters
 from act_peft.errors import ActValueError, ActWarning
-from act_peft.transfer.donors import Donor
+from act_peft.transfer.donors import OpenDonor
 from act_peft.transfer.lineage import Resemblance
 
 
@@ -25,7 +25,7 @@ class Transfer:
         axes: module -> axis of its channels.
     """
 
-    def __init__(self, base: Parameters, donor: Donor, axes: Mapping[str, int]) -> None:
+    def __init__(self, base: Parameters, donor: OpenDonor, axes: Mapping[str, int]) -> None:
         self._base, self._donor, self._axes = base, donor, axes
         self._notes = list(donor.notes)
         self._resemblance = Resemblance()

@@ -6,19 +6,18 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.integrations import skip_init_on_device
 from torch import nn
 from transformers import PreTrainedModel
 
-from act_peft.adapter.config import Trainable
 from act_peft.channels.kinds import is_quantised, kind_of
 from act_peft.channels.rows import ChannelRows
 from act_peft.checks import finite_number
 from act_peft.disk.parameters import Parameters
+from act_peft.doors import skip_init_on_device
 from act_peft.errors import ActValueError
 from act_peft.layers import ActLayer
-from act_peft.layers.lookup import adapter_layers, base_model
+from act_peft.layers.lookup import adapter_layers, base_model, check_unmerged
+from act_peft.peft_modules import inner_layer
 from act_peft.transfer.difference import Transfer
 from act_peft.transfer.donors import open_donor
 from act_peft.transfer.parameters import ModelTensors, vocabulary_parameters
@@ -62,14 +61,10 @@ def initialize_from_donor(
     layers = adapter_layers(model, adapter_name)
     config = cast(Any, model).peft_config[adapter_name]
     scale = finite_number(config.transfer_scale if transfer_scale is None else transfer_scale, "transfer_scale")
-    merged = [name for name, layer in layers.items() if adapter_name in layer.merged_adapters]
-    if merged:
-        raise ActValueError(
-            f"{merged[0]}: adapter {adapter_name!r} is merged, expected an unmerged one (unmerge first)"
-        )
+    check_unmerged(layers, adapter_name)
     index = {name: layer.act_delta_index[adapter_name] for name, layer in layers.items()}
     with donor_for_model(base_model(model), donor, index) as transfer:
-        learned = Trainable(config.trainable).has_scales
+        learned = config.trains.has_scales
         scaled = transfer.deltas(index, transfer_scale=1.0 if learned else scale)
         # All of them before the first is written, each in the dtype and on the device of what it will overwrite.
         deltas = [(name, layers[name].as_stored(adapter_name, rows)) for name, _, rows in scaled]
@@ -97,7 +92,7 @@ def donor_for_model(
     Raises:
         ActTypeError, ActValueError: as `open_donor`; ActValueError if one of the modules is quantised.
     """
-    plain = {name: _plain(base.get_submodule(name)) for name in modules}
+    plain = {name: inner_layer(base.get_submodule(name)) for name in modules}
     quantised = [name for name, module in plain.items() if is_quantised(module)]
     if quantised:
         raise ActValueError(
@@ -112,10 +107,6 @@ def donor_for_model(
     vocabulary = vocabulary_parameters(base)
     opened = open_donor(donor, parameters, axes=axes, config=config, vocabulary=vocabulary, revision=revision)
     return Transfer(parameters, opened, axes)
-
-
-def _plain(module: nn.Module) -> nn.Module:
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 @skip_init_on_device  # inside `low_cpu_mem_usage` the deltas would be created on the meta device

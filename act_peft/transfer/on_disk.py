@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from act_peft.adapter.base_record import fingerprint, module_record
-from act_peft.adapter.config import ActConfig
+from act_peft.adapter.config import ActConfig, record_adapter
 from act_peft.channels.kinds import kind_of
 from act_peft.channels.masks import ChannelMask
 from act_peft.channels.rows import ChannelRows, wide_dtype
@@ -25,9 +25,10 @@ from act_peft.disk.checkpoint import Checkpoint
 from act_peft.disk.folders import check_output, check_room
 from act_peft.disk.parameters import Parameters
 from act_peft.disk.skeleton import build_skeleton, load_config
+from act_peft.doors import OUTER
 from act_peft.errors import ActValueError
 from act_peft.layers.deltas import PREFIX
-from act_peft.layers.targets import plan_channels
+from act_peft.layers.targets import find_targets, read_mask
 from act_peft.transfer.difference import Transfer
 from act_peft.transfer.donors import open_donor
 from act_peft.transfer.parameters import vocabulary_parameters
@@ -91,7 +92,8 @@ def create_adapter(
         skeleton = build_skeleton(config)
         shapes = {n: tuple(p.shape) for n, p in skeleton.named_parameters(remove_duplicate=False)}
         parameters = Parameters(checkpoint, list(shapes))
-        indices = plan_channels(settings, skeleton, None)
+        settings.channels = read_mask(settings.channels)
+        indices = find_targets(settings, skeleton, None).indices
         kinds = {name: kind_of(skeleton.get_submodule(name)) for name in indices}
         _check_shapes(checkpoint, parameters, shapes, needed=indices)
         axes = {name: kind.channel_dim for name, kind in kinds.items()}
@@ -104,7 +106,7 @@ def create_adapter(
             read = transfer.deltas(indices, transfer_scale=transfer_scale)
             hidden = None if show_progress else True
             for name, rows, deltas in tqdm(read, desc="transfer", total=len(indices), unit="module", disable=hidden):
-                prefix = f"base_model.model.{name}.{PREFIX}"
+                prefix = f"{OUTER}{name}.{PREFIX}"
                 tensors |= {f"{prefix}{part}": delta for part, delta in _in_file_dtype(rows, deltas)}
                 tensors[f"{prefix}index"] = rows.index
                 records[name] = module_record(
@@ -114,11 +116,8 @@ def create_adapter(
                     base=fingerprint(rows.weight, rows.bias),
                 )
             transfer.warn(stacklevel=2)
-    settings.adapted_modules = records
+    record_adapter(settings, records)
     settings.base_model_name_or_path = skeleton.name_or_path
-    if isinstance(settings.channels, ChannelMask):
-        selected = sum(index.numel() for index in indices.values())
-        settings.density = selected / sum(settings.channels.num_channels.values())
     check_room(output, sum(t.numel() * t.element_size() for t in tensors.values()) + (1 << 20))
     with new_folder(output) as folder:
         _CardWriter(skeleton, settings).create_or_update_model_card(str(folder))

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from act_peft.layers import ActLayer
+from act_peft.layers.lookup import embedding, output_head
+from act_peft.peft_modules import plain_name
 
 
 class ModelTensors:
@@ -53,26 +55,9 @@ class ModelTensors:
         return parameter.detach().index_select(dim, index.to(parameter.device))
 
 
-def plain_name(name: str) -> str:
-    """The name that a parameter has without adapters."""
-    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
-
-
-def output_head(model: nn.Module) -> nn.Module | None:
-    """The model's output embedding, if it has one."""
-    return _embedding(model, "get_output_embeddings")
-
-
 def vocabulary_parameters(model: nn.Module) -> Collection[str]:
     """Names of the parameters whose first axis counts the tokens of the vocabulary."""
-    modules = [_embedding(model, "get_input_embeddings"), output_head(model)]
+    modules = [embedding(model, "get_input_embeddings"), output_head(model)]
     shared = {id(parameter) for module in modules if module is not None for parameter in module.parameters()}
     names = model.named_parameters(remove_duplicate=False)
     return frozenset(plain_name(name) for name, parameter in names if id(parameter) in shared)
-
-
-def _embedding(model: nn.Module, getter: str) -> nn.Module | None:
-    try:
-        return cast("nn.Module | None", getattr(model, getter, lambda: None)())
-    except (AttributeError, NotImplementedError):  # transformers models without such a layer
-        return None

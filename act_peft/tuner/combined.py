@@ -1,70 +1,75 @@
-"""One adapter of several, in a model."""
+"""One adapter out of several adapters of a model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from act_peft.adapter.config import ActConfig
 from act_peft.channels.names import matching_key
-from act_peft.combination.combine import _settings, _sources_in
+from act_peft.combination.combine import combined_settings, sources_in_model
 from act_peft.combination.rules import Rule
 from act_peft.combination.union import UnionModule, union_modules
 from act_peft.errors import ActValueError
+from act_peft.layers import ActLayer
 from act_peft.layers.deltas import PREFIX
+from act_peft.layers.lookup import base_model
 
 
-def add_combined(
-    tuner: Any,
-    adapters: Sequence[str],
-    weights: Sequence[float],
-    adapter_name: str,
-    rule: Rule,
-) -> None:
-    """Give a model an adapter that combines some of its adapters; `ActModel.add_weighted_adapter` says how.
+@dataclass(frozen=True)
+class CombinedAdapter:
+    """A new adapter before it is in the model.
+
+    Attributes:
+        config: its configuration, with its channels.
+        deltas: module name -> "weight", "bias" -> delta, in the module's orientation.
+    """
+
+    config: ActConfig
+    deltas: dict[str, dict[str, torch.Tensor]]
+
+    def write_(self, layers: Mapping[str, ActLayer], adapter_name: str) -> None:
+        """Write the deltas into the layers that have the new adapter."""
+        for name, parts in self.deltas.items():
+            for part, delta in parts.items():
+                parameter = getattr(layers[name], f"{PREFIX}{part}")[adapter_name]
+                parameter.data = delta.to(parameter.device)
+
+
+def combined_adapter(
+    model: nn.Module, adapters: Sequence[str], weights: Sequence[float], rule: Rule
+) -> CombinedAdapter:
+    """Compute the combination of adapters of a model; the model stays as it is.
 
     Args:
-        tuner: the `ActModel`.
+        model: a model with adapters.
         adapters: names of its adapters.
         weights: a factor for each.
-        adapter_name: name of the new one.
         rule: from `make_rule`.
 
     Raises:
-        ActValueError, ActTypeError: as `ActModel.add_weighted_adapter`; the model is as it was then.
+        ActValueError, ActTypeError: as `ActModel.add_weighted_adapter`.
     """
-    sources = _sources_in(tuner, adapters, weights)
-    _check_name(tuner, adapter_name)
+    sources = sources_in_model(model, adapters, weights)
     modules = union_modules(sources)
-    made = {module.name: module.combine(sources, rule, None) for module in modules}
-    config = _settings(sources)
-    origin = config.donor, config.donor_revision
-    config.donor = config.donor_revision = None  # a record of what was; nothing is transferred now
-    config.channels = _channels_of(tuner.model, modules)
-    trains = {parameter: parameter.requires_grad for parameter in tuner.parameters()}
-    tuner.peft_config[adapter_name] = config
-    try:
-        tuner.inject_adapter(tuner.model, adapter_name)
-    except BaseException:
-        tuner.peft_config.pop(adapter_name, None)
-        raise
-    finally:
-        for parameter, train in trains.items():
-            parameter.requires_grad_(train)
-    config.donor, config.donor_revision = origin
-    for name, deltas in made.items():
-        layer = tuner.model.get_submodule(name)
-        for part, delta in deltas.items():
-            parameter = getattr(layer, f"{PREFIX}{part}")[adapter_name]
-            parameter.data = delta.to(parameter.device)
+    config = combined_settings(sources)
+    config.channels = _channels_of(base_model(model), modules)
+    return CombinedAdapter(config, {module.name: module.combine(sources, rule, None) for module in modules})
 
 
-def _check_name(tuner: Any, adapter_name: Any) -> None:
+def check_new_name(adapter_name: Any, known: Container[str]) -> None:
+    """Check the name of a new adapter.
+
+    Raises:
+        ActValueError: no name, a name with dots, or the name of an adapter that the model has.
+    """
     if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
         raise ActValueError(f"adapter_name: got {adapter_name!r:.80}, expected a name without dots")
-    if adapter_name in tuner.peft_config:
+    if adapter_name in known:
         raise ActValueError(
             f"adapter_name: got {adapter_name!r}, which the model has, expected a new name (delete_adapter removes "
             "the old one)"

@@ -7,11 +7,8 @@ from typing import Any
 
 import torch
 
+from act_peft.doors import POLICY, REFERENCE
 from act_peft.layers import ActLayer
-
-# TRL's trainers add an adapter of this name with the configuration of that one and mean a copy of it. What they copy
-# themselves are parameters whose names go on after the adapter's, which a PEFT method without sub-modules has none of.
-REFERENCE, POLICY = "ref", "default"
 
 
 def find_twin(adapter_name: str, *, configs: Mapping[str, Any], awaiting: Container[str]) -> str | None:

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from act_peft.errors import ActTypeError, ActValueError

@@ -4,48 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from act_peft.adapter.config import ActConfig, Trainable
-from act_peft.channels.kinds import kind_of
-from act_peft.channels.masks import ChannelMask
+from act_peft.adapter.config import ActConfig, record_adapter
 from act_peft.combination.rules import CombinationType, MajoritySign, make_rule
+from act_peft.doors import OUTER
 from act_peft.errors import ActLoadError, ActValueError
-from act_peft.layers import LAYER_CLASSES, ActLayer, Linear, remove_adapter
+from act_peft.layers import ActLayer, remove_adapter
 from act_peft.layers.deltas import PREFIX
-from act_peft.layers.lookup import record, shared_weights
+from act_peft.layers.lookup import act_layers, output_head, record, shared_weights
 from act_peft.layers.state import check_adapter_state
-from act_peft.layers.targets import is_targeted, plan_channels
+from act_peft.layers.targets import Targets, find_targets, read_mask, target_answers
+from act_peft.peft_modules import same_gradients
 from act_peft.transfer.difference import Transfer
 from act_peft.transfer.in_model import donor_for_model, fill_deltas
-from act_peft.transfer.parameters import output_head
-from act_peft.tuner.combined import add_combined
+from act_peft.tuner.combined import check_new_name, combined_adapter
 from act_peft.tuner.copies import copy_adapter_, find_twin
 from act_peft.tuner.loading import check_base, check_names
 from act_peft.tuner.mixed_batches import adapter_per_sample
-
-
-@dataclass(frozen=True)
-class InjectionPlan:
-    """What is known about the model before an adapter is injected.
-
-    Attributes:
-        indices: module name -> channels, int64 `[K]`.
-        device: where the indices of the new layers are created.
-        shared_weights: ids of the weights that several modules use.
-        output_head: the model's output embedding, if it has one.
-    """
-
-    indices: dict[str, torch.Tensor]
-    device: torch.device
-    shared_weights: set[int]
-    output_head: nn.Module | None
+from act_peft.tuner.plan import InjectionPlan
 
 
 class ActModel(BaseTuner):
@@ -65,7 +47,7 @@ class ActModel(BaseTuner):
     # Adapters whose tensors are still to be loaded, with the parameters that trained before they came. On the class,
     # because PEFT injects the first adapter before `__init__` could set anything.
     _awaiting: Mapping[str, list[nn.Parameter]] = MappingProxyType({})
-    _plan: InjectionPlan
+    _plan: InjectionPlan | None = None  # while an adapter is being injected
 
     # ------------------------------------------------------------------------------------------------- creation ---
 
@@ -77,71 +59,90 @@ class ActModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        """Check everything, wrap the target modules, transfer from the donor if the configuration names one.
+        """Check everything, wrap the target modules, and transfer from the donor if the configuration names one.
 
         Raises:
-            ActValueError, ActTypeError: for channels that do not fit the model, unsupported modules, and a donor that
-                does not fit; the model is as it was then.
+            ActValueError, ActTypeError: channels that do not fit the model, unsupported modules, a donor that does not
+                fit. The model is then as it was.
         """
         config = self.peft_config[adapter_name]
-        twin = find_twin(adapter_name, configs=self.peft_config, awaiting=self._awaiting)
-        if twin is None:
-            indices = plan_channels(config, model, state_dict)
+        config.channels = read_mask(config.channels)
+        donor = None if config.channels is None or config.from_file else config.donor
+        self._inject(
+            model,
+            adapter_name,
+            donor,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            state_dict=state_dict,
+        )
+
+    def _inject(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        donor: str | None,
+        *,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        **settings: bool,
+    ) -> None:
+        config = self.peft_config[adapter_name]
+        source = find_twin(adapter_name, configs=self.peft_config, awaiting=self._awaiting)
+        if source is None:
+            targets = find_targets(config, model, state_dict)
         else:
-            indices = {name: layer.act_delta_index[twin] for name, layer in self._layers(twin).items()}
+            copied = {name: layer.act_delta_index[source] for name, layer in self._layers(source).items()}
+            targets = Targets(copied, target_answers(config, [name for name, _ in model.named_modules()]))
         with ExitStack() as stack:
-            transfer = None
-            if twin is None and config.donor is not None and config.channels is not None and not config.from_file:
-                transfer = stack.enter_context(
-                    donor_for_model(model, config.donor, indices, revision=config.donor_revision)
-                )
+            transfer, indices = None, targets.indices
+            if source is None and donor is not None:
+                transfer = stack.enter_context(donor_for_model(model, donor, indices, revision=config.donor_revision))
                 indices = transfer.common(indices)
             self._plan = InjectionPlan(
                 indices=indices,
-                # Placeholders of tensors that a state dict will bring are created where PEFT creates those of deltas.
-                device=torch.device("meta" if low_cpu_mem_usage and state_dict is not None else "cpu"),
+                answers=targets.answers,
+                # Indices that a state dict will bring are created on the device where PEFT creates its deltas.
+                device=torch.device("meta" if settings.get("low_cpu_mem_usage") and state_dict is not None else "cpu"),
                 shared_weights=shared_weights(model),
                 output_head=output_head(model),
             )
             trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
             try:
-                super().inject_adapter(
-                    model,
-                    adapter_name,
-                    autocast_adapter_dtype=autocast_adapter_dtype,
-                    low_cpu_mem_usage=low_cpu_mem_usage,
-                    state_dict=state_dict,
-                )
-                if twin is not None:
-                    copy_adapter_(self._layers(adapter_name), twin, adapter_name)
+                super().inject_adapter(model, adapter_name, state_dict=state_dict, **settings)
+                if source is not None:
+                    copy_adapter_(self._layers(adapter_name), source, adapter_name)
                 elif config.channels is not None and state_dict is None:
-                    self._fill(config, model, adapter_name, transfer)
+                    self._fill(config, model, adapter_name, indices, transfer)
             except BaseException:
                 self._withdraw(model, adapter_name, trainable)
                 raise
             finally:
-                del self._plan
+                self._plan = None
         config.name_targets(indices)
-        if twin is None and (config.channels is None or state_dict is not None):
+        if source is None and (config.channels is None or state_dict is not None):
             self._awaiting = {**self._awaiting, adapter_name: trainable}
 
-    def _fill(self, config: ActConfig, model: nn.Module, adapter_name: str, transfer: Transfer | None) -> None:
-        """Give a new adapter its deltas and its configuration the record of what it holds."""
-        indices = self._plan.indices
+    def _fill(
+        self,
+        config: ActConfig,
+        model: nn.Module,
+        adapter_name: str,
+        indices: Mapping[str, torch.Tensor],
+        transfer: Transfer | None,
+    ) -> None:
+        """Write the deltas of a new adapter, and its record in the configuration."""
         layers: dict[str, Any] = {name: model.get_submodule(name) for name in indices}
         if transfer is not None:
-            scale = 1.0 if Trainable(config.trainable).has_scales else config.transfer_scale
+            scale = 1.0 if config.trains.has_scales else config.transfer_scale
             deltas = ((name, rows) for name, _, rows in transfer.deltas(indices, transfer_scale=scale))
             fill_deltas(layers, deltas, adapter_name=adapter_name, transfer_scale=config.transfer_scale)
-            transfer.warn(stacklevel=3)
-        config.adapted_modules = {name: record(layer, indices[name]) for name, layer in layers.items()}
-        if isinstance(config.channels, ChannelMask):
-            selected = sum(index.numel() for index in indices.values())
-            config.density = selected / sum(config.channels.num_channels.values())
+            transfer.warn(stacklevel=4)
+        record_adapter(config, {name: record(layer, indices[name]) for name, layer in layers.items()})
 
-    @staticmethod
-    def _check_target_module_exists(peft_config: ActConfig, key: str) -> Any:
-        return is_targeted(peft_config, key)
+    def _check_target_module_exists(self, peft_config: ActConfig, key: str) -> Any:
+        if self._plan is None:  # PEFT's `inspect_matched_modules` asks at any time
+            return target_answers(peft_config, [key])[key]
+        return self._plan.answers[key]
 
     def _prepare_adapter_config(self, peft_config: ActConfig, model_config: dict[str, Any]) -> ActConfig:
         peft_config.forget_named_targets()  # which modules are meant follows from the channels
@@ -157,14 +158,16 @@ class ActModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        index = self._plan.indices[current_key].to(self._plan.device)
-        layer = target if isinstance(target, ActLayer) else self._wrap(target)
+        plan = cast(InjectionPlan, self._plan)
+        layer = plan.layer_for(target)
+        if layer is not target:
+            layer._active_adapter = self.active_adapters
         layer.update_layer(
             adapter_name,
-            index=index,
+            index=plan.indices[current_key].to(plan.device),
             init_weights=peft_config.init_weights,
             inference_mode=peft_config.inference_mode,
-            trainable=Trainable(peft_config.trainable),
+            trainable=peft_config.trains,
             transfer_scale=peft_config.transfer_scale,
             offload=peft_config.offload_deltas,
         )
@@ -178,28 +181,19 @@ class ActModel(BaseTuner):
         # which of them have no data yet.
         setattr(parent, child_name, new_module)
 
-    def _wrap(self, target: nn.Module) -> ActLayer:
-        plain = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        layer = LAYER_CLASSES[kind_of(plain)](target, shares_weight=id(plain.weight) in self._plan.shared_weights)
-        if isinstance(layer, Linear):
-            layer.is_output_head = target is self._plan.output_head
-        layer._active_adapter = self.active_adapters
-        layer.train(target.training)
-        return layer
-
     def _withdraw(self, model: nn.Module, adapter_name: str, trainable: list[nn.Parameter]) -> None:
         """Take a half-made adapter out of the model again.
 
         Modules without any adapter are unwrapped, and `trainable` parameters train again if no adapter is left.
         """
-        for name in [name for name, module in model.named_modules() if isinstance(module, ActLayer)]:
+        for name in act_layers(model):
             remove_adapter(model, name, adapter_name)
-        if not any(isinstance(module, ActLayer) for module in model.modules()):
+        if not act_layers(model):
             for parameter in trainable:
                 parameter.requires_grad_(True)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        if not Trainable(self.peft_config[adapter_name].trainable).trains_rows:
+        if not self.peft_config[adapter_name].trains.trains_rows:
             return  # the scales are float32 and the frozen difference stays as its two models are
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
         if not autocast_adapter_dtype:
@@ -209,8 +203,7 @@ class ActModel(BaseTuner):
     # --------------------------------------------------------------------------------------------------- asking ---
 
     def _layers(self, adapter_name: str) -> dict[str, ActLayer]:
-        modules = self.model.named_modules()
-        return {n: m for n, m in modules if isinstance(m, ActLayer) and adapter_name in m.act_delta_index}
+        return act_layers(self.model, adapter_name)
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
@@ -218,10 +211,8 @@ class ActModel(BaseTuner):
 
         Offloaded deltas are frozen, alike in every process, and not on the device that the others have to be on.
         """
-        layers = [(n, m) for n, m in self.model.named_modules() if isinstance(m, ActLayer)]
-        offloaded = [
-            f"model.{name}.{parameter}" for name, layer in layers for parameter in layer.offloaded_parameters()
-        ]
+        layers = act_layers(self.model).items()
+        offloaded = [f"model.{name}.{part}" for name, layer in layers for part in layer.offloaded_parameters()]
         return [*offloaded, *(f"base_model.{name}" for name in offloaded)]  # from here, and from a `PeftModel`
 
     @property
@@ -310,7 +301,16 @@ class ActModel(BaseTuner):
             ActTypeError: names, weights or a density of another type.
         """
         rule = make_rule(combination_type, density=density, majority_sign_method=majority_sign_method)
-        add_combined(self, adapters, weights, adapter_name, rule)
+        check_new_name(adapter_name, self.peft_config)
+        combined = combined_adapter(self, adapters, weights, rule)
+        self.peft_config[adapter_name] = combined.config
+        with same_gradients(self):
+            try:
+                self._inject(self.model, adapter_name, None)  # the donor in the configuration is a record
+            except BaseException:
+                self.peft_config.pop(adapter_name, None)
+                raise
+        combined.write_(self._layers(adapter_name), adapter_name)
 
     # -------------------------------------------------------------------------------------------------- merging ---
 
@@ -334,12 +334,8 @@ class ActModel(BaseTuner):
         )
 
     def _check_merge(self, adapter_names: list[str] | None) -> None:
-        for module in self.model.modules():
-            if isinstance(module, ActLayer):
-                module.check_merge(adapter_names)
-
-    def _check_target_module_compatiblity(self, peft_config: ActConfig, model: nn.Module, target_name: str) -> None:
-        pass  # PEFT's list of exceptions for LoRA; ours are checked before anything is wrapped
+        for layer in act_layers(self.model).values():
+            layer.check_merge(adapter_names)
 
     # -------------------------------------------------------------------------------------------------- loading ---
 
@@ -365,7 +361,7 @@ class ActModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         tuner = getattr(model, "base_model", None)
         if isinstance(tuner, ActModel):
-            tuner._accept(adapter_name, remapped, "base_model.model.", complete=True)
+            tuner._accept(adapter_name, remapped, OUTER, complete=True)
         return remapped
 
     def _load_from_state_dict(
@@ -387,7 +383,7 @@ class ActModel(BaseTuner):
             if complete:
                 check_names(state_dict, self.model, prefix)
             for name, layer in layers.items():
-                check_adapter_state(layer, adapter_name, states[name], name, complete=complete)
+                check_adapter_state(layer.expected_state(adapter_name), states[name], name, complete=complete)
         except ActLoadError:
             if awaited:
                 self._withdraw(self.model, adapter_name, self._pop_awaiting(adapter_name))

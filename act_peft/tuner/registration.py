@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType, register_peft_method
 
+from act_peft.doors import PEFT_TYPE_TO_PREFIX_MAPPING
 from act_peft.errors import ActError
 
 NAME = "ACT"

@@ -6,7 +6,6 @@ import os
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from act_peft.adapter.file import CONFIG, AdapterFolder
@@ -15,14 +14,15 @@ from act_peft.disk.locations import Location, open_location
 from act_peft.disk.parameters import Parameters
 from act_peft.disk.skeleton import load_config
 from act_peft.errors import ActTypeError, ActValueError
+from act_peft.peft_modules import has_adapters
 from act_peft.transfer.donors.act import ActDonor
-from act_peft.transfer.donors.base import Donor
+from act_peft.transfer.donors.base import OpenDonor
 from act_peft.transfer.donors.full import FullDonor
 from act_peft.transfer.donors.lora import LoraDonor
 from act_peft.transfer.lineage import check_configs
 from act_peft.transfer.parameters import ModelTensors
 
-__all__ = ["Donor", "is_adapter", "open_donor"]
+__all__ = ["OpenDonor", "is_adapter", "open_donor"]
 
 
 def open_donor(
@@ -33,7 +33,7 @@ def open_donor(
     config: Any = None,
     vocabulary: Collection[str] = (),
     revision: str | None = None,
-) -> Donor:
+) -> OpenDonor:
     """Open a donor and check it against the base; of its weights nothing is read yet.
 
     Args:
@@ -50,7 +50,7 @@ def open_donor(
     """
     needed = [f"{module}.{part}" for module in axes for part in ("weight", "bias") if f"{module}.{part}" in base]
     if isinstance(donor, nn.Module):
-        if any(isinstance(module, BaseTunerLayer) for module in donor.modules()):
+        if has_adapters(donor):
             raise ActTypeError(
                 f"donor: got a {type(donor).__name__} with adapters in it, expected a plain model (merge them with "
                 "merge_and_unload(), or name the folder of the adapter)"
@@ -86,7 +86,7 @@ def is_adapter(location: str | os.PathLike[str] | Location) -> bool:
     return not any((place.folder / name).is_file() for name in weights)
 
 
-def _open_adapter(place: Location, base: Parameters, *, axes: Mapping[str, int]) -> Donor:
+def _open_adapter(place: Location, base: Parameters, *, axes: Mapping[str, int]) -> OpenDonor:
     config = read_json(place.folder, CONFIG)
     kind = config.get("peft_type")
     if kind == "LORA":

@@ -13,10 +13,10 @@ from act_peft.channels.rows import wide_dtype
 from act_peft.disk.keys import CheckpointKeys
 from act_peft.disk.parameters import Parameters
 from act_peft.errors import ActLoadError
-from act_peft.transfer.donors.base import Donor
+from act_peft.transfer.donors.base import OpenDonor
 
 
-class ActDonor(Donor):
+class ActDonor(OpenDonor):
     """The difference of a channel is its delta, where the adapter has one, else zero.
 
     Args:
@@ -60,7 +60,7 @@ class ActDonor(Donor):
             )
 
     def difference(self, module: str, part: str, index: torch.Tensor, dim: int, base: torch.Tensor) -> torch.Tensor:
-        """See `Donor.difference`."""
+        """See `OpenDonor.difference`."""
         difference = torch.zeros_like(base, dtype=wide_dtype(base.dtype))
         delta = self._deltas.get(module)
         key = None if delta is None else getattr(delta, part)
@@ -73,7 +73,7 @@ class ActDonor(Donor):
         return difference.index_copy_(dim, mine.to(base.device), scaled.to(difference))
 
     def close(self) -> None:
-        """See `Donor.close`."""
+        """See `OpenDonor.close`."""
         self._folder.close()
 
 

@@ -8,7 +8,7 @@ from types import TracebackType
 import torch
 
 
-class Donor(ABC):
+class OpenDonor(ABC):
     """A donor that has been checked against the base; a context manager.
 
     Attributes:
@@ -43,7 +43,7 @@ class Donor(ABC):
     def close(self) -> None:  # noqa: B027 (a donor in memory has nothing to close)
         """Close all files; closing twice is harmless."""
 
-    def __enter__(self) -> Donor:
+    def __enter__(self) -> OpenDonor:
         return self
 
     def __exit__(

@@ -9,11 +9,11 @@ import torch
 from act_peft.channels.rows import wide_difference, wide_dtype
 from act_peft.disk.checkpoint import Checkpoint
 from act_peft.disk.parameters import Parameters
-from act_peft.transfer.donors.base import Donor
+from act_peft.transfer.donors.base import OpenDonor
 from act_peft.transfer.lineage import check_shapes
 
 
-class FullDonor(Donor):
+class FullDonor(OpenDonor):
     """A model of the base's structure; its vocabulary may be another.
 
     Args:
@@ -57,11 +57,11 @@ class FullDonor(Donor):
         ]
 
     def common_channels(self, module: str) -> int | None:
-        """See `Donor.common_channels`."""
+        """See `OpenDonor.common_channels`."""
         return self._common.get(f"{module}.weight")
 
     def difference(self, module: str, part: str, index: torch.Tensor, dim: int, base: torch.Tensor) -> torch.Tensor:
-        """See `Donor.difference`; zero for tokens that the donor does not have."""
+        """See `OpenDonor.difference`; zero for tokens that the donor does not have."""
         name = f"{module}.{part}"
         length = self._parameters.shape(name)[0]
         if dim == 0:
@@ -77,6 +77,6 @@ class FullDonor(Donor):
         return difference
 
     def close(self) -> None:
-        """See `Donor.close`."""
+        """See `OpenDonor.close`."""
         if self._checkpoint is not None:
             self._checkpoint.close()

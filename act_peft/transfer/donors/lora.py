@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
 
-from act_peft.adapter.file import OUTER, TENSORS
+from act_peft.adapter.file import TENSORS
 from act_peft.channels.rows import wide_dtype
 from act_peft.disk.keys import CheckpointKeys
 from act_peft.disk.locations import Location
 from act_peft.disk.parameters import Parameters
 from act_peft.disk.shard import Shard
+from act_peft.doors import OUTER, get_pattern_key
 from act_peft.errors import ActLoadError, ActValueError
-from act_peft.transfer.donors.base import Donor
+from act_peft.transfer.donors.base import OpenDonor
 
 # Ends of the keys that PEFT writes -> what they are here. `weight` and `bias` are whole parameters.
 _ENDS = {
@@ -47,7 +47,7 @@ class _Module:
     scaling: float
 
 
-class LoraDonor(Donor):
+class LoraDonor(OpenDonor):
     """The difference of a channel is its row of the product of the factors.
 
         delta W[i, :] = alpha / r * B[i, :] A          (alpha / sqrt(r) with rank-stabilised LoRA)
@@ -83,7 +83,7 @@ class LoraDonor(Donor):
             raise
 
     def close(self) -> None:
-        """See `Donor.close`."""
+        """See `OpenDonor.close`."""
         self._shard.close()
 
     def _find_modules(self, config: Mapping[str, Any], base: Parameters) -> dict[str, _Module]:
@@ -157,7 +157,7 @@ class LoraDonor(Donor):
             )
 
     def difference(self, module: str, part: str, index: torch.Tensor, dim: int, base: torch.Tensor) -> torch.Tensor:
-        """See `Donor.difference`."""
+        """See `OpenDonor.difference`."""
         difference = torch.zeros_like(base, dtype=wide_dtype(base.dtype))
         if module not in self._modules:
             return difference

@@ -1,0 +1,73 @@
+"""Private and undocumented names of other libraries. Every file that needs one imports it from here.
+
+A new version of a library may change or remove such a name. `tests/test_doors.py` then names the line. It also checks
+the hooks of PEFT that act_peft overrides and the attributes that it reads. Public names do not belong here: import
+them from their public place.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from huggingface_hub import constants as hub_constants  # HF_HUB_OFFLINE: the variable is read at import only
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING  # a second registration has to remove the entry of the first
+from peft.tuners._buffer_dict import BufferDict  # a tensor for each adapter that PEFT saves, moves and deletes
+from peft.tuners.tuners_utils import (
+    _check_lora_target_modules_mamba,  # the only place where PEFT lists the models with fused Mamba kernels
+    check_adapters_to_merge,  # the names to merge, with PEFT's own warnings
+    check_target_module_exists,  # the one rule of PEFT for target_modules, exclude_modules and layers_to_transform
+)
+from peft.tuners.tuners_utils import (
+    _maybe_include_all_linear_layers as include_all_linear_layers_,  # "all-linear" -> names; writes the configuration
+)
+from peft.utils import merge_utils  # the functions of TIES, DARE and magnitude pruning, and the warning below
+from peft.utils.integrations import (
+    dequantize_bnb_weight,  # the values of bitsandbytes' 4 bit weights on every device
+    skip_init_on_device,  # creates tensors with data inside PEFT's low_cpu_mem_usage
+)
+from peft.utils.other import (
+    EMBEDDING_LAYER_NAMES,  # names in target_modules for which PEFT saves the whole embedding
+    get_pattern_key,  # which entry of alpha_pattern is for a module
+)
+from torch import nn
+
+__all__ = [
+    "COMPILED",
+    "DENSITY_WARNING",
+    "EMBEDDING_LAYER_NAMES",
+    "OUTER",
+    "PEFT_TYPE_TO_PREFIX_MAPPING",
+    "POLICY",
+    "REFERENCE",
+    "BufferDict",
+    "check_adapters_to_merge",
+    "check_target_module_exists",
+    "dequantize_bnb_weight",
+    "get_pattern_key",
+    "hub_constants",
+    "include_all_linear_layers_",
+    "is_read_by_mamba_kernel",
+    "merge_utils",
+    "skip_init_on_device",
+]
+
+OUTER = "base_model.model."  # PEFT: before the names of modules in an adapter's file and in a PeftModel's state dict
+COMPILED = "_orig_mod."  # torch.compile: before the names of a model's modules
+DENSITY_WARNING = "The density 1.0 is greater than or equal to 1"  # PEFT's merge_utils: start of a harmless warning
+# TRL: its trainers add an adapter of the first name with the configuration of the second one, and expect a copy of it.
+# They copy only parameters whose names go on after the adapter's name. ACT has none of these.
+REFERENCE, POLICY = "ref", "default"
+
+
+def is_read_by_mamba_kernel(model: nn.Module, target_name: str) -> bool:
+    """Whether a fused kernel reads the weight of a module and never calls the module.
+
+    Args:
+        model: the base model.
+        target_name: last part of the module's name.
+    """
+    try:
+        _check_lora_target_modules_mamba(SimpleNamespace(peft_type="LORA"), model, target_name)
+    except ValueError:
+        return True
+    return False

@@ -1,0 +1,46 @@
+"""What is decided about an adapter before PEFT injects it into a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from act_peft.channels.kinds import kind_of, weight_of
+from act_peft.layers import LAYER_CLASSES, ActLayer, Linear
+from act_peft.peft_modules import inner_layer
+
+
+@dataclass(frozen=True)
+class InjectionPlan:
+    """The modules that get an adapter, their channels, and facts about the model.
+
+    PEFT walks through the modules and asks for each one whether it is a target; the answer lies here.
+
+    Attributes:
+        indices: module name -> channels, int64 `[K]`.
+        answers: name of every module -> the answer to PEFT, as in `Targets`.
+        device: device of the new layers' indices.
+        shared_weights: ids of the weights that several modules use.
+        output_head: the model's output embedding, if there is one.
+    """
+
+    indices: dict[str, torch.Tensor]
+    answers: dict[str, Any]
+    device: torch.device
+    shared_weights: set[int]
+    output_head: nn.Module | None
+
+    def layer_for(self, target: nn.Module) -> ActLayer:
+        """The target itself if it is an ACT layer already, otherwise a new layer around it."""
+        if isinstance(target, ActLayer):
+            return target
+        plain = inner_layer(target)
+        shares_weight = id(weight_of(plain)) in self.shared_weights
+        layer = LAYER_CLASSES[kind_of(plain)](target, shares_weight=shares_weight)
+        if isinstance(layer, Linear):
+            layer.is_output_head = target is self.output_head
+        layer.train(target.training)
+        return layer
