@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -42,8 +42,41 @@ def same_gradients(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(required)
 
 
+@contextmanager
+def switched_off(model: nn.Module) -> Iterator[None]:
+    """Inside the context PEFT's wrappers in a model run the original modules; afterwards they are as before."""
+    wrappers: list[Any] = [module for module in model.modules() if isinstance(module, _WRAPPERS)]
+    on = [wrapper for wrapper in wrappers if not wrapper.disable_adapters]
+    with same_gradients(model):
+        try:
+            for wrapper in on:
+                wrapper.enable_adapters(False)
+            yield
+        finally:
+            for wrapper in on:
+                wrapper.enable_adapters(True)
+
+
+class SwitchedOff(nn.Module):
+    """A PEFT model as its base: every call runs with the adapters off. It has the model's own modules, no copies.
+
+    Args:
+        model: the PEFT model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The output of the base."""
+        with switched_off(self.model):
+            return self.model(*args, **kwargs)
+
+
 def without_wrapper(model: nn.Module) -> nn.Module:
     """The model that the user gave to PEFT; any other model as it is."""
+    model = model.model if isinstance(model, SwitchedOff) else model
     return model.get_base_model() if isinstance(model, _MODELS) else model
 
 
@@ -71,7 +104,9 @@ def plain_name(name: str) -> str:
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, NamedModule]]:
     """As `model.named_modules()` would be without PEFT: no prefix, no wrappers, nothing that belongs to an adapter."""
-    yield from _walk(without_wrapper(model), "", set())
+    with switched_off(model) if isinstance(model, SwitchedOff) else nullcontext():
+        found = list(_walk(without_wrapper(model), "", set()))
+    yield from found
 
 
 def _walk(module: nn.Module, name: str, seen: set[int]) -> Iterator[tuple[str, NamedModule]]:

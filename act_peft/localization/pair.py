@@ -1,16 +1,16 @@
-"""PEFT models and adapters as base or donor. This is the one file of localization that knows PEFT.
+"""PEFT models and adapters as base or donor.
 
-A model and an adapter on it are two models in the memory of one: a twin of the model is a second tree of modules over
-the same tensors, and the adapter is switched off, loaded or merged in the twin alone. The user's model is not touched.
+A PEFT model is base and donor in one: its adapters are switched off for the forwards of the base. An adapter in a
+folder, and scores that need merged weights, get a second tree of modules over the same tensors (`twin`). The adapter
+is loaded or merged there. The user's modules are not written to.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
 import os
-from collections.abc import Callable, Container, Mapping
-from typing import Any, cast
+from collections.abc import Container, Mapping
+from typing import cast
 
 from peft import PeftConfig, PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
@@ -20,10 +20,19 @@ from torch import nn
 from act_peft.adapter.file import CONFIG, TENSORS
 from act_peft.disk.locations import open_location
 from act_peft.disk.shard import Shard
+from act_peft.doors import OUTER
 from act_peft.errors import ActError, ActTypeError, ActValueError
-from act_peft.peft_modules import _MODELS, _WRAPPERS, named_modules, plain_layer, without_wrapper
+from act_peft.peft_modules import (
+    _MODELS,
+    _WRAPPERS,
+    SwitchedOff,
+    has_adapters,
+    named_modules,
+    plain_layer,
+    plain_name,
+    without_wrapper,
+)
 
-_OUTER = "base_model.model."
 # This start computes the adapter from the base's weights and writes the rest back into them in place.
 _IN_PLACE = "olora"
 
@@ -59,58 +68,46 @@ def open_pair(base: nn.Module, donor: Donor, *, merged: bool) -> tuple[nn.Module
         adapted = donor if isinstance(donor, _MODELS) else base
         if isinstance(adapted, _MODELS):
             _check_switch(adapted)
-            return _switched_off(adapted, plain=merged), _merged(adapted) if merged else adapted
+            return (_without_adapters(adapted), _merged(adapted)) if merged else (SwitchedOff(adapted), adapted)
     return (_merged(base), _merged(donor)) if merged else (base, donor)
 
 
 def twin(model: nn.Module, *, own: Container[str] = ()) -> nn.Module:
-    """A second tree of modules over the same tensors, with parameters and attributes of its own; the hooks are shared.
+    """A second tree of modules over the same tensors, with parameters and attributes of its own. It shares the hooks.
 
-    To give a parameter of the twin other values, replace it; writing into it would change the model. A `forward` that
-    somebody has put on a module itself, as TRL and accelerate do, may be bound to that module in ways that no copy
-    can follow: the twin calls it there, with its own modules and tensors inside for the time of the call.
+    To give a parameter of the twin new values, replace it: writing into it would change the model.
 
     Args:
         model: the model.
         own: names of parameters that get tensors of their own.
+
+    Raises:
+        ActValueError: a module whose `forward` was replaced. It may be bound to that module, which a copy cannot
+            follow.
     """
     memo: dict[int, object] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if type(parameter) is not nn.Parameter:  # quantised ones hold more than their tensor
+        if type(parameter) is not nn.Parameter:  # quantized ones hold more than their tensor
             memo.setdefault(id(parameter), parameter)
         elif id(parameter) not in memo or name in own:
             values = parameter.detach().clone() if name in own else parameter.detach()
             memo[id(parameter)] = nn.Parameter(values, requires_grad=parameter.requires_grad)
-    for module in model.modules():
+    for name, module in model.named_modules():
+        if "forward" in vars(module):
+            raise ActValueError(
+                f"{name or type(module).__name__}: its forward was replaced (TRL's trainers and accelerate do that), "
+                "expected a model as it was loaded, because it has to be copied here (load it anew, on one device, "
+                "and call localize before a trainer gets it)"
+            )
         memo.update({id(buffer): buffer for buffer in module._buffers.values() if buffer is not None})
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             memo.update({id(hook): hook for hook in hooks.values()})
-        if "forward" in vars(module):
-            memo[id(vars(module)["forward"])] = vars(module)["forward"]
-    copied = copy.deepcopy(model, memo)
-    for original, module in list(zip(model.modules(), copied.modules(), strict=True)):
-        if "forward" in vars(original):
-            vars(module)["forward"] = _borrowed_forward(original, module)
-    return copied
-
-
-def _borrowed_forward(original: nn.Module, module: nn.Module) -> Callable[..., Any]:
-    @functools.wraps(original.forward)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        contents = ("_modules", "_parameters", "_buffers")
-        before = {name: vars(original)[name] for name in contents}
-        try:
-            vars(original).update({name: vars(module)[name] for name in contents})
-            return original.forward(*args, **kwargs)
-        finally:
-            vars(original).update(before)
-
-    return forward
+    return copy.deepcopy(model, memo)
 
 
 def _load_adapter(base: nn.Module, location: str) -> nn.Module:
     """A twin of the base with the adapter on it; tensors of the base that the adapter brings along are its own."""
-    if _is_adapted(base):
+    if has_adapters(base):
         raise ActValueError(
             f"donor: {location} is an adapter, but the base has adapters of its own, expected the plain model that "
             "the adapter was made for (load it anew, or take base.merge_and_unload())"
@@ -123,7 +120,7 @@ def _load_adapter(base: nn.Module, location: str) -> nn.Module:
             "example with AutoModelForCausalLM.from_pretrained, and pass the model)"
         )
     with Shard(place.file(TENSORS)) as shard:  # biases, resized embeddings: PEFT writes these into the model
-        donor = twin(base, own={key.removeprefix(_OUTER).replace(".base_layer.", ".") for key in shard.tensors})
+        donor = twin(base, own={plain_name(key.removeprefix(OUTER)) for key in shard.tensors})
     try:
         config = PeftConfig.from_pretrained(str(folder))
         _check_kind(config, location)
@@ -151,10 +148,6 @@ def _check_kind(config: PeftConfig, location: str) -> None:
         )
 
 
-def _is_adapted(model: nn.Module) -> bool:
-    return any(isinstance(module, _WRAPPERS) for module in model.modules())
-
-
 def _check_switch(model: PeftModel | PeftMixedModel) -> None:
     """Whether the model with its adapters off is the base, and with them on the donor."""
     where = "donor: the PEFT model"
@@ -179,13 +172,11 @@ def _check_switch(model: PeftModel | PeftMixedModel) -> None:
         )
 
 
-def _switched_off(model: nn.Module, *, plain: bool) -> nn.Module:
-    """A twin of the model with its adapters off, or (`plain`) without them."""
+def _without_adapters(model: nn.Module) -> nn.Module:
+    """A twin of the model with plain modules in place of PEFT's."""
     copied = without_wrapper(twin(model))
     for module in list(copied.modules()):
-        if isinstance(module, _WRAPPERS):
-            module.enable_adapters(False)
-        elif plain:
+        if not isinstance(module, _WRAPPERS):
             for name, child in module._modules.items():
                 if child is not None:
                     module._modules[name] = plain_layer(child)
@@ -194,7 +185,7 @@ def _switched_off(model: nn.Module, *, plain: bool) -> nn.Module:
 
 def _merged(model: nn.Module) -> nn.Module:
     """A model with plain layers: the model itself if it has no adapters, or else a twin with the adapters merged."""
-    if not _is_adapted(model):
+    if not has_adapters(model):
         return without_wrapper(model)
     if not isinstance(model, _MODELS) or not isinstance(model.base_model, BaseTuner):
         raise ActValueError(

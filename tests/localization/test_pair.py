@@ -90,7 +90,9 @@ def everything(model):
     """What must come back: modules by identity, their attributes, hooks, tensors and flags."""
     kept = [repr(vars(model.config)) if hasattr(model, "config") else ""]
     for name, module in model.named_modules():
-        kept.append((name, id(module), type(module), module.training, sorted(vars(module))))
+        switches = {"_active_adapter", "_disable_adapters"}  # PEFT's classes have them too, with these values
+        kept.append((name, id(module), type(module), module.training, sorted(set(vars(module)) - switches)))
+        kept.append([getattr(module, switch, None) for switch in ("active_adapters", "disable_adapters")])
         kept.append([list(hooks.items()) for hooks in (module._forward_hooks, module._forward_pre_hooks)])
         kept.append([(id(p), p.requires_grad, id(p.grad), p._version, p.data_ptr()) for p in module.parameters(False)])
     return kept, {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -223,15 +225,42 @@ def bind_forward(model):
 @pytest.mark.parametrize("inner", [False, True])
 def test_a_forward_that_is_bound_to_the_model(inner, base, saved, adapted, batches):
     folder = saved()
-    expected = localize(base, folder, batches), localize(base, folder, batches, score="attribution")
+    expected = localize(base, folder, batches)
     model = adapted()
     for whole in (base, model.get_base_model()):
         bind_forward(whole.model.layers[1] if inner else whole)
-    for one, donor in ((base, folder), (model, model)):
-        before = everything(one)
-        assert_close(localize(one, donor, batches), expected[0])
-        assert_close(localize(one, donor, batches, score="attribution"), expected[1])
-        assert_same(one, before)
+    before = everything(model)
+    assert_close(localize(model, model, batches), expected)
+    assert_same(model, before)
+    where = r"model\.layers\.1" if inner else "Qwen2ForCausalLM"
+    message = rf"{where}: its forward was replaced .* expected a model as it was loaded, .*\(load it anew"
+    for arguments in ((base, folder), (base, folder, "attribution"), (base, copy.deepcopy(base), "attribution")):
+        before = everything(base)
+        with pytest.raises(ActValueError, match=message):
+            localize(*arguments[:2], batches, score=arguments[2] if len(arguments) > 2 else "activation")
+        assert_same(base, before)
+
+
+def test_the_base_of_a_peft_model_is_the_model_itself(adapted, batches):
+    model = adapted("modules_to_save")
+    off, on = open_pair(model, model, merged=False)
+    assert on is model
+    assert {id(p) for p in off.parameters()} == {id(p) for p in model.parameters()}
+    with model.disable_adapter():
+        expected = model(**batches[0]).logits
+    assert torch.equal(off(**batches[0]).logits, expected)
+    assert not torch.equal(on(**batches[0]).logits, expected)
+
+
+def test_layers_that_were_off_stay_off(adapted, batches):
+    model = adapted()
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    layer.enable_adapters(False)
+    before = everything(model)
+    scores = localize(model, model, batches)
+    assert_same(model, before)
+    assert layer.disable_adapters
+    assert not scores["model.layers.0.self_attn.q_proj"].any()
 
 
 def test_shared_modules_have_their_first_name():
