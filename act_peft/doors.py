@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from huggingface_hub import constants as hub_constants  # HF_HUB_OFFLINE: the variable is read at import only
+import huggingface_hub.constants as hub_constants  # HF_HUB_OFFLINE: the variable is read at import only
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING  # a second registration has to remove the entry of the first
 from peft.tuners._buffer_dict import BufferDict  # a tensor for each adapter that PEFT saves, moves and deletes
 from peft.tuners.tuners_utils import (
