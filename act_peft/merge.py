@@ -68,7 +68,7 @@ def merge_checkpoint(
         show_progress: show a progress bar, a step a part of a file, if the error stream is a terminal.
 
     Raises:
-        ActValueError: no or damaged checkpoint or adapter, no weight for an adapter, a quantised tensor to change, no
+        ActValueError: no or damaged checkpoint or adapter, no weight for an adapter, a quantized tensor to change, no
             room on the disk, an output that exists or lies inside an input. Nothing is written then.
         ActLoadError: an adapter that does not fit the base.
         ActTypeError: a weight that is no number.
@@ -182,8 +182,8 @@ def _check_parts(checkpoint: Checkpoint, module: str, key: str, parts: Sequence[
     info = checkpoint.info(key)
     if not info.is_plain:
         raise ActValueError(
-            f"{module}: {key} is {info.dtype}, expected F64, F32, F16 or BF16 (the base is quantised: merge into the "
-            "original checkpoint, then quantise)"
+            f"{module}: {key} is {info.dtype}, expected F64, F32, F16 or BF16 (the base is quantized: merge into the "
+            "original checkpoint, then quantize)"
         )
     axes = {0, 1}
     for source, delta in parts:

@@ -274,7 +274,7 @@ def save_adapter_of(folder, model, names=None, last=False):
 
 
 @pytest.mark.parametrize("part", ["weight", "bias"])
-def test_quantised_tensors_are_refused_where_they_would_change(tmp_path, part):
+def test_quantized_tensors_are_refused_where_they_would_change(tmp_path, part):
     save_relatives(tmp_path, "qwen2", shards=False)
     path = tmp_path / "base" / "model.safetensors"
     tensors = load_file(path)

@@ -84,7 +84,7 @@ def norm_epsilon(module: nn.Module) -> float:
 def channel_kind(module: nn.Module) -> ChannelKind | None:
     """The kind of `module`, or None if its outputs are not channels of a plain weight.
 
-    A linear layer may have a quantised weight (`is_quantised`): its outputs are channels too.
+    A linear layer may have a quantized weight (`is_quantized`): its outputs are channels too.
     """
     weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor):
@@ -102,7 +102,7 @@ def channel_kind(module: nn.Module) -> ChannelKind | None:
     return _norm_kind(module)
 
 
-def is_quantised(module: nn.Module) -> bool:
+def is_quantized(module: nn.Module) -> bool:
     """Whether the weight of `module` holds codes instead of ordinary numbers.
 
     True for bitsandbytes, torchao and 8 bit floating point weights; their rows cannot be read or written in place.
@@ -123,7 +123,7 @@ def features(module: nn.Module) -> tuple[int, int]:
         ActTypeError: the module has none.
     """
     kind = kind_of(module)
-    if kind is ChannelKind.LINEAR and is_quantised(module):
+    if kind is ChannelKind.LINEAR and is_quantized(module):
         return cast(int, module.in_features), cast(int, module.out_features)
     shape = weight_of(module).shape
     return int(shape[0 if kind.is_norm else 1 - kind.channel_dim]), int(shape[kind.channel_dim])

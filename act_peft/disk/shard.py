@@ -75,7 +75,7 @@ class TensorInfo:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the values are ordinary floating point numbers, rather than quantised ones."""
+        """Whether the values are ordinary floating point numbers, rather than quantized ones."""
         return self.dtype in PLAIN_DTYPES
 
     def blocks(self) -> Iterator[tuple[int, int]]:

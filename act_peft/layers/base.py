@@ -13,7 +13,7 @@ from act_peft.checks import finite_number
 from act_peft.doors import check_adapters_to_merge
 from act_peft.errors import ActValueError, ActWarning
 from act_peft.layers.deltas import DeltaLayer
-from act_peft.layers.quantized import QuantisedRows
+from act_peft.layers.quantized import QuantizedRows
 from act_peft.layers.rows import BaseRows
 
 
@@ -55,7 +55,7 @@ class ActLayer(DeltaLayer):
                 module a weight of its own, because a delta belongs to this use of the weight alone.
         """
         super().__init__(base_layer)
-        self._rows = QuantisedRows() if self.is_quantised else BaseRows(self.kind, shares_weight=shares_weight)
+        self._rows = QuantizedRows() if self.is_quantized else BaseRows(self.kind, shares_weight=shares_weight)
 
     # -------------------------------------------------------------------------------------------------- scaling ---
 
@@ -123,8 +123,8 @@ class ActLayer(DeltaLayer):
         if self.merged_adapters:
             return result
         # The output of the base layer is nobody else's, unless a hook may have kept it or made it a leaf. What the
-        # custom functions of quantised layers return may be a view, which autograd forbids to write to.
-        shared = self.is_quantised or base._forward_hooks or (result.is_leaf and result.requires_grad)
+        # custom functions of quantized layers return may be a view, which autograd forbids to write to.
+        shared = self.is_quantized or base._forward_hooks or (result.is_leaf and result.requires_grad)
         # A fixed order: rounding must not depend on the order in which adapters were activated.
         for name in sorted(self.active_adapters):
             if name in deltas:
@@ -170,7 +170,7 @@ class ActLayer(DeltaLayer):
         """Copies of the base parameters of channels `index` (int64 `[K]`, ascending) as they were before any merge.
 
         Raises:
-            ActTypeError: if the weight is quantised in a form that is not known.
+            ActTypeError: if the weight is quantized in a form that is not known.
         """
         return self._rows.original(self.get_base_layer(), index)
 
@@ -222,10 +222,10 @@ class ActLayer(DeltaLayer):
 
         Raises:
             ActValueError: with `safe_merge`, if a merged row is not finite; nothing is written then.
-            ActTypeError: if the weight is quantised in a form that is not known; nothing is written then.
+            ActTypeError: if the weight is quantized in a form that is not known; nothing is written then.
 
         Warns:
-            ActWarning: if the weight is quantised.
+            ActWarning: if the weight is quantized.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.act_delta_weight]
         if not names:
@@ -234,9 +234,9 @@ class ActLayer(DeltaLayer):
             self.check_merge(names)
         merged = [*self.merged_adapters, *names]
         rows = self._merged_rows(merged)
-        if self.is_quantised:
+        if self.is_quantized:
             warnings.warn(
-                f"{type(self.get_base_layer()).__name__}: its weight is quantised, merging rounds the deltas to what "
+                f"{type(self.get_base_layer()).__name__}: its weight is quantized, merging rounds the deltas to what "
                 "its codes can express (leave the adapter unmerged, or merge it into the base in full precision with "
                 "merge_checkpoint, to lose nothing)",
                 ActWarning,

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from act_peft.adapter.config import Trainable
-from act_peft.channels.kinds import ChannelKind, features, is_quantised
+from act_peft.channels.kinds import ChannelKind, features, is_quantized
 from act_peft.channels.rows import ChannelRows, scaled_channels, wide_dtype
 from act_peft.doors import BufferDict
 from act_peft.layers.state import SELECTED, ExpectedState, check_adapter_state
@@ -66,7 +66,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         base = self.get_base_layer()
         self.in_features, self.out_features = features(base)
-        self.is_quantised = is_quantised(base)
+        self.is_quantized = is_quantized(base)
 
     @property
     def num_channels(self) -> int:
@@ -101,7 +101,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         # A half precision delta would lose what distinguishes donor and base in training; PEFT's autocast rule asks
         # for float32 too. A frozen difference is stored as its two models are.
-        dtype = torch.float32 if self.is_quantised else base.weight.dtype
+        dtype = torch.float32 if self.is_quantized else base.weight.dtype
         if trainable.trains_rows:
             dtype = torch.promote_types(dtype, torch.float32)
         create = torch.zeros if init_weights else torch.randn
@@ -204,7 +204,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
 
     def cast_adapter(self, adapter_name: str) -> None:
         """Cast the deltas of one adapter to the base layer's dtype, in place; beside codes they stay as they are."""
-        if self.is_quantised:
+        if self.is_quantized:
             return
         dtype = self.get_base_layer().weight.dtype
         for container in (self.act_delta_weight, self.act_delta_bias):

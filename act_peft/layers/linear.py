@@ -49,7 +49,7 @@ class Linear(ActLayer):
         return None if bias is None else self._adapted(bias, "bias")
 
     def _adapted(self, tensor: torch.Tensor, part: str) -> torch.Tensor:
-        if not self.is_output_head or self.is_quantised or self.disable_adapters or self.merged:
+        if not self.is_output_head or self.is_quantized or self.disable_adapters or self.merged:
             return tensor
         for name in sorted(self.active_adapters):
             if name in self.act_delta_weight:

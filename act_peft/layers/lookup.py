@@ -18,7 +18,7 @@ from act_peft.layers import ActLayer
 def record(layer: ActLayer, index: torch.Tensor) -> dict[str, Any]:
     """The entry of one module in `ActConfig.adapted_modules`."""
     base = None
-    if layer.get_base_layer().weight.device.type != "meta" and not layer.is_quantised:
+    if layer.get_base_layer().weight.device.type != "meta" and not layer.is_quantized:
         rows = layer.original_rows(index)
         base = fingerprint(rows.weight, rows.bias)
     return module_record(layer.kind, selected=index.numel(), channels=layer.num_channels, base=base)

@@ -1,4 +1,4 @@
-"""Rows of linear layers whose weight is quantised: read by dequantising, written by quantising the weight again."""
+"""Rows of linear layers whose weight is quantized: read by dequantizing, written by quantizing the weight again."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from act_peft.errors import ActTypeError
 from act_peft.layers.rows import BaseRows
 
 
-class QuantisedRows(BaseRows):
-    """Rows of a linear layer with a quantised weight.
+class QuantizedRows(BaseRows):
+    """Rows of a linear layer with a quantized weight.
 
-    What is written is rounded to what the quantisation can express. The quantised tensor that was there is kept, so
+    What is written is rounded to what the quantization can express. The quantized tensor that was there is kept, so
     restoring is exact.
     """
 
@@ -30,10 +30,10 @@ class QuantisedRows(BaseRows):
         self._kept_bias: torch.Tensor | None = None
 
     def original(self, base: Any, index: torch.Tensor) -> ChannelRows:
-        """See `BaseRows.original`; the rows are dequantised.
+        """See `BaseRows.original`; the rows are dequantized.
 
         Raises:
-            ActTypeError: if a weight of this kind cannot be dequantised.
+            ActTypeError: if a weight of this kind cannot be dequantized.
         """
         index = index.to(base.weight.device)
         bias = base.bias if self._kept_bias is None else self._kept_bias
@@ -47,15 +47,15 @@ class QuantisedRows(BaseRows):
         """See `BaseRows.write`.
 
         Raises:
-            ActTypeError: if a weight of this kind cannot be quantised again.
+            ActTypeError: if a weight of this kind cannot be quantized again.
         """
         dense = self._dense(base)
         dense.index_copy_(0, rows.index.to(dense.device), rows.weight.to(dense))
-        quantised = _form_of(base).quantise(base.weight, dense)
+        quantized = _form_of(base).quantize(base.weight, dense)
         if self._kept_weight is None:
             self._kept_weight = _complete(base)
             self._kept_bias = None if base.bias is None else base.bias.detach().clone()
-        _replace(base, quantised)
+        _replace(base, quantized)
         if rows.bias is not None:
             base.bias.data.index_copy_(0, rows.index, rows.bias)
 
@@ -70,17 +70,17 @@ class QuantisedRows(BaseRows):
         self._kept_weight = self._kept_bias = None
 
     def _dense(self, base: Any) -> torch.Tensor:
-        """A dequantised copy of the original weight, `[O, I]`."""
+        """A dequantized copy of the original weight, `[O, I]`."""
         weight = _complete(base) if self._kept_weight is None else self._kept_weight
-        return _form_of(base).dequantise(weight).detach().clone()
+        return _form_of(base).dequantize(weight).detach().clone()
 
 
 @dataclass(frozen=True)
 class _Form:
     """One way of storing a weight: from the stored tensor to `[O, I]`, and from that to one stored like another."""
 
-    dequantise: Callable[[Any], torch.Tensor]
-    quantise: Callable[[Any, torch.Tensor], nn.Parameter]
+    dequantize: Callable[[Any], torch.Tensor]
+    quantize: Callable[[Any, torch.Tensor], nn.Parameter]
 
 
 def _form_of(base: Any) -> _Form:
@@ -119,22 +119,22 @@ def _replace(base: Any, weight: Any) -> None:
         base.quant_state = weight.quant_state
 
 
-def _dequantised_rows(weight: Any) -> torch.Tensor:
+def _dequantized_rows(weight: Any) -> torch.Tensor:
     return weight.data * (weight.SCB.to(weight.device)[:, None] / 127)
 
 
-def _quantised_rows(like: Any, dense: torch.Tensor) -> nn.Parameter:
+def _quantized_rows(like: Any, dense: torch.Tensor) -> nn.Parameter:
     stored = type(like)(dense.to("cpu"), requires_grad=False, has_fp16_weights=like.has_fp16_weights)
     return stored.to(like.device)
 
 
-def _quantised_blocks(like: Any, dense: torch.Tensor) -> nn.Parameter:
+def _quantized_blocks(like: Any, dense: torch.Tensor) -> nn.Parameter:
     names = ("blocksize", "compress_statistics", "quant_type", "quant_storage", "module")
     stored = type(like)(dense.to("cpu"), requires_grad=False, **{name: getattr(like, name) for name in names})
     return stored.to(like.device)
 
 
-def _quantised_by_torchao(like: Any, dense: torch.Tensor) -> nn.Parameter:
+def _quantized_by_torchao(like: Any, dense: torch.Tensor) -> nn.Parameter:
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     holder = nn.Linear(dense.shape[1], dense.shape[0], bias=False, device="meta")
@@ -143,9 +143,9 @@ def _quantised_by_torchao(like: Any, dense: torch.Tensor) -> nn.Parameter:
     return holder.weight
 
 
-_TORCHAO = _Form(lambda weight: weight.dequantize(), _quantised_by_torchao)
+_TORCHAO = _Form(lambda weight: weight.dequantize(), _quantized_by_torchao)
 _FORMS = {
-    "Int8Params": _Form(_dequantised_rows, _quantised_rows),
-    "Params4bit": _Form(dequantize_bnb_weight, _quantised_blocks),
+    "Int8Params": _Form(_dequantized_rows, _quantized_rows),
+    "Params4bit": _Form(dequantize_bnb_weight, _quantized_blocks),
     "Int8Tensor": _TORCHAO,
 }

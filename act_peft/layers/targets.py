@@ -200,7 +200,7 @@ def _count_channels(name: str, module: nn.Module) -> int:
     plain = inner_layer(module)
     if channel_kind(plain) is None:
         raise ActTypeError(
-            f"{name}: {type(plain).__name__} is not supported, expected Linear (quantised or not), Conv1D, Embedding "
+            f"{name}: {type(plain).__name__} is not supported, expected Linear (quantized or not), Conv1D, Embedding "
             f"or a norm (leave it out with exclude_modules=[{name!r}])"
         )
     return num_channels(plain)

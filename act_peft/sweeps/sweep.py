@@ -88,7 +88,7 @@ def sweep(
     Raises:
         ActTypeError: a base, donor, scores, number or batches of the wrong type; a model with adapters.
         ActValueError: missing or repeated densities or scales, or some out of range; scores of a different model; no
-            batch, or a batch without an answer token; a donor of a different structure; quantised or offloaded
+            batch, or a batch without an answer token; a donor of a different structure; quantized or offloaded
             modules; weights that are not finite; a model without logits. Then the base is unchanged.
 
     Warns:

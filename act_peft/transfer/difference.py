@@ -75,7 +75,7 @@ class Transfer:
             transfer_scale: λ.
 
         Raises:
-            ActValueError: values that are not finite, or quantised.
+            ActValueError: values that are not finite, or quantized.
         """
         for name, channels in index.items():
             channels = channels.cpu()

@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import nn
 from transformers import PreTrainedModel
 
-from act_peft.channels.kinds import is_quantised, kind_of
+from act_peft.channels.kinds import is_quantized, kind_of
 from act_peft.channels.rows import ChannelRows
 from act_peft.checks import finite_number
 from act_peft.disk.parameters import Parameters
@@ -90,14 +90,14 @@ def donor_for_model(
         revision: revision of the donor on the Hub.
 
     Raises:
-        ActTypeError, ActValueError: as `open_donor`; ActValueError if one of the modules is quantised.
+        ActTypeError, ActValueError: as `open_donor`; ActValueError if one of the modules is quantized.
     """
     plain = {name: inner_layer(base.get_submodule(name)) for name in modules}
-    quantised = [name for name, module in plain.items() if is_quantised(module)]
-    if quantised:
+    quantized = [name for name, module in plain.items() if is_quantized(module)]
+    if quantized:
         raise ActValueError(
-            f"{quantised[0]}: is quantised, expected the base's own values, which the donor's difference is taken "
-            f"from ({len(quantised)} of {len(plain)} modules are quantised; make the adapter from the original "
+            f"{quantized[0]}: is quantized, expected the base's own values, which the donor's difference is taken "
+            f"from ({len(quantized)} of {len(plain)} modules are quantized; make the adapter from the original "
             "checkpoint with create_adapter and load it here with PeftModel.from_pretrained)"
         )
     tensors = ModelTensors(base)

@@ -66,7 +66,7 @@ def create_adapter(
 
     Raises:
         ActValueError, ActTypeError: no or damaged checkpoint; channels that do not fit the base; a donor of another
-            architecture or shape, or with selected weights that are not finite or quantised; an output that exists or
+            architecture or shape, or with selected weights that are not finite or quantized; an output that exists or
             lies inside an input; no room on the disk. Nothing is written then.
 
     Warns:

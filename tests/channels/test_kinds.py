@@ -13,7 +13,7 @@ from act_peft.channels.kinds import (
     ChannelKind,
     channel_kind,
     features,
-    is_quantised,
+    is_quantized,
     norm_epsilon,
     normalize,
     num_channels,
@@ -112,21 +112,21 @@ class CodesOfTorchao(torch.Tensor):
     ],
     ids=["packed", "int8", "float8", "torchao"],
 )
-def test_a_linear_layer_with_a_quantised_weight_has_its_outputs_as_channels(weight):
+def test_a_linear_layer_with_a_quantized_weight_has_its_outputs_as_channels(weight):
     module = nn.Linear(3, 5)
-    assert not is_quantised(module)
+    assert not is_quantized(module)
     module.weight = nn.Parameter(weight, requires_grad=False)
-    assert is_quantised(module)
+    assert is_quantized(module)
     assert channel_kind(module) is ChannelKind.LINEAR
     assert features(module) == (3, 5)
     assert num_channels(module) == 5
 
 
-def test_other_modules_with_a_quantised_weight_have_no_channels():
+def test_other_modules_with_a_quantized_weight_have_no_channels():
     module = nn.Embedding(4, 3)
     module.weight = nn.Parameter(torch.zeros(4, 3, dtype=torch.int8), requires_grad=False)
     assert channel_kind(module) is None
-    assert not is_quantised(nn.ReLU())
+    assert not is_quantized(nn.ReLU())
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Quantised bases: bitsandbytes with 4 and 8 bit, torchao with int8 weights, on the CPU."""
+"""Quantized bases: bitsandbytes with 4 and 8 bit, torchao with int8 weights, on the CPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from act_peft import (
     localize,
     merge_checkpoint,
 )
-from act_peft.channels.kinds import is_quantised
+from act_peft.channels.kinds import is_quantized
 from act_peft.layers import ActLayer
 from tests.support.tiny_models import batch, build, random_mask
 
@@ -86,7 +86,7 @@ def adapted(base, *, scale=0.05, **settings):
 
 
 def linear_layers(tuned):
-    layers = {n: m for n, m in tuned.get_base_model().named_modules() if isinstance(m, ActLayer) and m.is_quantised}
+    layers = {n: m for n, m in tuned.get_base_model().named_modules() if isinstance(m, ActLayer) and m.is_quantized}
     assert len(layers) == 14  # the linear layers of two decoder layers
     return layers
 
@@ -109,10 +109,10 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_unmerged_deltas_are_added_to_what_the_quantised_layer_computes(base):
+def test_unmerged_deltas_are_added_to_what_the_quantized_layer_computes(base):
     tuned = adapted(base)
     for name, layer in linear_layers(tuned).items():
-        assert is_quantised(layer.base_layer)
+        assert is_quantized(layer.base_layer)
         assert layer.act_delta_weight["default"].dtype == torch.float32
         x = torch.randn(2, 3, layer.in_features)
         expected = layer.base_layer(x).detach().clone()
@@ -157,7 +157,7 @@ def test_training_moves_every_delta_and_no_byte_of_the_base(base, checkpointing)
 def test_mixed_batches(base):
     tuned = adapted(base)
     together = tuned(input_ids=batch(), adapter_names=["default", "__base__"]).logits
-    # Quantised inputs: rounding depends on the batch, so the same batch is used.
+    # Quantized inputs: rounding depends on the batch, so the same batch is used.
     with tuned.disable_adapter():
         torch.testing.assert_close(together[1], tuned(batch()).logits[1], rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(together[0], tuned(batch()).logits[0], rtol=2e-2, atol=2e-2)
@@ -178,7 +178,7 @@ def base_logits(tuned):
         return tuned(batch()).logits
 
 
-def test_an_adapter_made_on_a_quantised_base_is_saved_and_loaded(base, tmp_path):
+def test_an_adapter_made_on_a_quantized_base_is_saved_and_loaded(base, tmp_path):
     tuned = adapted(base)
     tuned.save_pretrained(tmp_path)
     expected = tuned(batch()).logits
@@ -191,28 +191,28 @@ def test_an_adapter_made_on_a_quantised_base_is_saved_and_loaded(base, tmp_path)
 
 # -------------------------------------------------------------------------------------------------------- merging ---
 
-MERGING = pytest.mark.filterwarnings("ignore:.*is quantised. merging rounds:act_peft.errors.ActWarning")
+MERGING = pytest.mark.filterwarnings("ignore:.*is quantized. merging rounds:act_peft.errors.ActWarning")
 
 
-def dequantised(layer):
+def dequantized(layer):
     return layer.original_rows(torch.arange(layer.num_channels)).weight
 
 
 @MERGING
 @pytest.mark.parametrize("forward_first", [False, True])
-def test_merging_quantises_the_sum_and_unmerging_gives_the_codes_back(base, forward_first):
+def test_merging_quantizes_the_sum_and_unmerging_gives_the_codes_back(base, forward_first):
     tuned = adapted(base)
     if forward_first:
         tuned(batch())  # bitsandbytes rearranges its weights when it runs
     before = {n: stored(m.base_layer) for n, m in linear_layers(tuned).items()}
-    dense = {n: dequantised(m) for n, m in linear_layers(tuned).items()}
+    dense = {n: dequantized(m) for n, m in linear_layers(tuned).items()}
     expected = tuned(batch()).logits
     tuned.merge_adapter()
     for name, layer in linear_layers(tuned).items():
         merged = copy.deepcopy(layer)
         merged._rows = type(merged._rows)()  # forgets that anything was merged: reads what is stored now
         index = layer.act_delta_index["default"]
-        now, wanted = dequantised(merged), dense[name].clone()
+        now, wanted = dequantized(merged), dense[name].clone()
         wanted[index] += layer.act_delta_weight["default"].detach().to(wanted)
         step = wanted.abs().amax() / (127 if "4" not in type(layer.base_layer).__name__ else 4)
         assert (now - wanted).abs().max() <= step, name
@@ -242,7 +242,7 @@ def test_a_base_that_has_run_is_merged_as_what_it_computes_with(kind, tmp_path):
         expected = tuned(batch()).logits
         for name, layer in linear_layers(tuned).items():
             weight = plain.get_submodule(name).weight
-            lost = (dequantised(layer) - weight).abs().mean() / weight.abs().mean()
+            lost = (dequantized(layer) - weight).abs().mean() / weight.abs().mean()
             assert lost < 0.2, name  # 4 bits; scrambled blocks are off by more than half
         tuned.merge_adapter()
         merged = tuned(batch()).logits
@@ -271,13 +271,13 @@ def test_merging_one_after_the_other_and_scaling_rounds_once(base):
 
 
 @MERGING
-def test_merge_and_unload_gives_a_quantised_model_without_adapters(base):
+def test_merge_and_unload_gives_a_quantized_model_without_adapters(base):
     tuned = adapted(base)
     expected = copy.deepcopy(tuned)
     expected.merge_adapter()
     merged = tuned.merge_and_unload()
     assert not any(isinstance(module, ActLayer) for module in merged.modules())
-    assert is_quantised(merged.model.layers[0].mlp.up_proj)
+    assert is_quantized(merged.model.layers[0].mlp.up_proj)
     assert torch.equal(merged.eval()(batch()).logits, expected.eval()(batch()).logits)
 
 
@@ -294,7 +294,7 @@ def test_merging_into_codes_warns_once():
             return self.module(x)
 
     tuned = get_peft_model(One().to("cpu"), ActConfig(channels={"module": [0]}))
-    with pytest.warns(ActWarning, match="Linear8bitLt: its weight is quantised, merging rounds .* merge_checkpoint"):
+    with pytest.warns(ActWarning, match="Linear8bitLt: its weight is quantized, merging rounds .* merge_checkpoint"):
         tuned.merge_adapter()
 
 
@@ -347,7 +347,7 @@ def test_donors_are_refused_and_the_way_round_works(base, tmp_path):
     for parameter in other.parameters():
         parameter.data += 0.02 * torch.randn(parameter.shape)
     other.save_pretrained(tmp_path / "donor")
-    match = "is quantised, expected the base's own values.*14 of 21 modules.*create_adapter"
+    match = "is quantized, expected the base's own values.*14 of 21 modules.*create_adapter"
     with pytest.raises(ActValueError, match=match):
         get_peft_model(base, ActConfig(channels=mask, donor=str(tmp_path / "donor")))
     assert not any(isinstance(module, ActLayer) for module in base.modules())
@@ -355,7 +355,7 @@ def test_donors_are_refused_and_the_way_round_works(base, tmp_path):
     create_adapter(tmp_path / "base", tmp_path / "donor", mask, tmp_path / "adapter", transfer_scale=0.4)
     tuned = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     assert not torch.allclose(tuned(batch()).logits, base_logits(tuned))
-    with pytest.raises(ActValueError, match="is quantised, expected the base's own values"):
+    with pytest.raises(ActValueError, match="is quantized, expected the base's own values"):
         initialize_from_donor(tuned, other)
     merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
@@ -363,8 +363,8 @@ def test_donors_are_refused_and_the_way_round_works(base, tmp_path):
     torch.testing.assert_close(whole(batch()).logits, reference(batch()).logits, rtol=1e-3, atol=1e-3)
 
 
-def test_channels_of_quantised_models_are_localized(base):
-    """The scores of a quantised pair; only outputs are compared."""
+def test_channels_of_quantized_models_are_localized(base):
+    """The scores of a quantized pair; only outputs are compared."""
     scores = localize(base, build("qwen2", **SIZES), [{"input_ids": batch(), "labels": batch()}], show_progress=False)
     assert scores["model.layers.0.mlp.up_proj"].shape == (128,)
     assert scores["model.layers.0.mlp.up_proj"].sum() > 0

@@ -156,7 +156,7 @@ def test_a_donor_in_memory_must_be_plain():
         initialize_from_donor(model, donor)
 
 
-def test_a_quantised_donor_is_refused(tmp_path):
+def test_a_quantized_donor_is_refused(tmp_path):
     build("llama").save_pretrained(tmp_path)
     name = "model.layers.0.mlp.up_proj.weight"
     rewrite(tmp_path, lambda tensors: {**tensors, name: tensors[name].to(torch.int8)})
