@@ -1,4 +1,4 @@
-"""What every ACT layer does: the forward pass, scaling, merging with kept originals."""
+"""What every ACT layer does: forward pass, scaling, merging. Merging keeps the original rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from act_peft.layers.rows import BaseRows
 
 
 def remove_adapter(model: nn.Module, name: str, adapter_name: str) -> None:
-    """Take an adapter from one layer of a model; a module that has none left is no longer wrapped.
+    """Remove an adapter from one layer of a model. A layer without adapters is replaced by its plain module.
 
     Args:
         model: the base model.
@@ -36,23 +36,23 @@ def remove_adapter(model: nn.Module, name: str, adapter_name: str) -> None:
 class ActLayer(DeltaLayer):
     """A module whose selected channels carry deltas.
 
-    The wrapped module runs as it is; for each active adapter the change of the selected outputs is added to them:
+    The wrapped module runs unchanged. For each active adapter the change of the selected outputs is added to them:
 
         y = base(x);    y[..., index] += scale * change(x, delta)
 
-    With learned scales s the change of every channel is multiplied with its own, after the product with the input:
-    `s * change(x, delta)`; no scaled copy of the delta is made.
+    With learned scales s the change of every channel is multiplied by its scale, after the product with the input:
+    `s * change(x, delta)`. No scaled copy of the delta is made.
 
-    A subclass names its `kind` (which says where the channel axis is) and computes `change`; everything else is here.
+    A subclass names its `kind`, which knows the axis of the channels, and computes `change`. All else is here.
     """
 
     def __init__(self, base_layer: nn.Module, *, shares_weight: bool = False) -> None:
         """Wrap `base_layer`.
 
         Args:
-            base_layer: the module to adapt; it is kept as it is.
+            base_layer: the module to adapt. It is not changed.
             shares_weight: whether another module uses the same weight (tied embeddings). Merging then gives this
-                module a weight of its own, because a delta belongs to this use of the weight alone.
+                module a copy of the weight, because the delta is for this module only.
         """
         super().__init__(base_layer)
         self._rows = QuantizedRows() if self.is_quantized else BaseRows(self.kind, shares_weight=shares_weight)
@@ -60,7 +60,7 @@ class ActLayer(DeltaLayer):
     # -------------------------------------------------------------------------------------------------- scaling ---
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
-        """Multiply the contribution of one adapter by `scale`; a merged adapter is merged again with it.
+        """Multiply the deltas of one adapter by `scale`. A merged adapter is merged again with the new factor.
 
         Raises:
             ActValueError: if `scale` is not finite.
@@ -73,7 +73,7 @@ class ActLayer(DeltaLayer):
             self._rows.write(self.get_base_layer(), self._merged_rows(self.merged_adapters))
 
     def scale_layer(self, scale: float) -> None:
-        """Multiply the contribution of the active adapters by `scale`, on top of what it is (diffusers calls this).
+        """Multiply the current factor of the active adapters by `scale` (diffusers calls this).
 
         Raises:
             ActValueError: if the product is not finite.
@@ -83,13 +83,13 @@ class ActLayer(DeltaLayer):
                 self.set_scale(name, self.act_delta_scale[name] * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the contribution of the active adapters by `scale`; without one it becomes that of the training.
+        """Divide the current factor of the active adapters by `scale`; without `scale` the factor becomes 1.0.
 
         Raises:
             ActValueError: if `scale` is 0.
         """
         if scale == 0:
-            raise ActValueError("unscale_layer: got 0, expected another factor (None: as trained)")
+            raise ActValueError("unscale_layer: got 0, expected a factor other than 0 (None: as trained)")
         for name in self.active_adapters:
             if name in self.act_delta_scale:
                 self.set_scale(name, 1.0 if scale is None else self.act_delta_scale[name] / scale)
@@ -99,17 +99,17 @@ class ActLayer(DeltaLayer):
     def forward(
         self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
     ) -> torch.Tensor:
-        """The base layer's output, with the change of each active adapter added to its selected channels.
+        """The output of the base layer plus the change of each active adapter in its selected channels.
 
         Args:
             x: input of the base layer.
             *args: further inputs of the base layer.
-            adapter_names: one adapter for each sample (the first axis of `x`) in place of the active ones; a name that
+            adapter_names: one adapter for each sample (the first axis of `x`) instead of the active ones. A name that
                 the layer does not have, such as `__base__`, changes nothing.
             **kwargs: further inputs of the base layer.
 
         Raises:
-            ActValueError: if there are not as many names as samples, or an adapter is merged.
+            ActValueError: the numbers of names and samples differ, or an adapter is merged.
         """
         if self._disable_adapters:
             if self.merged_adapters:
@@ -122,10 +122,10 @@ class ActLayer(DeltaLayer):
         result = base(x, *args, **kwargs)
         if self.merged_adapters:
             return result
-        # The output of the base layer is nobody else's, unless a hook may have kept it or made it a leaf. What the
-        # custom functions of quantized layers return may be a view, which autograd forbids to write to.
+        # Nobody else holds the output of the base layer, unless a hook kept it or made it a leaf. Quantized layers may
+        # return a view, and autograd forbids writing into it.
         shared = self.is_quantized or base._forward_hooks or (result.is_leaf and result.requires_grad)
-        # A fixed order: rounding must not depend on the order in which adapters were activated.
+        # A fixed order, so that rounding does not depend on the order of activation.
         for name in sorted(self.active_adapters):
             if name in deltas:
                 index, change = self.act_delta_index[name], self._scaled_change(x, name, result.dtype)
@@ -137,7 +137,7 @@ class ActLayer(DeltaLayer):
             raise ActValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        if len(x) == 1:  # all samples share it, as they do positions
+        if len(x) == 1:  # an input that all samples share, such as positions
             x = x.expand(len(adapter_names), *x.shape[1:])
         if len(x) != len(adapter_names):
             raise ActValueError(
@@ -153,7 +153,7 @@ class ActLayer(DeltaLayer):
         return result
 
     def change(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        """What the delta of one adapter adds to its selected outputs, before any scale: `[..., K]`."""
+        """The change of the selected outputs by the delta of one adapter, before any scale: `[..., K]`."""
         raise ActValueError(f"{type(self).__name__}: a layer class has to compute `change`")
 
     def _scaled_change(self, x: torch.Tensor, adapter_name: str, dtype: torch.dtype) -> torch.Tensor:
@@ -170,7 +170,7 @@ class ActLayer(DeltaLayer):
         """Copies of the base parameters of channels `index` (int64 `[K]`, ascending) as they were before any merge.
 
         Raises:
-            ActTypeError: if the weight is quantized in a form that is not known.
+            ActTypeError: the weight has an unknown quantized form.
         """
         return self._rows.original(self.get_base_layer(), index)
 
@@ -192,7 +192,7 @@ class ActLayer(DeltaLayer):
         )
 
     def adapters_to_merge(self, adapter_names: list[str] | None) -> list[str]:
-        """Those of the named (by default: the active) adapters that this layer has and that are not merged yet."""
+        """The unmerged adapters of this layer among the named ones (by default: the active ones)."""
         names = self.active_adapters if adapter_names is None else adapter_names
         return [name for name in names if name in self.act_delta_weight and name not in self.merged_adapters]
 
@@ -214,15 +214,15 @@ class ActLayer(DeltaLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write the rows of the named (by default: the active) adapters into the base weight.
 
-        The original rows are kept, so `unmerge` gives the base's bytes back. Only selected rows are written.
+        The original rows are kept, so `unmerge` restores the bytes of the base. Only selected rows are written.
 
         Args:
             safe_merge: check first that the merged rows are finite.
             adapter_names: the adapters to merge.
 
         Raises:
-            ActValueError: with `safe_merge`, if a merged row is not finite; nothing is written then.
-            ActTypeError: if the weight is quantized in a form that is not known; nothing is written then.
+            ActValueError: with `safe_merge`, a merged row is not finite. Nothing is written then.
+            ActTypeError: the weight has an unknown quantized form. Nothing is written then.
 
         Warns:
             ActWarning: if the weight is quantized.
@@ -246,7 +246,7 @@ class ActLayer(DeltaLayer):
         self.merged_adapters = merged
 
     def unmerge(self) -> None:
-        """Give the base weight its original bytes back."""
+        """Restore the original bytes of the base weight."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -254,9 +254,9 @@ class ActLayer(DeltaLayer):
         self.merged_adapters = []
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """The adapter's change of the weight as a dense tensor of the weight's shape, in the delta's dtype.
+        """The delta of the weight as a dense tensor of the weight's shape, in the delta's dtype.
 
-        For inspection and conversion; the layer itself never builds it.
+        For inspection and conversion. The layer itself never builds it.
         """
         delta = self.delta(adapter_name, "weight").detach() * self.act_delta_scale[adapter_name]
         dense = delta.new_zeros(self.delta_shape(self.num_channels))

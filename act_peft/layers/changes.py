@@ -20,7 +20,7 @@ def changes_in_model(model: nn.Module, adapter_name: str) -> AdapterChanges:
     """The changes of an adapter in memory.
 
     Raises:
-        ActValueError: if the model has no such adapter, or its tensors are still to be loaded.
+        ActValueError: the model has no such adapter, or its tensors are not loaded yet.
     """
     layers = adapter_layers(model, adapter_name)
     for name, layer in layers.items():

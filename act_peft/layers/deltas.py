@@ -1,4 +1,4 @@
-"""What an ACT layer holds of its adapters: channels, deltas, learned scales; creating, freezing, loading them."""
+"""The tensors of an ACT layer's adapters: channels, deltas and learned scales."""
 
 from __future__ import annotations
 
@@ -15,14 +15,12 @@ from act_peft.channels.rows import ChannelRows, scaled_channels, wide_dtype
 from act_peft.doors import BufferDict
 from act_peft.layers.state import SELECTED, ExpectedState, check_adapter_state
 
-PREFIX = "act_delta_"  # `act_` alone is part of the names of modules in half of all transformers models
-
-
+PREFIX = "act_delta_"  # `act_` alone would also match modules such as `mlp.act_fn`
 CPU = torch.device("cpu")
 
 
 def unknown_index(num_selected: int) -> torch.Tensor:
-    """Placeholder for the channels of an adapter that is still to be loaded: int64 `[K]`, no valid channel."""
+    """Placeholder for the channels of an adapter that is not loaded yet: int64 `[K]`, all -1."""
     return torch.full((num_selected,), -1)
 
 
@@ -32,10 +30,10 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
     Attributes:
         act_delta_weight: per adapter the trainable delta of the weight, oriented as in `ChannelRows`.
         act_delta_bias: per adapter `[K]`, only for modules with a bias.
-        act_delta_channel_scale: per adapter with learned scales, float32 `[K]`; the weight and bias above are then
-            what the scales multiply, the donor's difference, which is frozen unless it trains too.
+        act_delta_channel_scale: per adapter with learned scales, float32 `[K]`. Weight and bias above are then the
+            donor's difference, which the scales multiply. It is frozen unless it trains too.
         act_delta_index: per adapter the selected channels, int64 `[K]`, ascending.
-        act_delta_scale: per adapter a factor on its contribution, 1.0 unless `set_scale` was called; not saved.
+        act_delta_scale: per adapter the factor of `set_scale`, 1.0 by default; not saved.
     """
 
     adapter_layer_names = ("act_delta_weight", "act_delta_bias", "act_delta_channel_scale")
@@ -43,7 +41,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
 
     kind: ChannelKind
 
-    # What PEFT's classes bring along, for type checkers.
+    # Members of PEFT's classes, for type checkers.
     get_base_layer: Callable[[], Any]
     _cast_input_dtype: Callable[..., torch.Tensor]
     _get_embed_scale: Callable[[], torch.Tensor | None]
@@ -51,7 +49,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
     merged_adapters: list[str]
 
     def __init__(self, base_layer: nn.Module) -> None:
-        """Wrap `base_layer`, which is kept as it is."""
+        """Wrap `base_layer`, which is not changed."""
         super().__init__()
         self.base_layer = base_layer
         self.act_delta_weight = nn.ParameterDict({})
@@ -90,17 +88,17 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
 
         Args:
             adapter_name: name of the adapter.
-            index: int64 `[K]`, ascending channels in `[0, C)`; all -1 (`unknown_index`) for an adapter whose tensors
-                are still to be loaded, K = 0 if even their number is not known yet.
-            init_weights: zero deltas if True; random ones otherwise (for tests).
+            index: int64 `[K]`, ascending channels in `[0, C)`. All -1 (`unknown_index`) for an adapter whose tensors
+                are not loaded yet; K = 0 if their number is not known either.
+            init_weights: True: zero deltas; False: random ones, for tests.
             inference_mode: whether the deltas start frozen.
             trainable: what trains.
-            transfer_scale: where learned scales start.
-            offload: whether the weight's delta, which must not train, stays in CPU memory.
+            transfer_scale: start value of learned scales.
+            offload: whether the frozen delta of the weight stays in CPU memory.
         """
         base = self.get_base_layer()
-        # A half precision delta would lose what distinguishes donor and base in training; PEFT's autocast rule asks
-        # for float32 too. A frozen difference is stored as its two models are.
+        # In half precision, training would round away the small differences between donor and base. PEFT's rule for
+        # adapters asks for float32 too. A frozen difference keeps the dtype of its two models.
         dtype = torch.float32 if self.is_quantized else base.weight.dtype
         if trainable.trains_rows:
             dtype = torch.promote_types(dtype, torch.float32)
@@ -115,7 +113,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             self._learns_scales.add(adapter_name)
         if not trainable.trains_rows:
             self._frozen_rows.add(adapter_name)
-        if offload and not self.kind.is_norm:  # a norm's delta is as small as its scales
+        if offload and not self.kind.is_norm:  # the delta of a norm is no larger than its scales
             self._offloaded.add(adapter_name)
         self.act_delta_index[adapter_name] = index.clone()
         self.act_delta_scale[adapter_name] = 1.0
@@ -123,12 +121,12 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def set_adapter(self, adapter_names: str | list[str], *args: Any, **kwargs: Any) -> None:
-        """As in PEFT; what an adapter freezes stays frozen."""
+        """As in PEFT, but frozen rows stay frozen."""
         super().set_adapter(adapter_names, *args, **kwargs)
         self._freeze_rows()
 
     def set_requires_grad(self, *args: Any, **kwargs: Any) -> None:
-        """As in PEFT; what an adapter freezes stays frozen."""
+        """As in PEFT, but frozen rows stay frozen."""
         super().set_requires_grad(*args, **kwargs)
         self._freeze_rows()
 
@@ -139,14 +137,14 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
                     container[name].requires_grad_(False)
 
     def remove_adapter(self, adapter_name: str) -> None:
-        """Forget an adapter, if the layer has it; the active adapters stay as they are."""
+        """Remove an adapter, if the layer has it. The list of active adapters does not change."""
         for container in (*self.adapter_layer_names, *self.other_param_names):
             if adapter_name in getattr(self, container):
                 del getattr(self, container)[adapter_name]
         self._forget_scales(adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """As in PEFT: forget an adapter; another one becomes active if this one was."""
+        """As in PEFT: remove an adapter. If it was active, a different one becomes active."""
         super().delete_adapter(adapter_name)
         self._forget_scales(adapter_name)
 
@@ -156,11 +154,11 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         self._offloaded.discard(adapter_name)
 
     def fold_scales(self, adapter_name: str, kept: torch.Tensor) -> None:
-        """Replace the deltas of an adapter by scale times delta of some of its channels; the scales go.
+        """Replace the deltas of an adapter by scale * delta, for some of its channels, and remove the scales.
 
         Args:
             adapter_name: name of an adapter with learned scales.
-            kept: positions of the channels that stay, int64 `[n]`, ascending.
+            kept: positions of the remaining channels, int64 `[n]`, ascending.
         """
         trains = self.act_delta_channel_scale[adapter_name].requires_grad
         for container, part in ((self.act_delta_weight, "weight"), (self.act_delta_bias, "bias")):
@@ -185,25 +183,25 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         return shape if self.kind.channel_dim == 0 else shape[::-1]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Move the adapter to the base layer's device; its dtype stays, so that loading keeps every bit."""
+        """Move the adapter to the base layer's device. Its dtype does not change, so that loading keeps every bit."""
         target = self.get_base_layer().weight.device if device is None else device
         for container in (self.act_delta_bias, self.act_delta_channel_scale, self.act_delta_index):
             _move(container, adapter_name, target)
         _move(self.act_delta_weight, adapter_name, CPU if adapter_name in self._offloaded else target)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> DeltaLayer:
-        # What `.to()`, `.cuda()`, `.half()` and the like come down to.
+        # `.to()`, `.cuda()`, `.half()` and similar methods all call this.
         super()._apply(fn, recurse)
         for adapter_name in self._offloaded:
             _move(self.act_delta_weight, adapter_name, CPU)
         return self
 
     def offloaded_parameters(self) -> list[str]:
-        """Names of the parameters that stay in CPU memory wherever the model goes."""
+        """Names of the parameters that always stay in CPU memory."""
         return [f"act_delta_weight.{adapter_name}" for adapter_name in sorted(self._offloaded)]
 
     def cast_adapter(self, adapter_name: str) -> None:
-        """Cast the deltas of one adapter to the base layer's dtype, in place; beside codes they stay as they are."""
+        """Cast the deltas of one adapter to the base layer's dtype, in place. On a quantized layer nothing changes."""
         if self.is_quantized:
             return
         dtype = self.get_base_layer().weight.dtype
@@ -214,14 +212,14 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
     # --------------------------------------------------------------------------------------------------- deltas ---
 
     def delta(self, adapter_name: str, part: str) -> torch.Tensor:
-        """What one adapter adds to `"weight"` or `"bias"` of its channels, with the scales that it learned.
+        """The delta of one adapter for `"weight"` or `"bias"` of its channels, learned scales included.
 
         Args:
             adapter_name: name of the adapter.
             part: `"weight"` or `"bias"`, which the layer must have.
 
         Returns:
-            K channels in the orientation of the parameter, differentiable; what `set_scale` says is not in it.
+            K channels in the orientation of the parameter, differentiable, without the factor of `set_scale`.
         """
         rows = getattr(self, f"act_delta_{part}")[adapter_name]
         if adapter_name not in self._learns_scales:
@@ -229,19 +227,19 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         return scaled_channels(rows, self.act_delta_channel_scale[adapter_name], self.kind.axis_of(part))
 
     def as_stored(self, adapter_name: str, rows: ChannelRows) -> ChannelRows:
-        """Deltas in the dtype and on the device of the adapter's; on the CPU if those have no data yet."""
+        """Deltas in the dtype and on the device of the adapter's deltas; on the CPU if these have no data yet."""
         weight = self.act_delta_weight[adapter_name]
         device = CPU if weight.device.type == "meta" else weight.device
         bias = None if rows.bias is None else rows.bias.to(device, weight.dtype)
         return ChannelRows(rows.index, rows.weight.to(device, weight.dtype), bias)
 
     def write_deltas(self, adapter_name: str, rows: ChannelRows, *, transfer_scale: float) -> None:
-        """Replace the deltas of an adapter; parameters without data get theirs.
+        """Replace the deltas of an adapter. Parameters without data get data.
 
         Args:
             adapter_name: name of the adapter.
-            rows: its deltas.
-            transfer_scale: where learned scales start again.
+            rows: the new deltas.
+            transfer_scale: new start value of learned scales.
         """
         stored = self.as_stored(adapter_name, rows)
         scales = torch.full((rows.index.numel(),), float(transfer_scale), dtype=torch.float32)
@@ -278,14 +276,14 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         )
 
     def knows_channels(self, adapter_name: str) -> bool:
-        """Whether the adapter's channels are known, rather than still to be loaded."""
+        """Whether the adapter's channels are known already, before its tensors are loaded."""
         index = self.act_delta_index[adapter_name]
         return index.device.type != "meta" and index.numel() > 0 and int(index[0]) >= 0
 
     def _load_from_state_dict(
         self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        # torch calls this before it loads the containers below, so what is checked and resized here is what they load.
+        # torch calls this before it loads the parameters inside, so they are checked and resized in time.
         for adapter_name in list(self.act_delta_index.keys()):
             state = self.adapter_state(state_dict, prefix, adapter_name)
             check_adapter_state(self.expected_state(adapter_name), state, prefix.rstrip("."))
@@ -318,7 +316,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
 
 
 def _move(container: nn.ParameterDict | BufferDict, adapter_name: str, target: torch.device) -> None:
-    """Move one tensor, unless it has no data or is to have none; what was frozen stays frozen."""
+    """Move one tensor, unless it has no data or the target is the meta device. A frozen one stays frozen."""
     if adapter_name not in container or "meta" in (container[adapter_name].device.type, target.type):
         return
     tensor = container[adapter_name]

@@ -14,8 +14,8 @@ class Embedding(ActLayer):
 
         y[..., index] += delta_weight[ids]
 
-    Shapes: ids `[...]` int64, delta_weight `[V, K]`, y `[..., C]`. An embedding that scales its output (`embed_scale`,
-    as in Gemma 3) scales the deltas too.
+    Shapes: ids `[...]` int64, delta_weight `[V, K]`, y `[..., C]`. If an embedding multiplies its
+    output (`embed_scale`, as in Gemma 3), the change is multiplied too.
     """
 
     kind = ChannelKind.EMBEDDING
@@ -24,7 +24,7 @@ class Embedding(ActLayer):
         """See `ActLayer.change`."""
         base, weight = self.get_base_layer(), self.act_delta_weight[adapter_name]
         change = F.embedding(
-            x.to(weight.device),  # where the rows are; an offloaded delta is looked up in CPU memory
+            x.to(weight.device),  # an offloaded delta is read in CPU memory
             weight,
             padding_idx=base.padding_idx,
             scale_grad_by_freq=base.scale_grad_by_freq,

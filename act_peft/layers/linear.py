@@ -19,8 +19,8 @@ class Linear(ActLayer):
     shape `[O, I]` is built.
 
     Attributes:
-        is_output_head: whether this is the model's output embedding. Trainers that compute the loss from
-            `lm_head.weight` instead of calling the module (TRL's fused head) then find the adapted weight there.
+        is_output_head: whether this is the model's output embedding. Some trainers (TRL's fused head) compute the loss
+            from `lm_head.weight` and do not call the module. They find the adapted weight there.
     """
 
     kind = ChannelKind.LINEAR
@@ -59,9 +59,9 @@ class Linear(ActLayer):
 
 
 def changes_weight_only(layer: ActLayer, adapter_name: str) -> bool:
-    """Whether an adapter of a linear layer is a change of its weight and of nothing else.
+    """Whether an adapter of a linear layer changes only its weight.
 
-    PEFT's `convert_to_lora` asks, and would lose the deltas of a bias; `export_lora` keeps them where it can.
+    PEFT's `convert_to_lora` asks this. It would lose the deltas of a bias. `export_lora` can keep them.
     """
     if adapter_name not in layer.act_delta_weight or not layer.knows_channels(adapter_name):
         return False

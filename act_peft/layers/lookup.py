@@ -63,10 +63,10 @@ def act_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, A
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """The model that the layers were injected into, without the wrappers of PEFT and `torch.compile` around it.
+    """The model inside the wrappers of PEFT and `torch.compile`.
 
     Raises:
-        ActTypeError: for a wrapper that trains in parallel.
+        ActTypeError: a wrapper for parallel training.
     """
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise ActTypeError(f"got a {type(model).__name__}, expected the model inside (its attribute `module`)")

@@ -1,4 +1,4 @@
-"""Rows of linear layers whose weight is quantized: read by dequantizing, written by quantizing the weight again."""
+"""Rows of linear layers with a quantized weight: dequantized for reading, quantized again for writing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from act_peft.layers.rows import BaseRows
 class QuantizedRows(BaseRows):
     """Rows of a linear layer with a quantized weight.
 
-    What is written is rounded to what the quantization can express. The quantized tensor that was there is kept, so
+    Written rows are rounded to values that the quantization can store. The original quantized tensor is kept, so
     restoring is exact.
     """
 
@@ -33,7 +33,7 @@ class QuantizedRows(BaseRows):
         """See `BaseRows.original`; the rows are dequantized.
 
         Raises:
-            ActTypeError: if a weight of this kind cannot be dequantized.
+            ActTypeError: a weight of unknown form.
         """
         index = index.to(base.weight.device)
         bias = base.bias if self._kept_bias is None else self._kept_bias
@@ -47,7 +47,7 @@ class QuantizedRows(BaseRows):
         """See `BaseRows.write`.
 
         Raises:
-            ActTypeError: if a weight of this kind cannot be quantized again.
+            ActTypeError: a weight of unknown form.
         """
         dense = self._dense(base)
         dense.index_copy_(0, rows.index.to(dense.device), rows.weight.to(dense))
@@ -77,7 +77,7 @@ class QuantizedRows(BaseRows):
 
 @dataclass(frozen=True)
 class _Form:
-    """One way of storing a weight: from the stored tensor to `[O, I]`, and from that to one stored like another."""
+    """One way to store a weight: stored tensor -> values `[O, I]`, and values -> tensor stored like a given one."""
 
     dequantize: Callable[[Any], torch.Tensor]
     quantize: Callable[[Any, torch.Tensor], nn.Parameter]
@@ -99,13 +99,13 @@ def _form_of(base: Any) -> _Form:
 
 
 def _complete(base: Any) -> nn.Parameter:
-    """The weight as bitsandbytes lays it out at first: its layers rearrange it when they run for the first time."""
+    """The weight in bitsandbytes' first layout. Its layers rearrange the weight when they run for the first time."""
     weight = base.weight
     if type(weight).__name__ == "Int8Params" and weight.SCB is None:  # moved to the layer
         weight.CB, weight.SCB = weight.data, base.state.SCB
     if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
         block_scales = weight.quant_state.absmax.T.reshape(-1).float()  # as the packed kernel uses them
-        base.state_dict()  # undoes the packing of a Linear4bit's codes, but leaves or rounds the scales of its blocks
+        base.state_dict()  # unpacks the codes of a Linear4bit, but keeps or rounds the scales of its blocks
         state = base.weight.quant_state
         state.absmax, state.nested, state.offset, state.state2 = block_scales, False, None, None
     return base.weight

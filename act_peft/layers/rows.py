@@ -1,4 +1,4 @@
-"""The base parameters of some channels of a module: reading them, writing merged ones, giving the originals back."""
+"""Rows of a base module: reading them, writing merged ones, restoring the originals."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from act_peft.channels.rows import ChannelRows
 
 
 class BaseRows:
-    """Rows of a module whose weight is a plain tensor. What is overwritten is kept, so restoring is exact."""
+    """Rows of a module with a plain weight. Overwritten rows are kept, so restoring is exact."""
 
     def __init__(self, kind: ChannelKind, *, shares_weight: bool) -> None:
         """Keep nothing yet.
 
         Args:
-            kind: kind of the module that every method is given.
+            kind: kind of the module that every method gets.
             shares_weight: whether another module uses the same weight (tied embeddings). Writing then gives this
-                module a weight of its own until the originals are restored.
+                module a copy of the weight until the originals are restored.
         """
         self._dim = kind.channel_dim
         self._shares_weight = shares_weight
@@ -43,7 +43,7 @@ class BaseRows:
         return ChannelRows(index, weight, bias)
 
     def write(self, base: Any, rows: ChannelRows) -> None:
-        """Overwrite the parameters of `rows.index`, which has to cover what was written before."""
+        """Overwrite the parameters of `rows.index`. It must include all channels that were written before."""
         self._kept = self.original(base, rows.index)
         if self._shares_weight and self._tied_weight is None:
             self._tied_weight = base.weight
@@ -51,7 +51,7 @@ class BaseRows:
         self._overwrite(base, rows)
 
     def restore(self, base: Any) -> None:
-        """Give the module the bytes back that it had before any `write`, and the tie of a tied weight."""
+        """Restore the bytes from before any `write`, and the tie of a tied weight."""
         if self._kept is not None:
             kept, bias = self._kept, self._kept.bias
             self._overwrite(

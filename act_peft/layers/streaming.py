@@ -1,4 +1,4 @@
-"""Frozen deltas that stay in CPU memory and are copied to the device whenever a layer needs them."""
+"""Frozen deltas that stay in CPU memory. They are copied to the device each time a layer needs them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 
 class _StreamedLinear(torch.autograd.Function):
-    """`F.linear` with a frozen weight that may lie on another device than its input.
+    """`F.linear` with a frozen weight that may be on a different device than its input.
 
-    What autograd keeps for the backward pass is the weight where it lies, not its copy, and not the input.
+    For the backward pass autograd keeps the weight on its own device. It keeps neither the copy nor the input.
     """
 
     @staticmethod

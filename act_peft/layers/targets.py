@@ -1,4 +1,4 @@
-"""Which channels of which modules an adapter gets, found and checked before anything in the model is touched."""
+"""The modules and channels of an adapter, found and checked before the model is changed."""
 
 from __future__ import annotations
 

@@ -33,24 +33,24 @@ from act_peft.peft_modules import (
     without_wrapper,
 )
 
-# This start computes the adapter from the base's weights and writes the rest back into them in place.
+# With this start PEFT computes the adapter from the base's weights and subtracts it from them in place.
 _IN_PLACE = "olora"
 
 Donor = nn.Module | str | os.PathLike[str]
 
 
 def open_pair(base: nn.Module, donor: Donor, *, merged: bool) -> tuple[nn.Module, nn.Module]:
-    """Make two models out of what the user passed.
+    """Base and donor as two models, from the arguments of `localize`.
 
     Args:
         base: a model; a PEFT model counts with its active adapters, unless the donor is the same model.
         donor: a model; a PEFT model on `base` (the base is then the model with its adapters off); the folder or Hub id
             of a PEFT adapter of `base`.
-        merged: whether adapters are merged, so that the models have plain layers whose weights can be compared. The
-            changed weights are new tensors then.
+        merged: whether adapters are merged, so that both models have plain layers with comparable weights. Changed
+            weights are then new tensors.
 
     Returns:
-        Base and donor. They share tensors with what was passed and with each other: only to be read.
+        Base and donor. They share tensors with the arguments and with each other, so they are only for reading.
 
     Raises:
         ActTypeError: neither model nor path.
@@ -106,7 +106,7 @@ def twin(model: nn.Module, *, own: Container[str] = ()) -> nn.Module:
 
 
 def _load_adapter(base: nn.Module, location: str) -> nn.Module:
-    """A twin of the base with the adapter on it; tensors of the base that the adapter brings along are its own."""
+    """A twin of the base with the adapter. Tensors of the base that the adapter file holds too are new tensors."""
     if has_adapters(base):
         raise ActValueError(
             f"donor: {location} is an adapter, but the base has adapters of its own, expected the plain model that "
@@ -119,7 +119,7 @@ def _load_adapter(base: nn.Module, location: str) -> nn.Module:
             f"donor: {location} has no {CONFIG}, expected the folder or Hub id of an adapter (load a whole model, for "
             "example with AutoModelForCausalLM.from_pretrained, and pass the model)"
         )
-    with Shard(place.file(TENSORS)) as shard:  # biases, resized embeddings: PEFT writes these into the model
+    with Shard(place.file(TENSORS)) as shard:  # PEFT writes biases and resized embeddings into the model
         donor = twin(base, own={plain_name(key.removeprefix(OUTER)) for key in shard.tensors})
     try:
         config = PeftConfig.from_pretrained(str(folder))
@@ -149,7 +149,7 @@ def _check_kind(config: PeftConfig, location: str) -> None:
 
 
 def _check_switch(model: PeftModel | PeftMixedModel) -> None:
-    """Whether the model with its adapters off is the base, and with them on the donor."""
+    """Check that the model without its adapters is the base, and with them the donor."""
     where = "donor: the PEFT model"
     if not isinstance(model.base_model, BaseTuner):
         raise ActValueError(
@@ -184,7 +184,7 @@ def _without_adapters(model: nn.Module) -> nn.Module:
 
 
 def _merged(model: nn.Module) -> nn.Module:
-    """A model with plain layers: the model itself if it has no adapters, or else a twin with the adapters merged."""
+    """A model with plain layers: the model itself, or a twin with merged adapters if it has adapters."""
     if not has_adapters(model):
         return without_wrapper(model)
     if not isinstance(model, _MODELS) or not isinstance(model.base_model, BaseTuner):

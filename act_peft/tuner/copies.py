@@ -1,4 +1,4 @@
-"""An adapter that starts as a copy of another one, as trainers make their frozen reference."""
+"""An adapter that starts as a copy of another one, such as the frozen reference of a trainer."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from act_peft.layers import ActLayer
 
 
 def find_twin(adapter_name: str, *, configs: Mapping[str, Any], awaiting: Container[str]) -> str | None:
-    """The adapter that a new one starts as a copy of; None for a fresh one.
+    """The adapter that a new adapter copies; None if it copies none.
 
-    It is one with the very same configuration object, if that was read from a file, which says nothing of the channels
-    (they are in the adapter), or if the new adapter is the reference of a TRL trainer.
+    Both have the same configuration object. Either it was read from a file, which does not hold the channels, or the
+    new adapter is the reference of a TRL trainer.
 
     Args:
         adapter_name: name of the new adapter.
         configs: adapter name -> configuration, of all adapters including the new one.
-        awaiting: adapters whose tensors are still to be loaded, which cannot be copied.
+        awaiting: adapters whose tensors are not loaded yet; they cannot be copied.
     """
     config = configs[adapter_name]
     for name, other in configs.items():
@@ -31,7 +31,7 @@ def find_twin(adapter_name: str, *, configs: Mapping[str, Any], awaiting: Contai
 
 
 def copy_adapter_(layers: Mapping[str, ActLayer], source: str, target: str) -> None:
-    """Write what one adapter holds (channels, deltas, scale) into another one of the same layers and shapes."""
+    """Copy channels, deltas and scales of one adapter into another one with the same layers and shapes."""
     with torch.no_grad():
         for layer in layers.values():
             for container in (getattr(layer, name) for name in (*layer.adapter_layer_names, *layer.other_param_names)):

@@ -1,4 +1,14 @@
-"""Checks of a whole adapter during loading: names that the model does not have, a base with different weights."""
+"""Checks of a whole adapter that is being loaded.
+
+| hook | called | checks |
+|---|---|---|
+| `ActModel._remap_adapter_state_dict_for_load` | by PEFT, for a whole adapter | names, missing ones, dtypes, indices |
+| `ActModel._load_from_state_dict` | by torch, before any copy | dtypes, indices, shapes, the base's weights |
+| `DeltaLayer._load_from_state_dict` | by torch, for each layer | dtypes, indices, shapes |
+
+A plain `load_state_dict` does not call the first hook. Loading a single layer calls only the last one. The first
+hook leaves shapes to the later ones, because PEFT's `ignore_mismatched_sizes` drops tensors in between.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +25,19 @@ from act_peft.adapter.config import ActConfig
 from act_peft.errors import ActLoadError, ActWarning
 from act_peft.layers import ActLayer
 from act_peft.layers.lookup import record
+from act_peft.layers.state import check_adapter_state
 
 
 def check_names(state_dict: Mapping[str, torch.Tensor], model: nn.Module, prefix: str) -> None:
-    """Check that a model has a place for every tensor.
+    """Check that the model has every tensor of an adapter.
 
     Args:
         state_dict: the tensors that are about to be loaded.
         model: the base model with the layers in it.
-        prefix: what stands before its names in `state_dict`.
+        prefix: prefix of its names in `state_dict`.
 
     Raises:
-        ActLoadError: it has none for some.
+        ActLoadError: it lacks a tensor.
     """
     known = {prefix + key for key in model.state_dict()}
     unknown = [key for key in state_dict if key not in known]
@@ -37,10 +48,32 @@ def check_names(state_dict: Mapping[str, torch.Tensor], model: nn.Module, prefix
         )
 
 
+def check_states(
+    layers: Mapping[str, ActLayer],
+    states: Mapping[str, Mapping[str, torch.Tensor]],
+    adapter_name: str,
+    *,
+    complete: bool,
+) -> None:
+    """Check the tensors of every layer of an adapter.
+
+    Args:
+        layers: module name -> layer.
+        states: module name -> its tensors, as in `check_adapter_state`.
+        adapter_name: name of the adapter.
+        complete: as in `check_adapter_state`.
+
+    Raises:
+        ActLoadError: tensors that do not fit.
+    """
+    for name, layer in layers.items():
+        check_adapter_state(layer.expected_state(adapter_name), states[name], name, complete=complete)
+
+
 def check_base(
     config: ActConfig, adapter_name: str, layers: Mapping[str, ActLayer], indices: Mapping[str, torch.Tensor]
 ) -> None:
-    """Compare the base rows with those that an adapter was made for.
+    """Compare the base rows with the fingerprints that the adapter has recorded.
 
     Args:
         config: the adapter's configuration.

@@ -1,4 +1,4 @@
-"""Mixed batches: an adapter per sample, for the length of one forward or one generation."""
+"""Mixed batches: an adapter for each sample, during one forward or one `generate`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 from act_peft.errors import ActTypeError, ActValueError
 from act_peft.layers import ActLayer
 
-BASE = "__base__"  # the name that stands for no adapter
+BASE = "__base__"  # means: no adapter
 INPUTS = ("input_ids", "inputs_embeds", "input_features", "pixel_values", "decoder_input_ids")
 
 
@@ -21,17 +21,17 @@ INPUTS = ("input_ids", "inputs_embeds", "input_features", "pixel_values", "decod
 def adapter_per_sample(
     model: nn.Module, adapter_names: Sequence[str], *, adapters: Collection[str], settings: Mapping[str, Any]
 ) -> Iterator[None]:
-    """Let every adapted module of `model` use the adapter named for each sample.
+    """Inside the context every adapted module of `model` uses the adapter that is named for each sample.
 
     Args:
         model: the base model with adapters in it, in evaluation mode.
-        adapter_names: an adapter, or `__base__`, for each sample that the user passes.
+        adapter_names: an adapter, or `__base__`, for each sample.
         adapters: the names that exist.
-        settings: keyword arguments of the forward or of `generate`; those say how often `generate` repeats a sample.
+        settings: keyword arguments of the forward or of `generate`. They say how often `generate` repeats a sample.
 
     Raises:
         ActTypeError: if `adapter_names` is not a list of names.
-        ActValueError: in training mode, for unknown names, and (inside) for another number of samples.
+        ActValueError: in training mode; unknown names; inside the context, a different number of samples.
     """
     if isinstance(adapter_names, str) or not all(isinstance(name, str) for name in adapter_names):
         raise ActTypeError(
@@ -60,7 +60,7 @@ def adapter_per_sample(
 
 
 def _repetitions(settings: Mapping[str, Any]) -> int:
-    """How often `generate` repeats each sample: once for every beam, or for every sequence that it returns."""
+    """How often `generate` repeats each sample: once for each beam or returned sequence."""
     sources = [settings, vars(settings["generation_config"]) if settings.get("generation_config") is not None else {}]
     counts = [next((s[n] for s in sources if s.get(n) is not None), 1) for n in ("num_beams", "num_return_sequences")]
     return max(counts)

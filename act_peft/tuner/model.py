@@ -1,4 +1,4 @@
-"""`ActModel`: the tuner that PEFT drives. It finds, checks and wraps the modules; the layers do the arithmetic."""
+"""`ActModel`: the tuner that PEFT calls. It finds, checks and wraps the modules. The layers compute."""
 
 from __future__ import annotations
 
@@ -15,23 +15,22 @@ from act_peft.adapter.config import ActConfig, record_adapter
 from act_peft.combination.rules import CombinationType, MajoritySign, make_rule
 from act_peft.doors import OUTER
 from act_peft.errors import ActLoadError, ActValueError
-from act_peft.layers import ActLayer, remove_adapter
+from act_peft.layers import ActLayer
 from act_peft.layers.deltas import PREFIX
 from act_peft.layers.lookup import act_layers, output_head, record, shared_weights
-from act_peft.layers.state import check_adapter_state
 from act_peft.layers.targets import Targets, find_targets, read_mask, target_answers
 from act_peft.peft_modules import same_gradients
 from act_peft.transfer.difference import Transfer
 from act_peft.transfer.in_model import donor_for_model, fill_deltas
 from act_peft.tuner.combined import check_new_name, combined_adapter
 from act_peft.tuner.copies import copy_adapter_, find_twin
-from act_peft.tuner.loading import check_base, check_names
+from act_peft.tuner.loading import check_base, check_names, check_states
 from act_peft.tuner.mixed_batches import adapter_per_sample
-from act_peft.tuner.plan import InjectionPlan
+from act_peft.tuner.plan import InjectionPlan, withdraw
 
 
 class ActModel(BaseTuner):
-    """An ACT adapter (arXiv 2601.09398) in a model: only selected channels carry deltas, and only they train.
+    """A model with ACT adapters (arXiv 2601.09398). Only the selected channels have deltas, and only these train.
 
     Created by `get_peft_model(model, ActConfig(...))`.
 
@@ -44,8 +43,8 @@ class ActModel(BaseTuner):
     tuner_layer_cls = ActLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (PEFT's own annotation)
 
-    # Adapters whose tensors are still to be loaded, with the parameters that trained before they came. On the class,
-    # because PEFT injects the first adapter before `__init__` could set anything.
+    # Adapters whose tensors are not loaded yet, with the parameters that trained before. A class attribute, because
+    # PEFT injects the first adapter before `__init__` could set it.
     _awaiting: Mapping[str, list[nn.Parameter]] = MappingProxyType({})
     _plan: InjectionPlan | None = None  # while an adapter is being injected
 
@@ -114,7 +113,7 @@ class ActModel(BaseTuner):
                 elif config.channels is not None and state_dict is None:
                     self._fill(config, model, adapter_name, indices, transfer)
             except BaseException:
-                self._withdraw(model, adapter_name, trainable)
+                withdraw(model, adapter_name, trainable)
                 raise
             finally:
                 self._plan = None
@@ -145,7 +144,7 @@ class ActModel(BaseTuner):
         return self._plan.answers[key]
 
     def _prepare_adapter_config(self, peft_config: ActConfig, model_config: dict[str, Any]) -> ActConfig:
-        peft_config.forget_named_targets()  # which modules are meant follows from the channels
+        peft_config.forget_named_targets()  # the channels decide about the modules
         return peft_config
 
     def _create_and_replace(
@@ -177,24 +176,13 @@ class ActModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT moves the containers of the new layer to its device here; `ActLayer.update_layer` has done so, and knows
-        # which of them have no data yet.
+        # PEFT moves the tensors of the new layer to its device here. `ActLayer.update_layer` has done so already. It
+        # knows which tensors have no data yet.
         setattr(parent, child_name, new_module)
-
-    def _withdraw(self, model: nn.Module, adapter_name: str, trainable: list[nn.Parameter]) -> None:
-        """Take a half-made adapter out of the model again.
-
-        Modules without any adapter are unwrapped, and `trainable` parameters train again if no adapter is left.
-        """
-        for name in act_layers(model):
-            remove_adapter(model, name, adapter_name)
-        if not act_layers(model):
-            for parameter in trainable:
-                parameter.requires_grad_(True)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         if not self.peft_config[adapter_name].trains.trains_rows:
-            return  # the scales are float32 and the frozen difference stays as its two models are
+            return  # the scales are float32, and the frozen difference keeps the dtype of its two models
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
         if not autocast_adapter_dtype:
             for layer in self._layers(adapter_name).values():
@@ -207,20 +195,20 @@ class ActModel(BaseTuner):
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """What DistributedDataParallel asks the model that it wraps for (a `PeftModel` hands the question on).
+        """Names of parameters that DistributedDataParallel leaves alone. It reads them from the model that it wraps.
 
-        Offloaded deltas are frozen, alike in every process, and not on the device that the others have to be on.
+        Offloaded deltas are frozen and the same in every process. They are not on the device of the other parameters.
         """
         layers = act_layers(self.model).items()
         offloaded = [f"model.{name}.{part}" for name, layer in layers for part in layer.offloaded_parameters()]
-        return [*offloaded, *(f"base_model.{name}" for name in offloaded)]  # from here, and from a `PeftModel`
+        return [*offloaded, *(f"base_model.{name}" for name in offloaded)]  # their names here and in a `PeftModel`
 
     @property
     def get_output_embeddings(self) -> Callable[[], nn.Module | None]:
-        """The base model's method, which returns the plain output layer even where an adapter wraps it.
+        """The base model's method. It returns the plain output layer, also if an adapter wraps it.
 
-        TRL refuses adapters on the output layer because it reads `lm_head.weight` instead of calling `lm_head`. Ours
-        are visible there (see `layers.Linear.weight`), so they are not what it looks for.
+        TRL refuses adapters on the output layer because it reads `lm_head.weight` instead of calling `lm_head`. The
+        deltas of ACT are part of that weight (see `layers.Linear.weight`), so TRL need not refuse them.
         """
         original = self.model.get_output_embeddings
 
@@ -232,7 +220,7 @@ class ActModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        # PEFT calls this around every forward and `generate`, and drops `adapter_names` itself afterwards.
+        # PEFT calls this around every forward and `generate`. It removes `adapter_names` from the arguments itself.
         names = kwargs.get("adapter_names")
         if names is None:
             yield
@@ -241,9 +229,9 @@ class ActModel(BaseTuner):
             yield
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """As in PEFT; if it was the only active adapter, the first of the others by name becomes active everywhere.
+        """As in PEFT. If it was the only active adapter, the first remaining one by name becomes active in all layers.
 
-        PEFT lets every layer choose among those that it has, and ACT adapters may lie on different modules.
+        PEFT lets every layer choose for itself, but two ACT adapters may be on different modules.
         """
         was_alone = list(self.active_adapters) == [adapter_name]
         super().delete_adapter(adapter_name)
@@ -251,11 +239,11 @@ class ActModel(BaseTuner):
             self.set_adapter(min(self.peft_config))
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Multiply the contribution of one adapter by `scale` (1.0: as trained), merged or not. Not saved.
+        """Multiply the deltas of one adapter by `scale` (1.0: as trained), merged or not. The factor is not saved.
 
         Args:
             adapter: name of the adapter.
-            scale: any finite number; 0 switches the adapter off, -1 takes its change away.
+            scale: any finite number. 0 switches the adapter off, -1 subtracts its deltas.
 
         Raises:
             ActValueError: if there is no such adapter or the scale is not finite.
@@ -279,26 +267,28 @@ class ActModel(BaseTuner):
 
             delta[i] = Σ weight * scale * delta_adapter[i]      over the adapters that have channel i       ("linear")
 
-        With that default the new adapter alone does what its parts do together, each with `set_scale(adapter, weight *
-        scale)`, up to rounding. A channel of one adapter alone gets weight * scale * delta whatever the type; the
-        type decides about shared channels, see `CombinationType`, and `act_peft.combine`, which does the same with
-        saved adapters. As in LoRA, the current factor of `set_scale` counts, and the new adapter is not activated and
-        does not train before it is; its deltas are float32, or wider if a part's are. Merged adapters are unmerged
-        first, with PEFT's warning, as whenever an adapter is added.
+        With this default the new adapter has the same effect, up to rounding, as all its parts together, each with
+        `set_scale(adapter, weight * scale)`. The type matters only for channels that several adapters have
+        (`CombinationType`); a channel of one adapter gets weight * scale * delta. `act_peft.combine` does the same
+        with saved adapters.
+
+        As in LoRA, the current factor of `set_scale` counts, and the new adapter is not active and does not train yet.
+        Its deltas are float32, or wider if those of an adapter are. Merged adapters are unmerged first, with PEFT's
+        warning, as always when an adapter is added.
 
         Args:
             adapters: names of adapters of this model, all with channel deltas only.
             weights: a finite factor for each, of any sign.
             adapter_name: name of the new adapter.
             combination_type: a `CombinationType` or its value. LoRA's `"cat"` and `"svd"` types are refused: they
-                combine factors, and rows have none.
+                combine factors, and ACT has no factors.
             density: share of the values of shared channels that the pruning types keep, in (0, 1]; only for those.
             majority_sign_method: `"total"` or `"frequency"`, for `"ties"` and `"dare_ties"`.
 
         Raises:
-            ActValueError: no such adapter, a name that is taken, settings that do not go together, deltas that are
-                not finite, modules that an adapter saves as a whole. The model is as it was then.
-            ActTypeError: names, weights or a density of another type.
+            ActValueError: no such adapter, a name that exists already, settings that contradict each other, deltas
+                that are not finite, modules that an adapter saves as a whole. The model is then unchanged.
+            ActTypeError: names, weights or a density of a wrong type.
         """
         rule = make_rule(combination_type, density=density, majority_sign_method=majority_sign_method)
         check_new_name(adapter_name, self.peft_config)
@@ -315,7 +305,7 @@ class ActModel(BaseTuner):
     # -------------------------------------------------------------------------------------------------- merging ---
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge adapters as in PEFT; with `safe_merge` all rows are checked before any is written."""
+        """Merge adapters as in PEFT. With `safe_merge` all rows are checked before the first one is written."""
         if safe_merge:
             self._check_merge(adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
@@ -367,13 +357,13 @@ class ActModel(BaseTuner):
     def _load_from_state_dict(
         self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        # torch calls this before any tensor below is copied: an adapter file is used as a whole or not at all.
+        # torch calls this before it copies a tensor of any module inside: an adapter loads completely or not at all.
         for adapter_name in list(self.peft_config):
             self._accept(adapter_name, state_dict, f"{prefix}model.", complete=False)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _accept(self, adapter_name: str, state_dict: dict[str, torch.Tensor], prefix: str, *, complete: bool) -> None:
-        """Check tensors that are about to be loaded; an adapter that waited for them goes if they do not fit."""
+        """Check tensors before they are loaded. An adapter that waits for them is removed if they do not fit."""
         layers = self._layers(adapter_name)
         awaited = adapter_name in self._awaiting
         states = {n: layer.adapter_state(state_dict, f"{prefix}{n}.", adapter_name) for n, layer in layers.items()}
@@ -382,11 +372,10 @@ class ActModel(BaseTuner):
         try:
             if complete:
                 check_names(state_dict, self.model, prefix)
-            for name, layer in layers.items():
-                check_adapter_state(layer.expected_state(adapter_name), states[name], name, complete=complete)
+            check_states(layers, states, adapter_name, complete=complete)
         except ActLoadError:
             if awaited:
-                self._withdraw(self.model, adapter_name, self._pop_awaiting(adapter_name))
+                withdraw(self.model, adapter_name, self._pop_awaiting(adapter_name))
                 self.peft_config.pop(adapter_name, None)
                 if not self.peft_config:
                     self.model.__dict__.pop("peft_config", None)

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from act_peft.channels.kinds import kind_of, weight_of
-from act_peft.layers import LAYER_CLASSES, ActLayer, Linear
+from act_peft.layers import LAYER_CLASSES, ActLayer, Linear, remove_adapter
+from act_peft.layers.lookup import act_layers
 from act_peft.peft_modules import inner_layer
 
 
@@ -44,3 +45,18 @@ class InjectionPlan:
             layer.is_output_head = target is self.output_head
         layer.train(target.training)
         return layer
+
+
+def withdraw(model: nn.Module, adapter_name: str, trainable: list[nn.Parameter]) -> None:
+    """Take an unfinished adapter out of a model again.
+
+    Args:
+        model: the base model.
+        adapter_name: name of the adapter.
+        trainable: parameters that train again if the model has no ACT adapter left.
+    """
+    for name in act_layers(model):
+        remove_adapter(model, name, adapter_name)
+    if not act_layers(model):
+        for parameter in trainable:
+            parameter.requires_grad_(True)

@@ -1,4 +1,4 @@
-"""Makes PEFT know ACT: a member of its enum of methods and the entries of its tables.
+"""Registers ACT with PEFT: a member of its enum of methods, and entries in its tables.
 
 PEFT's own `register_peft_method` refuses a name that its enum lacks, and offers no way to add one.
 """
@@ -17,14 +17,14 @@ NAME = "ACT"
 
 
 def register(config_class: type, model_class: Any) -> None:
-    """Register the method with PEFT. Calling it again, also after a reload of the library, is harmless.
+    """Register the method with PEFT. A second call is harmless, also after a reload of the library.
 
     Args:
         config_class: `ActConfig`.
         model_class: `ActModel`.
 
     Raises:
-        ActError: if PEFT has a method of this name that is not ours.
+        ActError: PEFT has a method of this name of its own.
     """
     if NAME in PeftType.__members__:
         known = PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType(NAME))
@@ -41,7 +41,7 @@ def register(config_class: type, model_class: Any) -> None:
 
 
 def _extend_enum() -> None:
-    """Add the member by the steps that `enum` itself takes; an assignment would not make it a member."""
+    """Add the member with the same steps as `enum` itself. An assignment alone would not make it a member."""
     member = str.__new__(PeftType, NAME)
     member._name_ = NAME
     member._value_ = NAME

@@ -168,7 +168,7 @@ def test_peft_s_own_context_manager_for_scales_is_for_lora():
 
 def test_impossible_factors_are_refused():
     layer = next(iter(layers_of(three_adapters("llama")).values()))
-    with pytest.raises(ActValueError, match="unscale_layer: got 0, expected another factor"):
+    with pytest.raises(ActValueError, match="unscale_layer: got 0, expected a factor other than 0"):
         layer.unscale_layer(0)
     with pytest.raises(ActValueError, match="got inf, expected a finite number"):
         layer.scale_layer(float("inf"))
