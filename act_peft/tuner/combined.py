@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
@@ -15,34 +14,12 @@ from act_peft.combination.combine import combined_settings, sources_in_model
 from act_peft.combination.rules import Rule
 from act_peft.combination.union import UnionModule, union_modules
 from act_peft.errors import ActValueError
-from act_peft.layers import ActLayer
-from act_peft.layers.deltas import PREFIX
 from act_peft.layers.lookup import base_model
-
-
-@dataclass(frozen=True)
-class CombinedAdapter:
-    """A new adapter before it is in the model.
-
-    Attributes:
-        config: its configuration, with its channels.
-        deltas: module name -> "weight", "bias" -> delta, in the module's orientation.
-    """
-
-    config: ActConfig
-    deltas: dict[str, dict[str, torch.Tensor]]
-
-    def write_(self, layers: Mapping[str, ActLayer], adapter_name: str) -> None:
-        """Write the deltas into the layers that have the new adapter."""
-        for name, parts in self.deltas.items():
-            for part, delta in parts.items():
-                parameter = getattr(layers[name], f"{PREFIX}{part}")[adapter_name]
-                parameter.data = delta.to(parameter.device)
 
 
 def combined_adapter(
     model: nn.Module, adapters: Sequence[str], weights: Sequence[float], rule: Rule
-) -> CombinedAdapter:
+) -> tuple[ActConfig, dict[str, dict[str, torch.Tensor]]]:
     """Compute the combination of adapters of a model; the model stays as it is.
 
     Args:
@@ -51,6 +28,9 @@ def combined_adapter(
         weights: a factor for each.
         rule: from `make_rule`.
 
+    Returns:
+        The configuration of the new adapter with its channels; module name -> "weight", "bias" -> delta.
+
     Raises:
         ActValueError, ActTypeError: as `ActModel.add_weighted_adapter`.
     """
@@ -58,7 +38,7 @@ def combined_adapter(
     modules = union_modules(sources)
     config = combined_settings(sources)
     config.channels = _channels_of(base_model(model), modules)
-    return CombinedAdapter(config, {module.name: module.combine(sources, rule, None) for module in modules})
+    return config, {module.name: module.combine(sources, rule, None) for module in modules}
 
 
 def check_new_name(adapter_name: Any, known: Container[str]) -> None:

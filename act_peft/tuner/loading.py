@@ -25,7 +25,6 @@ from act_peft.adapter.config import ActConfig
 from act_peft.errors import ActLoadError, ActWarning
 from act_peft.layers import ActLayer
 from act_peft.layers.lookup import record
-from act_peft.layers.state import check_adapter_state
 
 
 def check_names(state_dict: Mapping[str, torch.Tensor], model: nn.Module, prefix: str) -> None:
@@ -46,28 +45,6 @@ def check_names(state_dict: Mapping[str, torch.Tensor], model: nn.Module, prefix
             f"{unknown[0]}: the adapter has a tensor of this name, the model does not ({len(unknown)} of "
             f"{len(state_dict)} tensors are not expected; the adapter was made for another model)"
         )
-
-
-def check_states(
-    layers: Mapping[str, ActLayer],
-    states: Mapping[str, Mapping[str, torch.Tensor]],
-    adapter_name: str,
-    *,
-    complete: bool,
-) -> None:
-    """Check the tensors of every layer of an adapter.
-
-    Args:
-        layers: module name -> layer.
-        states: module name -> its tensors, as in `check_adapter_state`.
-        adapter_name: name of the adapter.
-        complete: as in `check_adapter_state`.
-
-    Raises:
-        ActLoadError: tensors that do not fit.
-    """
-    for name, layer in layers.items():
-        check_adapter_state(layer.expected_state(adapter_name), states[name], name, complete=complete)
 
 
 def check_base(

@@ -18,13 +18,14 @@ from act_peft.errors import ActLoadError, ActValueError
 from act_peft.layers import ActLayer
 from act_peft.layers.deltas import PREFIX
 from act_peft.layers.lookup import act_layers, output_head, record, shared_weights
+from act_peft.layers.state import check_adapter_state
 from act_peft.layers.targets import Targets, find_targets, read_mask, target_answers
 from act_peft.peft_modules import same_gradients
 from act_peft.transfer.difference import Transfer
 from act_peft.transfer.in_model import donor_for_model, fill_deltas
 from act_peft.tuner.combined import check_new_name, combined_adapter
 from act_peft.tuner.copies import copy_adapter_, find_twin
-from act_peft.tuner.loading import check_base, check_names, check_states
+from act_peft.tuner.loading import check_base, check_names
 from act_peft.tuner.mixed_batches import adapter_per_sample
 from act_peft.tuner.plan import InjectionPlan, withdraw
 
@@ -292,15 +293,18 @@ class ActModel(BaseTuner):
         """
         rule = make_rule(combination_type, density=density, majority_sign_method=majority_sign_method)
         check_new_name(adapter_name, self.peft_config)
-        combined = combined_adapter(self, adapters, weights, rule)
-        self.peft_config[adapter_name] = combined.config
+        config, deltas = combined_adapter(self, adapters, weights, rule)
+        self.peft_config[adapter_name] = config
         with same_gradients(self):
             try:
                 self._inject(self.model, adapter_name, None)  # the donor in the configuration is a record
             except BaseException:
                 self.peft_config.pop(adapter_name, None)
                 raise
-        combined.write_(self._layers(adapter_name), adapter_name)
+        for name, parts in deltas.items():
+            for part, delta in parts.items():
+                parameter = getattr(self.model.get_submodule(name), f"{PREFIX}{part}")[adapter_name]
+                parameter.data = delta.to(parameter.device)
 
     # -------------------------------------------------------------------------------------------------- merging ---
 
@@ -372,7 +376,8 @@ class ActModel(BaseTuner):
         try:
             if complete:
                 check_names(state_dict, self.model, prefix)
-            check_states(layers, states, adapter_name, complete=complete)
+            for name, layer in layers.items():
+                check_adapter_state(layer.expected_state(adapter_name), states[name], name, complete=complete)
         except ActLoadError:
             if awaited:
                 withdraw(self.model, adapter_name, self._pop_awaiting(adapter_name))

@@ -16,13 +16,10 @@ from act_peft.peft_modules import inner_layer
 
 @dataclass(frozen=True)
 class InjectionPlan:
-    """The modules that get an adapter, their channels, and facts about the model.
-
-    PEFT walks through the modules and asks for each one whether it is a target; the answer lies here.
+    """The targets of an adapter, and facts about the model. PEFT walks through the modules and asks here.
 
     Attributes:
-        indices: module name -> channels, int64 `[K]`.
-        answers: name of every module -> the answer to PEFT, as in `Targets`.
+        indices, answers: as in `Targets`.
         device: device of the new layers' indices.
         shared_weights: ids of the weights that several modules use.
         output_head: the model's output embedding, if there is one.
