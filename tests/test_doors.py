@@ -164,8 +164,8 @@ def test_a_hook_is_still_there_with_the_same_parameters(ours, theirs, name):
     if is_open(mine):  # it hands on all that it does not name
         expected = expected[: len(got)]
     assert got == expected, (
-        f"{place(mine)} overrides {theirs.__name__}.{name}, which is now {name}{inspect.signature(getattr(theirs, name))}: read what "
-        "changed and give the override the same ones"
+        f"{place(mine)} overrides {theirs.__name__}.{name}, whose parameters are now "
+        f"{inspect.signature(getattr(theirs, name))}: read what changed and give the override the same ones"
     )
 
 
