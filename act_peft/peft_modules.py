@@ -1,4 +1,4 @@
-"""The modules of a model under the names that they have without PEFT's wrappers."""
+"""PEFT's wrappers in a model: names and modules without them, and how they are switched off."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 _MODELS = (PeftModel, PeftMixedModel)
-
-
 _WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 

@@ -97,7 +97,8 @@ def twin(model: nn.Module, *, own: Container[str] = ()) -> nn.Module:
             raise ActValueError(
                 f"{name or type(module).__name__}: its forward was replaced (TRL's trainers and accelerate do that), "
                 "expected a model as it was loaded, because it has to be copied here (load it anew, on one device, "
-                "and call localize before a trainer gets it)"
+                "and call localize before a trainer gets it; for scores by activations, an adapter can also be a "
+                "PeftModel on this base)"
             )
         memo.update({id(buffer): buffer for buffer in module._buffers.values() if buffer is not None})
         for hooks in (module._forward_pre_hooks, module._forward_hooks):

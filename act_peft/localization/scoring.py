@@ -66,7 +66,8 @@ def localize(
     Raises:
         ActTypeError: a model, batch or number of points of the wrong type.
         ActValueError: settings or data that do not fit the score; models of different structure; an adapter that
-            cannot be loaded; no candidate, no batch, no answer token; values that are not finite; a candidate that
+            cannot be loaded or switched off; a replaced `forward` where modules must be copied (attributions, adapters
+            in folders, merging); no candidate, no batch, no answer token; values that are not finite; a candidate that
             does not run, or without one output row per token; for attributions, a model without a loss.
 
     Warns:
