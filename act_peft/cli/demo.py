@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from act_peft.cli.imports import importing
+
 if TYPE_CHECKING:
     from act_peft.demo.run import DemoResult
 
@@ -28,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the demo and print what came out."""
-    from act_peft.demo.run import DemoSettings, run_demo
+    with importing():
+        from act_peft.demo.run import DemoSettings, run_demo
 
     given = {name: getattr(arguments, name) for name in ("seed", "density", "transfer_scale")}
     settings = DemoSettings(**{name: value for name, value in given.items() if value is not None})

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from act_peft.cli.imports import importing
 from act_peft.errors import ActValueError
 
 DEVICE = "cuda if there is one"
@@ -24,18 +25,26 @@ def add_examples(parser: argparse.ArgumentParser, *, samples: int, batch_size: i
     """
     parser.add_argument("--split", default="train", help="split of the datasets (train)")
     parser.add_argument(
-        "--samples", type=_integer_from(1), default=samples, help=f"how many examples of each, drawn ({samples})"
+        "--samples",
+        type=_integer_from(1),
+        default=samples,
+        help=f"examples of each dataset, drawn at random ({samples})",
     )
     parser.add_argument("--assistant-only", action="store_true", help="count the assistant's tokens only")
     parser.add_argument(
         "--batch-size", type=_integer_from(1), default=batch_size, help=f"examples at a time ({batch_size})"
     )
-    parser.add_argument("--max-length", type=_integer_from(1), default=1024, help="tokens of an example (1024)")
+    parser.add_argument(
+        "--max-length",
+        type=_integer_from(1),
+        default=1024,
+        help="tokens of an example; longer ones are cut off (1024)",
+    )
     parser.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="dtype of the models (auto: that of their checkpoints)"
     )
-    parser.add_argument("--device", default=DEVICE, help="where the models run")
-    parser.add_argument("--seed", type=_integer_from(0), default=0, help="of the drawing (0)")
+    parser.add_argument("--device", default=DEVICE, help=f"device of the models ({DEVICE})")
+    parser.add_argument("--seed", type=_integer_from(0), default=0, help="seed of the random draw of examples (0)")
 
 
 def device_of(arguments: argparse.Namespace) -> str:
@@ -68,7 +77,8 @@ def load_model(name: str, arguments: argparse.Namespace) -> Any:
     Raises:
         ActValueError: there is no model of this name.
     """
-    from transformers import AutoModelForCausalLM
+    with importing():
+        from transformers import AutoModelForCausalLM
 
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=arguments.dtype)
@@ -103,8 +113,9 @@ def batches_of(
     Raises:
         ActValueError: the model has no tokenizer, or the examples are not what TRL's formats say.
     """
-    from transformers import AutoTokenizer
-    from trl import SFTConfig, SFTTrainer
+    with importing():
+        from transformers import AutoTokenizer
+        from trl import SFTConfig, SFTTrainer
 
     try:
         processing = AutoTokenizer.from_pretrained(tokenizer)

@@ -1,4 +1,4 @@
-"""What several commands share: outputs that must not be overwritten, masks from files, examples from datasets."""
+"""Arguments and checks that several commands share: selection, outputs, datasets."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from act_peft.cli.imports import importing
 from act_peft.errors import ActValueError
+
+SCOPE = "global: rank the channels of all modules together; module: the same share of every module (global)"
+NORMALIZE = "rms: divide the scores of each module by their root mean square before ranking; none: do not (none)"
 
 
 def add_output(parser: argparse.ArgumentParser, *, what: str) -> None:
@@ -42,8 +46,9 @@ def load_examples(dataset: str, *, split: str, samples: int | None, seed: int) -
     Raises:
         ActValueError: there is no such dataset or split, or it is damaged, empty, or in none of TRL's formats.
     """
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
+    with importing():
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetGenerationError
 
     path = Path(dataset)
     expected = "expected a JSON or JSONL file, a folder or a Hub id"

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from act_peft.cli.imports import importing
 from act_peft.errors import ActValueError
 from act_peft.tables import aligned
 
@@ -40,8 +41,9 @@ def describe(path: Path) -> dict[str, Any]:
     Raises:
         ActValueError: it is none of ours, or damaged.
     """
-    from act_peft import ActConfig, ChannelMask, ChannelScores
-    from act_peft.disk import tensorfile
+    with importing():
+        from act_peft import ActConfig, ChannelMask, ChannelScores
+        from act_peft.disk import tensorfile
 
     if path.is_dir():
         _check_adapter(path)

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from act_peft.cli.files import add_output
+from act_peft.cli.imports import importing
 
 SUMMARY = "Make an adapter of the donor's difference in the selected channels, without loading either model."
 EXAMPLE = "act-peft transfer --base org/base --donor org/donor --mask mask.safetensors --output ability"
@@ -24,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Make the adapter and print what was written."""
-    from act_peft import create_adapter
+    with importing():
+        from act_peft import create_adapter
 
     create_adapter(
         arguments.base,
