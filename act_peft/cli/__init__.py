@@ -2,9 +2,9 @@
 
 A command is one module of this package with three names:
 
-    SUMMARY, EXAMPLE                   what `--help` says
+    SUMMARY, EXAMPLE                   text for `--help`
     add_arguments(parser)              its arguments
-    run(arguments)                     one call of the library, and the printing; errors are raised
+    run(arguments)                     one call of the library, and the output; errors are raised
 
 and one line in `COMMANDS`. Modules of commands import the library inside `run`, within `imports.importing()`, so that
 `--help`, mistyped arguments and the checks before do not wait for it.

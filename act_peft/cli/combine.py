@@ -8,7 +8,7 @@ import json
 from act_peft.cli.files import add_output
 from act_peft.cli.imports import importing
 
-SUMMARY = "Combine adapters of one base into one, with a weight each, and show where they pull on the same channels."
+SUMMARY = "Combine adapters of one base into one, with a weight each, and show the channels that they share."
 EXAMPLE = "act-peft combine science law --weights 1 0.5 --combination-type ties --density 0.5 --output both"
 
 

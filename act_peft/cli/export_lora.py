@@ -7,7 +7,7 @@ import argparse
 from act_peft.cli.files import add_output
 from act_peft.cli.imports import importing
 
-SUMMARY = "Export an adapter as an ordinary LoRA adapter, exact unless a rank is given, for stock PEFT and serving."
+SUMMARY = "Export an adapter as an ordinary LoRA adapter; exact, unless a rank is given."
 EXAMPLE = "act-peft export-lora ability --output ability-lora --max-rank 64"
 
 

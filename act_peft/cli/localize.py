@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--donor",
         required=True,
-        help="its relative with the ability, or a PEFT adapter of the base that has it: folder or Hub id",
+        help="its relative with the ability, or a PEFT adapter of the base with it: folder or Hub id",
     )
     parser.add_argument(
         "--score",
@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _check_datasets(arguments: argparse.Namespace) -> None:
-    """End as after other bad arguments if data are missing, or would not be used."""
+    """End like argparse, with status 2, if a dataset is missing or would not be used."""
     if arguments.score == "weight":
         if arguments.dataset is not None:
             arguments.refuse("argument --dataset: not used with --score weight")

@@ -1,4 +1,4 @@
-"""`act-peft sweep`: which density and which transfer scale."""
+"""`act-peft sweep`: try densities and transfer scales."""
 
 from __future__ import annotations
 
@@ -46,9 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scope", choices=("global", "module"), default="global", help=SCOPE)
     parser.add_argument("--normalize", choices=("none", "rms"), default="none", help=NORMALIZE)
     parser.add_argument(
-        "--max-drop", type=float, default=0.05, metavar="SHARE", help="accuracy that a kept skill may lose (0.05)"
+        "--max-drop", type=float, default=0.05, metavar="SHARE", help="accuracy that a skill to keep may lose (0.05)"
     )
-    parser.add_argument("--measure-donor", action="store_true", help="load the whole donor, and measure it as well")
+    parser.add_argument(
+        "--measure-donor", action="store_true", help="also measure the donor, which is loaded for this"
+    )
     parser.add_argument("--figure", type=Path, metavar="PNG", help="picture to write (none)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_examples(parser, samples=300, batch_size=8)
