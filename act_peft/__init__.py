@@ -3,9 +3,9 @@
 `import act_peft` registers the method with PEFT; see `ActConfig` and `localize` for where to start.
 """
 
+import os
 import sys
 from importlib import import_module
-from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
@@ -23,7 +23,7 @@ def _is_command() -> bool:
     started = sys.orig_argv[before]
     if sys.argv[0] == "-m":
         return started in ("act_peft", "-mact_peft")
-    return sys.argv[0] == started and PurePath(started).stem == "act-peft"
+    return sys.argv[0] == started and os.path.splitext(os.path.basename(started))[0] == "act-peft"
 
 
 if TYPE_CHECKING or not _is_command():

@@ -80,8 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: by argparse; 2 after bad arguments, 0 after `--help` and `--version`.
     """
-    arguments = build_parser().parse_args(argv)
+    arguments = argparse.Namespace()
     try:
+        arguments = build_parser().parse_args(argv)
         with _short_warnings(arguments):
             arguments.run(arguments)
         sys.stdout.flush()

@@ -86,6 +86,12 @@ def test_interrupt(command, capsys):
     assert capsys.readouterr() == ("", "act-peft: interrupted\n")
 
 
+def test_interrupt_before_the_arguments_are_read(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "build_parser", lambda: raising(KeyboardInterrupt())(None))
+    assert main(["demo"]) == 130
+    assert capsys.readouterr() == ("", "act-peft: interrupted\n")
+
+
 @pytest.mark.parametrize(
     "arguments", [[], ["unknown"], ["demo", "--density", "many"], ["demo", "extra"], ["demo", "--dens", "0.1"]]
 )
