@@ -1,7 +1,7 @@
 """The one error family of the library.
 
-Every error that the library raises on purpose is an `ActError` and at the same time the built-in exception that PEFT
-and torch would raise in its place, so `except ValueError` around PEFT code keeps working. Messages read
+Every error that the library raises on purpose is an `ActError`. It is also the built-in exception that PEFT and torch
+raise in such a case, so `except ValueError` around PEFT code still works. The form of a message is
 `where: got, expected (what to do)`.
 """
 
@@ -15,12 +15,12 @@ class ActValueError(ActError, ValueError):
 
 
 class ActTypeError(ActError, TypeError):
-    """An object of a kind that the library does not support."""
+    """An object of a type that the library does not support."""
 
 
 class ActLoadError(ActValueError, RuntimeError):
-    """Tensors of an adapter that do not fit the model; torch raises a RuntimeError for the same."""
+    """Tensors of an adapter that do not fit the model; torch raises a RuntimeError in this case."""
 
 
 class ActWarning(UserWarning):
-    """Something the user should know about, although the work goes on."""
+    """A fact that the user should know; the work continues."""

@@ -1,10 +1,10 @@
 """Export: an ACT adapter as an ordinary LoRA adapter that stock PEFT loads.
 
-A delta of K rows is a product of two factors without any decomposition:
+A delta of K rows is already a product of two factors:
 
     delta W = B A,    A [K, I]: the rows,    B [O, K]: one-hot, B[index[k], k] = 1
 
-The folder is written tensor by tensor, so the factors are never in memory together.
+The folder is written tensor by tensor, so the factors of only one module are in memory at a time.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from act_peft.doors import OUTER
 from act_peft.errors import ActTypeError, ActValueError
 from act_peft.layers.changes import changes_in_model
 
-_NAMED = 8  # modules that a message names
+_NAMED = 8  # modules that a message lists by name
 _SLACK = 1 << 20  # bytes kept free for configuration and card
 
 
 class Biases(Enum):
-    """What becomes of deltas that a LoRA adapter has no factors for: those of biases and norms.
+    """How to treat deltas of biases and norms, for which a LoRA adapter has no factors.
 
-    ERROR: refuse. LORA_BIAS: PEFT's `lora_bias`, exact, for linear layers only and in an adapter without embeddings.
-    MODULES_TO_SAVE: these modules are saved as a whole, base weights included. Deltas that are all zero never matter.
+    ERROR: refuse them. LORA_BIAS: PEFT's `lora_bias`; exact; only for linear layers, in an adapter without embeddings.
+    MODULES_TO_SAVE: save these modules as a whole, base weights included. Deltas that are all zero are ignored.
     """
 
     ERROR = "error"
@@ -54,13 +54,13 @@ class Biases(Enum):
 
 @dataclass(frozen=True)
 class LoraExport:
-    """What `export_lora` wrote.
+    """Result of `export_lora`.
 
     Attributes:
         folder: the adapter's folder.
         ranks: module name -> rank of its factors.
         errors: module name -> relative error |delta - B A| / |delta| (Frobenius norm); 0 where the factors are exact.
-        saved_modules: the modules that are saved as a whole.
+        saved_modules: names of the modules that are saved as a whole.
     """
 
     folder: Path
@@ -84,30 +84,30 @@ def export_lora(
 
         delta W = B A,    A [K, I]: the rows,    B [O, K]: one-hot,    alpha = rank = K
 
-    exact, in the dtype of the deltas. PEFT reads the ranks of the modules from `rank_pattern`; `r` is the greatest
-    one. Loaders that know one rank only (llama.cpp, PEFT's hotswapping) need `uniform_rank`.
+    exact, in the dtype of the deltas. PEFT reads the ranks of the modules from `rank_pattern`; `r` is the largest
+    one. Programs that know only one rank (llama.cpp, PEFT's hotswapping) need `uniform_rank`.
 
     Args:
-        model_or_adapter_dir: a model with an ACT adapter, or the folder or Hub id of one, for which no model is built.
+        model_or_adapter_dir: a model with an ACT adapter; or the folder or Hub id of an adapter, for which no model is
+            built.
         output_dir: the folder to write. It appears whole or not at all.
-        adapter_name: name of the adapter in the model; the scale of `set_scale` is part of the factors.
-        max_rank: modules with more channels get the best approximation of this rank (the singular value decomposition
-            of the rows alone). By default all are exact.
-        uniform_rank: fill the factors with zeros to one rank for all modules.
-        biases: what becomes of deltas of biases and norms: `"error"`, `"lora_bias"`, `"modules_to_save"`; see
-            `Biases`.
+        adapter_name: name of the adapter in the model; the factors include the scale of `set_scale`.
+        max_rank: a module with more channels gets the best approximation of this rank (from the singular value
+            decomposition of its rows). By default all modules are exact.
+        uniform_rank: pad the factors with zeros, so that all modules have one rank.
+        biases: how to treat deltas of biases and norms: `"error"`, `"lora_bias"`, `"modules_to_save"`; see `Biases`.
         base: folder or Hub id of the base's checkpoint; only for `"modules_to_save"` of an adapter on disk.
-        overwrite: whether an older adapter at `output_dir` is replaced.
+        overwrite: replace an older adapter at `output_dir`.
 
     Returns:
         Ranks and errors per module.
 
     Raises:
-        ActValueError: no or a damaged adapter; deltas of biases or norms, unless `biases` says what to do; deltas that
-            are not finite; settings that do not go together; an output that exists or lies inside the input; no room
-            on the disk. Nothing is written then.
+        ActValueError: a missing or damaged adapter; deltas of biases or norms, unless `biases` says what to do; deltas
+            that are not finite; settings that contradict each other; an output that exists or lies inside the input;
+            no room on the disk. Nothing is written then.
         ActLoadError: an adapter's tensors that do not fit its configuration or `base`.
-        ActTypeError: neither a model nor a path, a `max_rank` that is no integer.
+        ActTypeError: neither a model nor a path, a `max_rank` that is not an integer.
 
     Example:
         >>> export = export_lora("math", "lora")
@@ -122,18 +122,20 @@ def export_lora(
     with ExitStack() as stack:
         if isinstance(model_or_adapter_dir, nn.Module):
             if base is not None:
-                raise ActValueError("base: given with a model in memory, which has its own weights (leave it out)")
+                raise ActValueError(
+                    "base: got one together with a model in memory, which has the base's weights (leave it out)"
+                )
             source = changes_in_model(model_or_adapter_dir, adapter_name)
         elif isinstance(model_or_adapter_dir, (str, os.PathLike)):
             folder = stack.enter_context(AdapterFolder(model_or_adapter_dir))
             if adapter_name != "default":
                 raise ActValueError(
-                    f"adapter_name: got {adapter_name!r} with a folder, which holds a single adapter (leave it out; "
-                    f"PEFT saves named adapters as folders of this name: {folder.location}/{adapter_name})"
+                    f"adapter_name: got {adapter_name!r} with a folder, which holds only one adapter (leave it out; "
+                    f"PEFT saves an adapter with a name in a folder of this name: {folder.location}/{adapter_name})"
                 )
             if (base is None) == (choice is Biases.MODULES_TO_SAVE):
                 raise ActValueError(
-                    "base: needed for biases='modules_to_save' of an adapter on disk and only there, "
+                    "base: needed for biases='modules_to_save' of an adapter on disk, and only there; "
                     f"got base={base!r} with biases={choice.value!r}"
                 )
             checkpoint = None if base is None else stack.enter_context(Checkpoint.open(base))
@@ -158,7 +160,7 @@ def export_lora(
 
 @dataclass(frozen=True)
 class _Part:
-    """Tensors that are made together: key -> dtype and shape; `make` gives them in this order, and their error."""
+    """Tensors that are made together: key -> dtype and shape. `make` returns them in this order, and their error."""
 
     infos: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
     make: Callable[[], tuple[list[torch.Tensor], float]]
@@ -174,7 +176,7 @@ class _Plan:
 
 
 def _make_plan(source: AdapterChanges, choice: Biases, *, max_rank: int | None, uniform_rank: bool) -> _Plan:
-    """Decide what becomes of every module; nothing but biases and norms is read."""
+    """Decide how each module is saved; only biases and norms are read."""
     modules = sorted(source.modules, key=lambda m: m.name)
     norms = [m for m in modules if m.kind.is_norm and (m.bias is not None or bool(m.rows().any()))]
     biased = [m for m in modules if not m.kind.is_norm and m.bias is not None]
@@ -196,7 +198,7 @@ def _make_plan(source: AdapterChanges, choice: Biases, *, max_rank: int | None, 
     unfit = [*norms, *(m for m in factored if lora_bias and m.kind is ChannelKind.EMBEDDING)]
     if choice is Biases.LORA_BIAS and unfit:
         raise ActValueError(
-            f"{_listed(unfit)}: biases='lora_bias' is for linear layers, and PEFT allows no embedding beside it "
+            f"{_listed(unfit)}: biases='lora_bias' is only for linear layers, in an adapter without embeddings "
             "(merge the adapter with merge_checkpoint, or pass biases='modules_to_save')"
         )
     ranks = {m.name: factor_rank(m.index.numel(), m.width, max_rank) for m in factored}
@@ -206,7 +208,7 @@ def _make_plan(source: AdapterChanges, choice: Biases, *, max_rank: int | None, 
     parts = [_factor_part(m, ranks[m.name], max_rank, lora_bias) for m in factored]
     parts += [_whole_part(m, part, info) for m in whole for part, info in m.whole_infos().items()]
     parts += [_tensor_part(key, tensor) for key, tensor in source.extra.items()]
-    # Wide dtypes first, so that every tensor begins at a multiple of its own size.
+    # Wide dtypes first, so that every tensor starts at a multiple of its element size.
     parts.sort(key=lambda part: -min(dtype.itemsize for dtype, _ in part.infos.values()))
     return _Plan(_lora_config(source, factored, saved, ranks, lora_bias), ranks, saved, parts)
 
@@ -224,16 +226,16 @@ def _lora_config(
     lora_bias: bool,
 ) -> LoraConfig:
     targets = [m.name for m in factored]
-    # PEFT reads each entry of `modules_to_save` as the end of a name.
+    # To PEFT an entry of `modules_to_save` is the end of a name ...
     for name in whole:
-        hit = [other for other in source.known if other != name and other.endswith(name)]
-        if hit:
+        also_meant = [other for other in source.known if other != name and other.endswith(name)]
+        if also_meant:
             raise ActValueError(
-                f"{name}: cannot be saved as a whole, because PEFT would mean {hit[0]} too (merge the adapter with "
-                "merge_checkpoint or merge_and_unload)"
+                f"{name}: cannot be saved as a whole, because PEFT would save {also_meant[0]} too (merge the "
+                "adapter with merge_checkpoint or merge_and_unload)"
             )
-    # ... and each entry of `target_modules` as a name or its dotted end.
-    unmeant = [n for n in source.known if n not in targets and any(n.endswith(f".{t}") for t in targets)]
+    # ... and an entry of `target_modules` is a name or its dotted end.
+    excluded = [n for n in source.known if n not in targets and any(n.endswith(f".{t}") for t in targets)]
     top = max(ranks.values())
     # PEFT matches a pattern with the end of a name unless it begins with "^".
     pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != top}
@@ -248,7 +250,7 @@ def _lora_config(
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
         target_modules=targets,
-        exclude_modules="|".join(map(re.escape, unmeant)) or None,
+        exclude_modules="|".join(map(re.escape, excluded)) or None,
         lora_dropout=0.0,
         bias="none",
         lora_bias=lora_bias,
@@ -256,7 +258,7 @@ def _lora_config(
         modules_to_save=[*(source.config.modules_to_save or []), *whole] or None,
         trainable_token_indices=source.config.trainable_token_indices,
     )
-    config.target_modules = sorted(targets)  # LoraConfig makes a set of it, whose order changes from run to run
+    config.target_modules = sorted(targets)  # LoraConfig makes a set, whose order changes from run to run
     return config
 
 
@@ -357,7 +359,7 @@ def _card_lines(source: AdapterChanges, plan: _Plan, errors: Mapping[str, float]
 
 
 def factors(rows: torch.Tensor, max_rank: int | None) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Two factors of a delta's rows: exact ones, or beyond `max_rank` the best of that rank.
+    """Two factors of a delta's rows: exact, or the best ones of rank `max_rank` if there are more rows.
 
     Args:
         rows: `[K, I]`, finite.
@@ -365,7 +367,7 @@ def factors(rows: torch.Tensor, max_rank: int | None) -> tuple[torch.Tensor, tor
 
     Returns:
         `left` `[K, r]` and `right` `[r, I]` in the dtype of `rows`, and |rows - left right| / |rows| in the Frobenius
-        norm, from the singular values that are left out.
+        norm, computed from the singular values that are left out.
     """
     count, width = rows.shape
     if max_rank is None or count <= max_rank:
@@ -381,5 +383,5 @@ def factors(rows: torch.Tensor, max_rank: int | None) -> tuple[torch.Tensor, tor
 
 
 def factor_rank(count: int, width: int, max_rank: int | None) -> int:
-    """Rank of the factors that `factors` gives."""
+    """Rank of the factors that `factors` returns."""
     return count if max_rank is None or count <= max_rank else min(max_rank, width)

@@ -1,7 +1,7 @@
-"""Merging on disk: ACT adapters into a full checkpoint, at about the cost of copying it.
+"""Merge ACT adapters into a full checkpoint on disk, at about the cost of copying it.
 
-Every file of the base is mapped and written once, from its beginning to its end, with the changed rows between those
-that stay. No model is built, and no more than some megabytes of it are in memory.
+Every file of the base is mapped and written once, from beginning to end, with changed rows between the unchanged ones.
+No model is built, and only some megabytes are in memory.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from act_peft.disk.shard import Shard
 from act_peft.disk.writing import GatheringWriter, header_with
 from act_peft.errors import ActLoadError, ActValueError, ActWarning
 
-_SMALL_ROW = 64  # bytes; a tensor with shorter rows is copied before it is written, as are columns
-_WORKERS = 2  # parts at a time: more of them wait for the same disk
+_SMALL_ROW = 64  # bytes; a tensor with shorter rows, or with columns to change, is copied before it is written
+_WORKERS = 2  # parts at a time; more would only wait for the same disk
 _PART = 64 << 20  # bytes
-_SLACK = 1 << 20  # bytes kept free beyond what is written
+_SLACK = 1 << 20  # bytes that stay free on the disk
 
 
 def merge_checkpoint(
@@ -48,30 +48,30 @@ def merge_checkpoint(
     overwrite: bool = False,
     show_progress: bool = False,
 ) -> None:
-    """Merge ACT adapters into a checkpoint on disk and write a full one that plain transformers loads.
+    """Merge ACT adapters into a checkpoint on disk, and write a full checkpoint that plain transformers loads.
 
         W[i, :] = round(W_base[i, :] + sum over adapters of weight * delta[i, :])          for their channels i
 
-    The same numbers, bit for bit, as `merge_and_unload` of a model in the checkpoint's dtype with these adapters (and
-    `set_scale(name, weight)`). The sum is in float32, in the sorted order of the adapters' names: the keys of
-    `adapters`, else the last parts of their paths. Files in which nothing changes are copied byte for byte, and so
-    are configuration, tokenizer, chat template, code and licence; not the README, which describes the base, and
-    nothing pickled. If the base ties its embeddings and one of them changes, the result has both
-    and `tie_word_embeddings: false`.
+    The result equals, bit for bit, `merge_and_unload` of a model in the checkpoint's dtype with these adapters (and
+    `set_scale(name, weight)`). The sum is computed in float32, in the sorted order of the adapters' names: the keys of
+    `adapters`, or the last parts of their paths. Files without a change are copied byte for byte, and so are
+    configuration, tokenizer, chat template, code and licence. The README, which describes the base, and pickled files
+    are not copied. If the base ties its embeddings and one of them changes, the result has both tensors and
+    `tie_word_embeddings: false`.
 
     Args:
         base: folder or Hub id of the base's checkpoint, in safetensors.
         adapters: folders or Hub ids of ACT adapters: one, several, or name -> folder.
         output_dir: the folder to write. It appears whole or not at all.
         weights: a factor for each adapter, in the order of `adapters` or by name; 1 by default.
-        overwrite: whether an older checkpoint at `output_dir` is replaced.
-        show_progress: show a progress bar, a step a part of a file, if the error stream is a terminal.
+        overwrite: replace an older checkpoint at `output_dir`.
+        show_progress: show a progress bar over parts of files, if the error stream is a terminal.
 
     Raises:
-        ActValueError: no or damaged checkpoint or adapter, no weight for an adapter, a quantized tensor to change, no
-            room on the disk, an output that exists or lies inside an input. Nothing is written then.
+        ActValueError: a missing or damaged checkpoint or adapter; no weight for an adapter; a quantized tensor that
+            would change; no room on the disk; an output that exists or lies inside an input. Nothing is written then.
         ActLoadError: an adapter that does not fit the base.
-        ActTypeError: a weight that is no number.
+        ActTypeError: a weight that is not a number.
 
     Warns:
         ActWarning: once for each adapter that was made for a base with different weights.
@@ -104,7 +104,7 @@ def merge_checkpoint(
                 written = pool.map(lambda job: job(), jobs)
                 hidden = None if show_progress else True
                 for _ in tqdm(written, desc="merge", total=len(jobs), unit="part", disable=hidden):
-                    pass  # an error ends the wait, and what has not begun is cancelled
+                    pass  # an error ends the loop and cancels the jobs that have not started
             for source in sources:
                 note = _compare_base(checkpoint, source, plan)
                 if note:
@@ -122,7 +122,7 @@ class _Source:
 
 @dataclass(frozen=True)
 class _Part:
-    """What one adapter adds to one tensor."""
+    """The delta that one adapter adds to one tensor."""
 
     source: _Source
     module: str
@@ -133,7 +133,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Change:
-    """What happens to one tensor: `original` is the key that is read, `index` the union of the parts' channels."""
+    """All deltas of one tensor: `original` is the key to read, `index` the union of the parts' channels."""
 
     original: str
     dim: int
@@ -143,7 +143,7 @@ class _Change:
 
 @dataclass(frozen=True)
 class _Plan:
-    """Key to write -> its change; new key -> the tied tensor that it starts as; module -> weight, bias of the base."""
+    """Key to write -> its change; new key -> key of the tied tensor; module -> keys of weight and bias."""
 
     changes: dict[str, _Change] = field(default_factory=dict)
     untied: dict[str, str] = field(default_factory=dict)
@@ -151,7 +151,7 @@ class _Plan:
 
 
 def _make_plan(checkpoint: Checkpoint, sources: Sequence[_Source]) -> _Plan:
-    """Find the tensor of every module of the adapters and check that they fit."""
+    """Find the tensor of every adapted module, and check that the deltas fit."""
     modules = {module: None for source in sources for module in source.adapter.modules}
     names = [f"{module}.weight" for module in modules]
     keys = CheckpointKeys(checkpoint, names)
@@ -200,7 +200,7 @@ def _check_parts(checkpoint: Checkpoint, module: str, key: str, parts: Sequence[
             )
         axes &= fitting
     dim = min(axes, default=0)
-    if len(axes) > 1:  # all channels of a square weight are selected: only learned scales depend on the axis
+    if len(axes) > 1:  # all channels of a square weight: the axis matters only for learned scales
         recorded = [source.adapter.recorded_axis(module) for source, delta in parts if delta.scales is not None]
         known = {axis for axis in recorded if axis is not None}
         if len(known) > 1 or None in recorded:
@@ -253,7 +253,7 @@ def _compare_base(checkpoint: Checkpoint, source: _Source, plan: _Plan) -> str |
 
 
 def _jobs(checkpoint: Checkpoint, plan: _Plan, folder: Path) -> Iterator[Callable[[], None]]:
-    """What there is to write, in parts of about the same size that may run side by side."""
+    """The work of writing, in parts of about the same size that may run at the same time."""
     for file in checkpoint.files:
         shard, target = checkpoint.shard(file), folder / file
         new = {key: source for key, source in plan.untied.items() if checkpoint.file_of(source) == file}
@@ -261,7 +261,7 @@ def _jobs(checkpoint: Checkpoint, plan: _Plan, folder: Path) -> Iterator[Callabl
         changed.sort(key=lambda key: shard.info(key).start)
         if not changed and not new:
             yield partial(copy_file, shard.path, target)
-        elif new:  # another header, so everything lies elsewhere
+        elif new:  # the header is longer, so all tensors move
             yield partial(_write_grown, shard, plan, target, changed, new)
         else:
             with open(target, "xb") as empty:
@@ -277,13 +277,13 @@ def _jobs(checkpoint: Checkpoint, plan: _Plan, folder: Path) -> Iterator[Callabl
 
 
 def _write_part(shard: Shard, plan: _Plan, target: Path, keys: Sequence[str], start: int, stop: int) -> None:
-    """Write the bytes from `start` to `stop` of a file that has its size already."""
+    """Write the bytes from `start` to `stop` of a file that already has its full size."""
     with GatheringWriter(target, start=start) as out:
         _write_range(out, shard, plan, keys, start, stop)
 
 
 def _write_grown(shard: Shard, plan: _Plan, target: Path, keys: Sequence[str], new: Mapping[str, str]) -> None:
-    """Write a file that gets further tensors, at its end."""
+    """Write a file with new tensors at its end."""
     with GatheringWriter(target) as out:
         out.write(header_with(shard, new))
         _write_range(out, shard, plan, keys, shard.data_start, shard.size)
@@ -292,7 +292,7 @@ def _write_grown(shard: Shard, plan: _Plan, target: Path, keys: Sequence[str], n
 
 
 def _write_range(out: GatheringWriter, shard: Shard, plan: _Plan, keys: Sequence[str], start: int, stop: int) -> None:
-    """Write a range of a file's bytes: the tensors `keys` with their changes, and what lies between as it is."""
+    """Write a range of a file: the tensors `keys` with their changes, and the bytes between them unchanged."""
     for key in keys:
         info = shard.info(key)
         _write_bytes(out, shard, start, info.start)
@@ -307,7 +307,7 @@ def _write_bytes(out: GatheringWriter, shard: Shard, start: int, stop: int) -> N
 
 
 def _write_tensor(out: GatheringWriter, shard: Shard, key: str, change: _Change | None) -> None:
-    """Write a tensor with the merged rows, or columns, in it, range by range along its first axis."""
+    """Write a tensor with its merged rows or columns, range by range along the first axis."""
     info = shard.info(key)
     for first, stop in info.blocks():
         block = shard.view(key, first, stop)
@@ -326,7 +326,7 @@ def _write_tensor(out: GatheringWriter, shard: Shard, key: str, change: _Change 
 
 
 def _channels_between(change: _Change, first: int, stop: int) -> torch.Tensor:
-    """The channels of a range along the first axis."""
+    """The channels in a range of the first axis."""
     if change.dim == 1:
         return change.index
     i, j = torch.searchsorted(change.index, torch.tensor([first, stop])).tolist()
@@ -334,7 +334,7 @@ def _channels_between(change: _Change, first: int, stop: int) -> torch.Tensor:
 
 
 def _note_seen(change: _Change, index: torch.Tensor, original: torch.Tensor) -> None:
-    """Add base rows (the channels `index` of a range) to the fingerprints of the adapters that change them."""
+    """Add base rows, those of the channels `index`, to the fingerprints of the adapters that change them."""
     for part in change.parts:
         if part.seen is None:
             continue
@@ -345,7 +345,7 @@ def _note_seen(change: _Change, index: torch.Tensor, original: torch.Tensor) -> 
 
 
 def _deltas_between(change: _Change, first: int, stop: int) -> Iterator[ScaledDelta]:
-    """Each adapter's channels and deltas that lie between two entries of the first axis."""
+    """The channels and deltas of each adapter between two positions of the first axis."""
     for part in change.parts:
         adapter = part.source.adapter
         channels, entries = slice(None), slice(first, stop)
@@ -357,7 +357,7 @@ def _deltas_between(change: _Change, first: int, stop: int) -> Iterator[ScaledDe
 
 
 def _write_untied(checkpoint: Checkpoint, plan: _Plan, folder: Path) -> None:
-    """Say in the configuration and the index that there are two tensors now."""
+    """Write to the configuration and the index that the weights are separate tensors now."""
     config = read_json(checkpoint.folder, "config.json")
     config["tie_word_embeddings"] = False
     if isinstance(config.get("text_config"), dict):

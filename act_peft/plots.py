@@ -1,4 +1,4 @@
-"""Figures: the distribution of scores, what models can do, what settings cost. Needs matplotlib (optional)."""
+"""Figures: distribution of scores, accuracies of models, results of a sweep. They need matplotlib (optional)."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DOTS_PER_INCH = 160
-FEW_GROUPS = 16  # that fit into the legend and can be told apart
-POINTS = 400  # points of a curve; more would not show
+FEW_GROUPS = 16  # as many as the legend has room for and colours can distinguish
+POINTS = 400  # points of a curve; more would not be visible
 _GREY = "#8a8f98"
 _INK = "#23272e"
 _FAINT = "#e3e6ea"
@@ -47,17 +47,17 @@ _BARS = ("#b9bec7", "#6c7380", "#88ccee", "#117733", "#ddcc77", "#cc6677", "#aa4
 
 
 class Grouping(Enum):
-    """Which modules share a curve."""
+    """How modules are grouped into curves."""
 
     KIND = "kind"
     LAYER = "layer"
 
 
 def check_matplotlib() -> None:
-    """Call it before long work whose last step is a figure.
+    """Check that figures can be drawn; to be called before long work that ends with one.
 
     Raises:
-        ActError: If matplotlib is not installed.
+        ActError: matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise ActError('figures: matplotlib is not installed, expected it (pip install "act-peft[demo]")')
@@ -76,16 +76,16 @@ def plot_scores(
     For a score x the curve shows the share of the group's channels whose score is at least x.
 
     Args:
-        scores: From `localize`.
-        path: The PNG to write, whole or not at all.
-        density: Marks the cut of this share of the channels, above 0 and at most 1.
-        scope: As in `ChannelScores.top`; `"global"`: one cut, the same score for all modules; `"module"`: the same
-            share of every module, so that the cut of a group is about where its curve meets the share.
+        scores: from `localize`.
+        path: the PNG to write, whole or not at all.
+        density: share of the channels whose cut is marked, above 0 and at most 1.
+        scope: as in `ChannelScores.top`. `"global"`: one cut, at the same score for all modules. `"module"`: the same
+            share of every module, so the cut of a group lies about where its curve crosses the share.
         group_by: `"kind"` pools the modules of one name over the layers, `"layer"` those of one layer.
 
     Raises:
-        ActError: If matplotlib is not installed.
-        ActValueError: If `density`, `scope` or `group_by` is none of these, or the folder does not exist.
+        ActError: matplotlib is not installed.
+        ActValueError: `density`, `scope` or `group_by` is none of these, or the folder does not exist.
     """
     figure = _figure(7.2, 4.8)
     _draw_scores(figure.subplots(), scores, density, member_of(Scope, scope, "scope"), group_by)
@@ -96,12 +96,12 @@ def plot_accuracies(accuracies: Mapping[str, Mapping[str, float]], path: str | o
     """Draw accuracies as groups of bars, one group a skill and one bar a model.
 
     Args:
-        accuracies: Model -> skill -> share from 0 to 1; the same skills for every model.
-        path: The PNG to write, whole or not at all.
+        accuracies: model -> skill -> share from 0 to 1; the same skills for every model.
+        path: the PNG to write, whole or not at all.
 
     Raises:
-        ActError: If matplotlib is not installed.
-        ActValueError: If the models have different skills or there are none, or the folder does not exist.
+        ActError: matplotlib is not installed.
+        ActValueError: the models have different skills or none, or the folder does not exist.
     """
     figure = _figure(8, 4.8)
     _draw_accuracies(figure.subplots(), accuracies)
@@ -119,15 +119,15 @@ def plot_demo(
     """Draw `plot_scores` and `plot_accuracies` side by side.
 
     Args:
-        scores: As in `plot_scores`.
-        accuracies: As in `plot_accuracies`.
-        path: The PNG to write, whole or not at all.
-        density: As in `plot_scores`.
-        scope: As in `plot_scores`.
+        scores: as in `plot_scores`.
+        accuracies: as in `plot_accuracies`.
+        path: the PNG to write, whole or not at all.
+        density: as in `plot_scores`.
+        scope: as in `plot_scores`.
 
     Raises:
-        ActError: If matplotlib is not installed.
-        ActValueError: As in `plot_scores` and `plot_accuracies`.
+        ActError: matplotlib is not installed.
+        ActValueError: as in `plot_scores` and `plot_accuracies`.
     """
     figure = _figure(14, 5.2)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.25))
@@ -137,18 +137,18 @@ def plot_demo(
 
 
 def plot_sweep(result: SweepResult, path: str | os.PathLike[str]) -> None:
-    """Draw every setting of a sweep: accuracy on what is kept to the right, on the ability upwards.
+    """Draw every setting of a sweep: accuracy on the skill to keep (x axis) and on the ability (y axis).
 
-    One line for each density, along the transfer scales; base, donor, Pareto front and recommendation are marked. With
-    several skills to keep, their mean is drawn.
+    One line for each density, through its transfer scales; base, donor, Pareto front and recommendation are marked.
+    With several skills to keep, their mean is drawn.
 
     Args:
-        result: From `sweep`.
-        path: The PNG to write, whole or not at all.
+        result: from `sweep`.
+        path: the PNG to write, whole or not at all.
 
     Raises:
-        ActError: If matplotlib is not installed.
-        ActValueError: If the folder does not exist.
+        ActError: matplotlib is not installed.
+        ActValueError: the folder does not exist.
     """
     figure = _figure(7.2, 5.2)
     _draw_sweep(figure.subplots(), result)
@@ -159,7 +159,7 @@ def group_scores(scores: ChannelScores, group_by: str | Grouping = Grouping.KIND
     """Pool the scores of related modules.
 
     Args:
-        scores: From `localize`.
+        scores: from `localize`.
         group_by: `"kind"`: the last part of a module's name (`q_proj`); `"layer"`: its first number, and the kind for
             modules outside the layers.
 
@@ -167,7 +167,7 @@ def group_scores(scores: ChannelScores, group_by: str | Grouping = Grouping.KIND
         Group -> scores of its channels, float64 `[C]`, in the model's order.
 
     Raises:
-        ActValueError: If `group_by` is none of these.
+        ActValueError: `group_by` is none of these.
     """
     name_of = _GROUP_NAMES[member_of(Grouping, group_by, "group_by")]
     groups: dict[str, list[torch.Tensor]] = {}
@@ -239,7 +239,7 @@ def _draw_scores(
 
 
 def _looks(count: int) -> list[dict[str, Any]]:
-    """Colour and line of each group: clearly different ones for a few, a gradient in the model's order for many."""
+    """Colour and line of each group: distinct ones for a few groups, a gradient in the model's order for many."""
     if count <= FEW_GROUPS:
         styles = [style for style in ("-", "--") for _ in _COLOURS]
         return [{"color": colour, "linestyle": style} for colour, style in zip(2 * _COLOURS, styles, strict=True)][
@@ -266,7 +266,7 @@ def _mark_cut(axes: Axes, density: float, scope: Scope, lowest: float) -> None:
 
 
 def _curve(values: torch.Tensor) -> tuple[list[float], list[float]]:
-    """Scores in rising order and the share of channels at or above each; zeros are beyond a logarithmic axis."""
+    """Scores in rising order, without zeros (the axis is logarithmic), and the share of channels at or above each."""
     ordered = values.sort().values
     share = 1 - torch.arange(ordered.numel(), dtype=torch.float64) / ordered.numel()
     ordered, share = ordered[ordered > 0], share[ordered > 0]

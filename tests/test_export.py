@@ -426,7 +426,7 @@ def test_lora_bias_is_exact(tmp_path):
 )
 def test_lora_bias_is_for_linear_layers(channels, named, tmp_path):
     model = adapted(build("qwen2"), channels=channels, biases=True)
-    with pytest.raises(ActValueError, match=f"{named}: biases='lora_bias' is for linear layers"):
+    with pytest.raises(ActValueError, match=f"{named}: biases='lora_bias' is only for linear layers"):
         export_lora(model, tmp_path / "lora", biases="lora_bias")
 
 
@@ -446,7 +446,7 @@ def test_whole_modules_whose_name_means_others_are_refused(tmp_path):
     mask = ChannelMask({"proj": [0], "plain": [1]}, {"proj": 6, "plain": 4})
     model = get_peft_model(base, ActConfig(channels=mask, init_weights=False))
     with pytest.raises(
-        ActValueError, match="proj: cannot be saved as a whole, because PEFT would mean other_proj too"
+        ActValueError, match="proj: cannot be saved as a whole, because PEFT would save other_proj too"
     ):
         export_lora(model, tmp_path / "lora", biases="modules_to_save")
 
@@ -487,13 +487,13 @@ def test_options_that_can_never_be_right(saved, tmp_path, option):
 
 def test_options_that_do_not_go_together(saved, tmp_path):
     model, folder = saved
-    with pytest.raises(ActValueError, match="base: given with a model in memory"):
+    with pytest.raises(ActValueError, match="base: got one together with a model in memory"):
         export_lora(model, tmp_path / "lora", base="base", biases="modules_to_save")
     with pytest.raises(ActValueError, match="adapter_name: got 'other' with a folder"):
         export_lora(folder, tmp_path / "lora", adapter_name="other")
     with pytest.raises(ActValueError, match=r"base: needed for biases='modules_to_save'.* got base=None"):
         export_lora(folder, tmp_path / "lora", biases="modules_to_save")
-    with pytest.raises(ActValueError, match=r"base: needed .* and only there, got base='base' with biases='error'"):
+    with pytest.raises(ActValueError, match=r"base: needed .* and only there; got base='base' with biases='error'"):
         export_lora(folder, tmp_path / "lora", base="base")
     with pytest.raises(ActTypeError, match="export_lora: got int, expected a model with an ACT adapter"):
         export_lora(3, tmp_path / "lora")

@@ -2,11 +2,12 @@
 
 A command is one module of this package with three names:
 
-    SUMMARY, EXAMPLE                   what `--help` says
+    SUMMARY, EXAMPLE                   text for `--help`
     add_arguments(parser)              its arguments
-    run(arguments)                     one call of the library, and the printing; errors are raised
+    run(arguments)                     one call of the library, and the output; errors are raised
 
-and one line in `COMMANDS`. Modules of commands import the library inside `run`, so that `--help` does not wait for it.
+and one line in `COMMANDS`. Modules of commands import the library inside `run`, within `imports.importing()`, so that
+`--help`, mistyped arguments and the checks before do not wait for it.
 """
 
 from __future__ import annotations
@@ -17,8 +18,12 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
+from act_peft.cli.imports import INTERRUPTED, INTERRUPTED_LINE
 from act_peft.errors import ActError
 
 COMMANDS = {
@@ -33,7 +38,7 @@ COMMANDS = {
     "inspect": "act_peft.cli.inspect",
 }
 
-DONE, FAILED, INTERRUPTED = 0, 1, 130  # argparse itself ends with 2 after bad arguments
+DONE, FAILED = 0, 1  # argparse itself ends with 2 after bad arguments
 
 _DESCRIPTION = (
     "Move a lost ability from a related model: localize its channels, transfer only them, fine-tune briefly."
@@ -44,7 +49,7 @@ _KEYWORD = re.compile(r"(?<=\s)(\w+)=(?:True|'([^']*)')")
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    from act_peft import __version__  # here, because the package may still be loading when this module is imported
+    from act_peft import __version__
 
     debug = argparse.ArgumentParser(add_help=False)
     debug.add_argument(
@@ -64,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command.
+    """Run one command. Errors and warnings of the library are one line each on the error stream.
 
     Args:
         argv: arguments without the name of the program; by default those of the process.
@@ -75,14 +80,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: by argparse; 2 after bad arguments, 0 after `--help` and `--version`.
     """
-    arguments = build_parser().parse_args(argv)
+    arguments = argparse.Namespace()
     try:
-        arguments.run(arguments)
+        arguments = build_parser().parse_args(argv)
+        with _short_warnings(arguments):
+            arguments.run(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        print("act-peft: interrupted", file=sys.stderr)
+        print(INTERRUPTED_LINE, file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # who reads our output, `head` say, has seen enough
+    except BrokenPipeError:  # the reader of our output, `head` for example, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ActError, OSError) as error:
         if getattr(arguments, "debug", False):
@@ -105,15 +112,29 @@ def _parser(make, debug, *args: str, description: str, example: str, **options: 
     )
 
 
-def _one_line(error: Exception) -> str:
-    """What an error says, in one line; a file that the system complains about comes first, as everywhere."""
+@contextmanager
+def _short_warnings(arguments: argparse.Namespace) -> Iterator[None]:
+    """Print warnings as one line each, without the place in the library's code that gives them."""
+
+    def show(
+        message: Warning | str, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None
+    ) -> None:
+        print(f"act-peft: warning: {_with_options(_one_line(message), arguments)}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
+def _one_line(error: Exception | str) -> str:
+    """The message of an error or a warning in one line. If the system refused a file, the file comes first."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def _with_options(line: str, arguments: argparse.Namespace) -> str:
-    """A line in which keywords of the library, `overwrite=True` say, are the options of the command that they mean."""
+    """Replace arguments of the library, for example `overwrite=True`, by the options of the command, `--overwrite`."""
 
     def option(keyword: re.Match[str]) -> str:
         name, value = keyword.groups()

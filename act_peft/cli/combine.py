@@ -6,8 +6,9 @@ import argparse
 import json
 
 from act_peft.cli.files import add_output
+from act_peft.cli.imports import importing
 
-SUMMARY = "Combine adapters of one base into one, with a weight each, and show where they pull on the same channels."
+SUMMARY = "Combine adapters of one base into one, with a weight each, and show the channels that they share."
 EXAMPLE = "act-peft combine science law --weights 1 0.5 --combination-type ties --density 0.5 --output both"
 
 
@@ -19,22 +20,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--combination-type",
         default="linear",
         metavar="TYPE",
-        help="what becomes of shared channels: linear (= sum), mean, first, larger, ties, dare_linear, dare_ties or "
+        help="rule for shared channels: linear (= sum), mean, first, larger, ties, dare_linear, dare_ties or "
         "magnitude_prune (linear)",
     )
-    parser.add_argument("--density", type=float, help="share of the values of shared channels that pruning keeps")
     parser.add_argument(
-        "--majority-sign-method", default="total", metavar="METHOD", help="of ties and dare_ties: total or frequency"
+        "--density",
+        type=float,
+        help="share of the values of shared channels that pruning keeps; only for pruning types",
     )
-    parser.add_argument("--base", help="checkpoint of the base, whose fingerprint the result then records")
-    parser.add_argument("--report", action="store_true", help="show the conflicts of every module, not only totals")
+    parser.add_argument(
+        "--majority-sign-method",
+        default="total",
+        metavar="METHOD",
+        help="for ties and dare_ties: total or frequency (total)",
+    )
+    parser.add_argument(
+        "--base", help="checkpoint of the base; its fingerprint is recorded in the result (not recorded)"
+    )
+    parser.add_argument(
+        "--report", action="store_true", help="show the conflicts of every module, not only the totals"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_output(parser, what="folder of the adapter")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Combine and print what was written and where the adapters conflict."""
-    from act_peft import combine
+    with importing():
+        from act_peft import combine
 
     result = combine(
         arguments.adapter,

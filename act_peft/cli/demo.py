@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from act_peft.cli.imports import importing
+
 if TYPE_CHECKING:
     from act_peft.demo.run import DemoResult
 
@@ -18,17 +20,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("act-peft-demo"), metavar="DIR", help="folder to write (act-peft-demo)"
     )
-    parser.add_argument("--seed", type=int, help="order of the examples, and the random channels of a control (0)")
+    parser.add_argument("--seed", type=int, help="seed of the order of the examples and of the random channels (0)")
     parser.add_argument("--density", type=float, help="share of the channels that is selected (0.2)")
     parser.add_argument(
-        "--transfer-scale", type=float, metavar="SCALE", help="share of the donor's difference that moves over (0.3)"
+        "--transfer-scale", type=float, metavar="SCALE", help="share of the donor's difference that is added (0.3)"
     )
-    parser.add_argument("--overwrite", action="store_true", help="do every step again, reuse nothing")
+    parser.add_argument("--overwrite", action="store_true", help="run every step again")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Run the demo and print what came out."""
-    from act_peft.demo.run import DemoSettings, run_demo
+    """Run the demo and print its results."""
+    with importing():
+        from act_peft.demo.run import DemoSettings, run_demo
 
     given = {name: getattr(arguments, name) for name in ("seed", "density", "transfer_scale")}
     settings = DemoSettings(**{name: value for name, value in given.items() if value is not None})

@@ -1,4 +1,4 @@
-"""Models, and examples for them as TRL tokenises, masks and batches them for training."""
+"""Models, and batches of examples: tokenized and masked by TRL, as for training."""
 
 from __future__ import annotations
 
@@ -7,39 +7,48 @@ import tempfile
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from act_peft.cli.imports import importing
 from act_peft.errors import ActValueError
 
 DEVICE = "cuda if there is one"
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
-_BAD_EXAMPLES = (AttributeError, KeyError, RuntimeError, TypeError, ValueError)  # what TRL raises for them
+_BAD_EXAMPLES = (AttributeError, KeyError, RuntimeError, TypeError, ValueError)  # raised by TRL
 
 
 def add_examples(parser: argparse.ArgumentParser, *, samples: int, batch_size: int) -> None:
-    """Add how examples are drawn and read, and how models are loaded for them.
+    """Add the options for reading examples and loading models.
 
     Args:
-        parser: of the command.
+        parser: parser of the command.
         samples: default of `--samples`.
         batch_size: default of `--batch-size`.
     """
     parser.add_argument("--split", default="train", help="split of the datasets (train)")
     parser.add_argument(
-        "--samples", type=_integer_from(1), default=samples, help=f"how many examples of each, drawn ({samples})"
+        "--samples",
+        type=_integer_from(1),
+        default=samples,
+        help=f"examples of each dataset, drawn at random ({samples})",
     )
     parser.add_argument("--assistant-only", action="store_true", help="count the assistant's tokens only")
     parser.add_argument(
         "--batch-size", type=_integer_from(1), default=batch_size, help=f"examples at a time ({batch_size})"
     )
-    parser.add_argument("--max-length", type=_integer_from(1), default=1024, help="tokens of an example (1024)")
+    parser.add_argument(
+        "--max-length",
+        type=_integer_from(1),
+        default=1024,
+        help="tokens of an example; longer ones are cut off (1024)",
+    )
     parser.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="dtype of the models (auto: that of their checkpoints)"
     )
-    parser.add_argument("--device", default=DEVICE, help="where the models run")
-    parser.add_argument("--seed", type=_integer_from(0), default=0, help="of the drawing (0)")
+    parser.add_argument("--device", default=DEVICE, help=f"device of the models ({DEVICE})")
+    parser.add_argument("--seed", type=_integer_from(0), default=0, help="seed of the random draw of examples (0)")
 
 
 def device_of(arguments: argparse.Namespace) -> str:
-    """The device that `--device` means.
+    """The device for `--device`.
 
     Raises:
         ActValueError: there is no such device here.
@@ -50,7 +59,7 @@ def device_of(arguments: argparse.Namespace) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=arguments.device).item()
-    except (AssertionError, RuntimeError) as error:  # torch asserts that it was built for the device
+    except (AssertionError, RuntimeError) as error:  # an assertion: torch was built without support for the device
         raise ActValueError(
             f"device: got {arguments.device!r}, expected one that torch can use here ({str(error)[:120]}; "
             "try --device cpu)"
@@ -59,16 +68,17 @@ def device_of(arguments: argparse.Namespace) -> str:
 
 
 def load_model(name: str, arguments: argparse.Namespace) -> Any:
-    """A model, as `--dtype` and `--device` say.
+    """Load a model, with `--dtype` and `--device`.
 
     Args:
-        name: its folder or Hub id.
-        arguments: of the command; `device` is one that `device_of` gave.
+        name: folder or Hub id.
+        arguments: arguments of the command; `device` comes from `device_of`.
 
     Raises:
         ActValueError: there is no model of this name.
     """
-    from transformers import AutoModelForCausalLM
+    with importing():
+        from transformers import AutoModelForCausalLM
 
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=arguments.dtype)
@@ -93,27 +103,28 @@ def batches_of(
 
     Args:
         examples: a dataset in one of TRL's formats.
-        model: the model that they are for.
+        model: the model that will read them.
         tokenizer: folder or Hub id of its tokenizer.
         batch_size: examples in a batch.
-        max_length: tokens of an example; what is longer is cut off.
-        assistant_only: whether only the assistant's tokens count.
-        device: where the model is.
+        max_length: tokens of an example; the rest is cut off.
+        assistant_only: count only the assistant's tokens.
+        device: device of the model.
 
     Raises:
-        ActValueError: the model has no tokenizer, or the examples are not what TRL's formats say.
+        ActValueError: the model has no tokenizer, or the examples have none of TRL's formats.
     """
-    from transformers import AutoTokenizer
-    from trl import SFTConfig, SFTTrainer
+    with importing():
+        from transformers import AutoTokenizer
+        from trl import SFTConfig, SFTTrainer
 
     try:
         processing = AutoTokenizer.from_pretrained(tokenizer)
     except ValueError as error:
         raise ActValueError(
-            f"{tokenizer}: its tokenizer cannot be loaded, expected one beside the model ({str(error)[:300]}; save it "
-            "there)"
+            f"{tokenizer}: its tokenizer cannot be loaded, expected one in the folder of the model "
+            f"({str(error)[:300]}; save it there)"
         ) from error
-    with tempfile.TemporaryDirectory() as unused:  # TRL makes its folder, although nothing is saved there
+    with tempfile.TemporaryDirectory() as unused:  # TRL creates the folder, although nothing is saved there
         settings = SFTConfig(
             output_dir=unused,
             per_device_train_batch_size=batch_size,
@@ -128,14 +139,14 @@ def batches_of(
             tokenizing = SFTTrainer(model, args=settings, train_dataset=examples, processing_class=processing)
         except _BAD_EXAMPLES as error:
             raise ActValueError(
-                f"dataset with the columns {examples.column_names}: TRL cannot tokenise it, expected examples in one "
+                f"dataset with the columns {examples.column_names}: TRL cannot tokenize it, expected examples in one "
                 f"of its formats ({type(error).__name__}: {str(error)[:300]})"
             ) from error
         return tokenizing.get_train_dataloader()
 
 
 def _integer_from(smallest: int) -> Callable[[str], int]:
-    """The type of an argument that is an integer, and not below the smallest one."""
+    """The type of an argument that is an integer of at least `smallest`."""
 
     def integer(text: str) -> int:
         number = int(text)

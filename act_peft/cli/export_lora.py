@@ -5,29 +5,33 @@ from __future__ import annotations
 import argparse
 
 from act_peft.cli.files import add_output
+from act_peft.cli.imports import importing
 
-SUMMARY = "Export an adapter as an ordinary LoRA adapter, exact unless a rank is given, for stock PEFT and serving."
+SUMMARY = "Export an adapter as an ordinary LoRA adapter; exact, unless a rank is given."
 EXAMPLE = "act-peft export-lora ability --output ability-lora --max-rank 64"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
     parser.add_argument("adapter", help="adapter: folder or Hub id")
-    parser.add_argument("--max-rank", type=int, metavar="RANK", help="greatest rank of a module (exact ranks)")
+    parser.add_argument(
+        "--max-rank", type=int, metavar="RANK", help="largest rank of a module (as many as channels: exact)"
+    )
     parser.add_argument("--uniform-rank", action="store_true", help="pad all modules with zeros to one rank")
     parser.add_argument(
         "--biases",
         choices=("error", "modules_to_save", "lora_bias"),
         default="error",
-        help="what becomes of deltas of biases and norms, which have no LoRA form (error)",
+        help="how to treat deltas of biases and norms, which have no LoRA form (error)",
     )
-    parser.add_argument("--base", help="checkpoint of the base, needed for --biases modules_to_save")
+    parser.add_argument("--base", help="checkpoint of the base, needed with --biases modules_to_save and only there")
     add_output(parser, what="folder of the LoRA adapter")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Export and print what was written and what it costs."""
-    from act_peft import export_lora
+    with importing():
+        from act_peft import export_lora
 
     result = export_lora(
         arguments.adapter,

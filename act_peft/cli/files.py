@@ -1,4 +1,4 @@
-"""What several commands share: outputs that must not be overwritten, masks from files, examples from datasets."""
+"""Arguments and checks that several commands share: selection, outputs, datasets."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from act_peft.cli.imports import importing
 from act_peft.errors import ActValueError
+
+SCOPE = "global: rank the channels of all modules together; module: the same share of every module (global)"
+NORMALIZE = "rms: divide the scores of each module by their root mean square before ranking; none: do not (none)"
 
 
 def add_output(parser: argparse.ArgumentParser, *, what: str) -> None:
@@ -17,7 +21,7 @@ def add_output(parser: argparse.ArgumentParser, *, what: str) -> None:
 
 
 def check_output_file(path: Path, *, overwrite: bool) -> None:
-    """Refuse, before any work, a file that could not be written or must not be.
+    """Refuse, before any work, a file that cannot or must not be written.
 
     Raises:
         ActValueError: the file exists (without `overwrite`), is a folder, or its folder does not exist.
@@ -35,15 +39,16 @@ def load_examples(dataset: str, *, split: str, samples: int | None, seed: int) -
 
     Args:
         dataset: a JSON or JSONL file, a folder, or an id on the Hub.
-        split: its split.
-        samples: how many examples, drawn at random; None takes all.
-        seed: of the drawing.
+        split: split of the dataset.
+        samples: number of examples, drawn at random; None takes all.
+        seed: seed of the random draw.
 
     Raises:
-        ActValueError: there is no such dataset or split, or it is damaged, empty, or in none of TRL's formats.
+        ActValueError: there is no such dataset or split; it is damaged or empty; it has none of TRL's formats.
     """
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
+    with importing():
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetGenerationError
 
     path = Path(dataset)
     expected = "expected a JSON or JSONL file, a folder or a Hub id"
@@ -54,11 +59,11 @@ def load_examples(dataset: str, *, split: str, samples: int | None, seed: int) -
             examples = load_dataset("json", data_files=dataset, split=split)
         else:
             examples = load_dataset(dataset, split=split)
-    except StopIteration:  # of a file without a line
+    except StopIteration:  # raised for an empty file
         examples = []
     except (DatasetGenerationError, FileNotFoundError, TypeError, ValueError, ConnectionError) as error:
         where = "cannot be loaded" if path.exists() else "there is no such file or folder, nor can it be loaded"
-        reason = error.__cause__ if isinstance(error, DatasetGenerationError) else error  # the reader's own words
+        reason = error.__cause__ if isinstance(error, DatasetGenerationError) else error  # the message of the reader
         raise ActValueError(f"dataset {dataset!r}: {where}, {expected} ({reason or error})") from error
     if not len(examples):
         raise ActValueError(f"dataset {dataset!r}: got no examples, expected at least one (in split {split!r})")

@@ -1,4 +1,4 @@
-"""`act-peft inspect`: what is in a file of scores, a mask or an adapter."""
+"""`act-peft inspect`: the content of a file of scores, a mask or an adapter."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from act_peft.cli.imports import importing
 from act_peft.errors import ActValueError
 from act_peft.tables import aligned
 
-SUMMARY = "Show what a file of scores, a mask or an adapter holds."
+SUMMARY = "Show the content of a file of scores, a mask or an adapter."
 EXAMPLE = "act-peft inspect ability --json"
 
 
@@ -35,13 +36,14 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """What a file holds, as plain values; `modules` maps each module to its numbers.
+    """The content of a file as plain values; `modules` maps each module to its numbers.
 
     Raises:
-        ActValueError: it is none of ours, or damaged.
+        ActValueError: the file was not written by act_peft, or is damaged.
     """
-    from act_peft import ActConfig, ChannelMask, ChannelScores
-    from act_peft.disk import tensorfile
+    with importing():
+        from act_peft import ActConfig, ChannelMask, ChannelScores
+        from act_peft.disk import tensorfile
 
     if path.is_dir():
         _check_adapter(path)
@@ -80,10 +82,10 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def _check_adapter(folder: Path) -> None:
-    """Check that a folder is one of an ACT adapter.
+    """Check that a folder holds an ACT adapter.
 
     Raises:
-        ActValueError: it holds no adapter, or one of another method.
+        ActValueError: it holds no adapter, or one of a different method.
     """
     from act_peft.adapter.file import CONFIG
     from act_peft.disk.checkpoint import read_json

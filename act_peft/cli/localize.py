@@ -7,6 +7,7 @@ from typing import Any
 
 from act_peft.cli.examples import add_examples, batches_of, device_of, load_model
 from act_peft.cli.files import add_output, check_output_file, load_examples
+from act_peft.cli.imports import importing
 
 SUMMARY = "Score every channel by how differently base and donor answer, on examples of the ability."
 EXAMPLE = "act-peft localize --base org/base --donor org/donor --dataset ability.jsonl --output scores.safetensors"
@@ -18,19 +19,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--donor",
         required=True,
-        help="its relative with the ability, or a PEFT adapter of the base that has it: folder or Hub id",
+        help="its relative with the ability, or a PEFT adapter of the base with it: folder or Hub id",
     )
     parser.add_argument(
         "--score",
         choices=("activation", "weight", "attribution"),
         default="activation",
-        help="what is scored: the difference of the outputs, the size of the weight change (without examples), or how "
-        "much the loss falls (activation)",
+        help="what a score measures: the difference of the outputs, the size of the weight change (without examples), "
+        "or by how much the loss falls (activation)",
     )
-    parser.add_argument("--dataset", help="examples in one of TRL's formats: JSON(L) file, folder or Hub id")
-    parser.add_argument("--keep-dataset", help="for attributions: examples of a skill to keep, of the same kinds")
-    parser.add_argument("--target-modules", nargs="+", metavar="NAME", help="only these modules")
-    parser.add_argument("--exclude-modules", nargs="+", metavar="NAME", help="not these modules")
+    parser.add_argument(
+        "--dataset",
+        help="examples in one of TRL's formats: JSON(L) file, folder or Hub id; only --score weight needs none",
+    )
+    parser.add_argument("--keep-dataset", help="with --score attribution: examples of a skill to keep (none)")
+    parser.add_argument(
+        "--target-modules",
+        nargs="+",
+        metavar="NAME",
+        help="only these modules (all linear, embedding and norm modules)",
+    )
+    parser.add_argument("--exclude-modules", nargs="+", metavar="NAME", help="not these modules (none)")
     add_examples(parser, samples=1500, batch_size=4)
     add_output(parser, what="file of scores")
     parser.set_defaults(refuse=parser.error)
@@ -40,8 +49,9 @@ def run(arguments: argparse.Namespace) -> None:
     """Localize and print what was written."""
     _check_datasets(arguments)
     check_output_file(arguments.output, overwrite=arguments.overwrite)
-    from act_peft import localize
-    from act_peft.transfer.donors import is_adapter
+    with importing():
+        from act_peft import localize
+        from act_peft.transfer.donors import is_adapter
 
     arguments.device = device_of(arguments)
     examples: dict[str, Any] = {
@@ -78,7 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _check_datasets(arguments: argparse.Namespace) -> None:
-    """End as after other bad arguments if data are missing, or would not be used."""
+    """End like argparse, with status 2, if a dataset is missing or would not be used."""
     if arguments.score == "weight":
         if arguments.dataset is not None:
             arguments.refuse("argument --dataset: not used with --score weight")

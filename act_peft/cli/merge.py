@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from act_peft.cli.files import add_output
+from act_peft.cli.imports import importing
 
 SUMMARY = "Merge adapters into a checkpoint, at the cost of copying it, without loading the model."
 EXAMPLE = "act-peft merge --base org/base --adapter ability --output merged"
@@ -24,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Merge and print what was written."""
-    from act_peft import merge_checkpoint
+    with importing():
+        from act_peft import merge_checkpoint
 
     merge_checkpoint(
         arguments.base,

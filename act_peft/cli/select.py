@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from act_peft.cli.files import add_output, check_output_file
+from act_peft.cli.files import NORMALIZE, SCOPE, add_output, check_output_file
+from act_peft.cli.imports import importing
 from act_peft.errors import ActValueError
 
 SUMMARY = "Select the channels with the highest scores."
@@ -16,8 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
     parser.add_argument("scores", type=Path, help="file of scores, from `act-peft localize`")
     parser.add_argument("--density", type=float, required=True, help="share of the channels to select, from 0 to 1")
-    parser.add_argument("--scope", choices=("global", "module"), default="global", help="what is ranked together")
-    parser.add_argument("--normalize", choices=("none", "rms"), default="none", help="what scores are relative to")
+    parser.add_argument("--scope", choices=("global", "module"), default="global", help=SCOPE)
+    parser.add_argument("--normalize", choices=("none", "rms"), default="none", help=NORMALIZE)
     add_output(parser, what="file of the mask")
 
 
@@ -28,7 +29,8 @@ def run(arguments: argparse.Namespace) -> None:
         ActValueError: the share is too small for a single channel.
     """
     check_output_file(arguments.output, overwrite=arguments.overwrite)
-    from act_peft import ChannelScores
+    with importing():
+        from act_peft import ChannelScores
 
     scores = ChannelScores.load(arguments.scores)
     mask = scores.top(arguments.density, scope=arguments.scope, normalize=arguments.normalize)

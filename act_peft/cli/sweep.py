@@ -1,4 +1,4 @@
-"""`act-peft sweep`: which density and which transfer scale."""
+"""`act-peft sweep`: try densities and transfer scales."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from act_peft.cli.examples import add_examples, batches_of, device_of, load_model
-from act_peft.cli.files import add_output, check_output_file, load_examples
+from act_peft.cli.files import NORMALIZE, SCOPE, add_output, check_output_file, load_examples
+from act_peft.cli.imports import importing
 
 SUMMARY = "Try densities and transfer scales on held-out examples, without training, and recommend one of each."
 EXAMPLE = (
@@ -32,15 +33,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep-dataset", required=True, nargs="+", metavar="DATASET", help="held-out examples of each skill to keep"
     )
-    parser.add_argument("--densities", nargs="+", type=float, metavar="SHARE", help="shares of the channels to try")
-    parser.add_argument("--scales", nargs="+", type=float, metavar="SCALE", help="transfer scales to try")
-    parser.add_argument("--scope", choices=("global", "module"), default="global", help="what is ranked together")
-    parser.add_argument("--normalize", choices=("none", "rms"), default="none", help="what scores are relative to")
     parser.add_argument(
-        "--max-drop", type=float, default=0.05, metavar="SHARE", help="accuracy that a kept skill may lose (0.05)"
+        "--densities",
+        nargs="+",
+        type=float,
+        metavar="SHARE",
+        help="shares of the channels to try (0.01 0.02 0.05 0.1 0.2 0.4)",
     )
-    parser.add_argument("--measure-donor", action="store_true", help="load the whole donor, and measure it as well")
-    parser.add_argument("--figure", type=Path, metavar="PNG", help="picture to write")
+    parser.add_argument(
+        "--scales", nargs="+", type=float, metavar="SCALE", help="transfer scales to try (0.2 0.4 0.6 0.8 1.0)"
+    )
+    parser.add_argument("--scope", choices=("global", "module"), default="global", help=SCOPE)
+    parser.add_argument("--normalize", choices=("none", "rms"), default="none", help=NORMALIZE)
+    parser.add_argument(
+        "--max-drop", type=float, default=0.05, metavar="SHARE", help="accuracy that a skill to keep may lose (0.05)"
+    )
+    parser.add_argument(
+        "--measure-donor", action="store_true", help="also measure the donor, which is loaded for this"
+    )
+    parser.add_argument("--figure", type=Path, metavar="PNG", help="picture to write (none)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_examples(parser, samples=300, batch_size=8)
     add_output(parser, what="JSON file of all numbers")
@@ -55,9 +66,10 @@ def run(arguments: argparse.Namespace) -> None:
     for path in (arguments.output, arguments.figure):
         if path is not None:
             check_output_file(path, overwrite=arguments.overwrite)
-    from act_peft import ChannelScores, sweep
-    from act_peft.disk.atomic import write_file
-    from act_peft.plots import check_matplotlib, plot_sweep
+    with importing():
+        from act_peft import ChannelScores, sweep
+        from act_peft.disk.atomic import write_file
+        from act_peft.plots import check_matplotlib, plot_sweep
 
     if arguments.figure is not None:
         check_matplotlib()

@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 
 from act_peft.cli.files import add_output
+from act_peft.cli.imports import importing
 
-SUMMARY = "Make an adapter of the donor's difference in the selected channels, without loading either model."
+SUMMARY = "Make an adapter from the donor's difference in the selected channels, without loading a model."
 EXAMPLE = "act-peft transfer --base org/base --donor org/donor --mask mask.safetensors --output ability"
 
 
@@ -17,14 +18,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--donor", required=True, help="checkpoint of the donor: folder or Hub id")
     parser.add_argument("--mask", type=Path, required=True, help="file of the mask, from `act-peft select`")
     parser.add_argument(
-        "--transfer-scale", type=float, default=0.4, metavar="SCALE", help="share of the difference (0.4)"
+        "--transfer-scale",
+        type=float,
+        default=0.4,
+        metavar="SCALE",
+        help="share of the donor's difference that is added (0.4)",
     )
     add_output(parser, what="folder of the adapter")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Make the adapter and print what was written."""
-    from act_peft import create_adapter
+    with importing():
+        from act_peft import create_adapter
 
     create_adapter(
         arguments.base,

@@ -54,24 +54,24 @@ Accuracies = dict[str, float]  # language -> accuracy
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What the demo does; the defaults were chosen on validation problems.
+    """Settings of the demo; the defaults were chosen on validation problems.
 
     Attributes:
-        seed: Order of the examples, and the random channels of a control.
-        density: Share of the channels of every module that is selected, above 0 and at most 1.
-        transfer_scale: λ, the share of the donor's difference that moves over.
-        examples: Training problems in each of the two languages of the fine-tune, at most 4,050.
-        steps: Optimizer steps of a fine-tune.
-        batch_size: Examples in a step.
-        learning_rate: The first learning rate; it falls linearly to zero.
-        scale_start: Where the learned scales start.
-        scale_learning_rate: The first learning rate of the scales, which train for `steps` steps.
-        l1: Weight of the penalty that makes scales zero.
-        keep_share: Share of the examples in a step of the scales or these rows that are of the skill to keep, with the
-            base as teacher.
-        row_steps: Optimizer steps of the fine-tune of the rows that are left after them.
-        row_learning_rate: Its first learning rate.
-        problems: Test problems in each language, at most 500.
+        seed: order of the examples, and the random channels of a control.
+        density: share of the channels of every module that is selected, above 0 and at most 1.
+        transfer_scale: λ, the share of the donor's difference that is added to the base.
+        examples: training problems in each of the two languages of the fine-tune, at most 4,050.
+        steps: optimizer steps of a fine-tune.
+        batch_size: examples in a step.
+        learning_rate: the first learning rate; it falls linearly to zero.
+        scale_start: first value of the learned scales.
+        scale_learning_rate: the first learning rate of the scales, which train for `steps` steps.
+        l1: weight of the penalty that makes scales zero.
+        keep_share: share of the examples of the skill to keep, with the base as teacher, in each step of the scales
+            and of the rows that are trained after them.
+        row_steps: optimizer steps of the rows that are left after pruning.
+        row_learning_rate: the first learning rate of these rows.
+        problems: test problems in each language, at most 500.
     """
 
     seed: int = 0
@@ -97,14 +97,14 @@ class DemoSettings:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What came out of the demo.
+    """Results of the demo.
 
     Attributes:
-        accuracies: Row of the table -> language -> share of the test problems that is answered right.
-        paths: What was written -> where.
-        reused: The steps whose results of an earlier run were taken.
-        adapter_bytes: Size of the adapter's tensors on disk.
-        checkpoint_bytes: Size of the base's tensors on disk.
+        accuracies: row of the table -> language -> share of the test problems that is answered right.
+        paths: result -> path of its file or folder.
+        reused: steps that were not run, because an earlier run had done them.
+        adapter_bytes: size of the adapter's tensors on disk.
+        checkpoint_bytes: size of the base's tensors on disk.
     """
 
     accuracies: Mapping[str, Mapping[str, float]]
@@ -126,17 +126,17 @@ def run_demo(
     A step is reused if the folder holds its files, unchanged, from a run with the same settings and versions.
 
     Args:
-        output_dir: A folder of an earlier demo, an empty one, or a new one.
-        settings: What to do.
-        report: Called with one line when a step is done.
-        overwrite: Whether to do every step again.
+        output_dir: a folder of an earlier demo, an empty one, or a new one.
+        settings: the settings.
+        report: called with one line when a step is done.
+        overwrite: do every step again.
 
     Returns:
         Accuracies, sizes and paths.
 
     Raises:
-        ActError: If matplotlib is missing, or a check of the saved or merged adapter fails.
-        ActValueError: If the folder holds something else.
+        ActError: matplotlib is missing, or a check of the saved or merged adapter fails.
+        ActValueError: the folder holds something else.
     """
     check_matplotlib()
     with one_thread(), offline(), quiet():
@@ -144,7 +144,7 @@ def run_demo(
 
 
 class _Demo:
-    """One run: the steps, in order, and the record that lets a later run reuse them."""
+    """One run: the steps in their order, and the record for later runs."""
 
     def __init__(self, output: Path, settings: DemoSettings, report: Report, overwrite: bool) -> None:
         self.output, self.settings, self.report = output, settings, report
@@ -302,7 +302,7 @@ class _Demo:
         learning_rate: float | None = None,
     ) -> SFTTrainer:
         s = self.settings
-        with tempfile.TemporaryDirectory() as unused:  # TRL makes its folder, although nothing is saved there
+        with tempfile.TemporaryDirectory() as unused:  # TRL creates the folder, although nothing is saved there
             arguments = SFTConfig(
                 output_dir=unused,
                 per_device_train_batch_size=s.batch_size if batch_size is None else batch_size,
@@ -354,7 +354,7 @@ def _measure(model: nn.Module, tokenizer: Any, settings: DemoSettings) -> Accura
 
 
 def _random_like(mask: ChannelMask, seed: int) -> ChannelMask:
-    """A mask with as many channels of every module, drawn at random."""
+    """A mask with the same number of channels in every module, drawn at random."""
     generator = torch.Generator().manual_seed(seed)
     channels = {
         name: torch.randperm(count, generator=generator)[: mask[name].numel()]
@@ -364,7 +364,7 @@ def _random_like(mask: ChannelMask, seed: int) -> ChannelMask:
 
 
 class _ProgressBar(TrainerCallback):
-    """One bar for the steps, on a terminal only; the Trainer's own prints its last metrics as well."""
+    """A progress bar of the steps, on a terminal only; the Trainer's own bar also prints its last metrics."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._bar = tqdm(total=state.max_steps, desc="fine-tune", unit="step", leave=False, disable=None)

@@ -1,4 +1,4 @@
-"""Steps whose results are kept in a folder, so that a later run can reuse them."""
+"""Steps with results in a folder, which a later run can reuse."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Report = Callable[[str], None]
 
 
 class Steps:
-    """Runs steps and records their results in the folder, with what they depend on.
+    """Run steps, and record their results in the folder together with settings, versions and digests of their files.
 
-    A recorded result is reused if settings, versions and the digests of the step's files are the recorded ones; so a
-    file that was lost, changed or only half replaced makes the step run again.
+    A recorded result is reused only if all of these are still the same. After a file was lost, changed or half
+    replaced, the step runs again.
     """
 
     def __init__(self, output: Path, report: Report, overwrite: bool) -> None:
@@ -32,13 +32,13 @@ class Steps:
         if output.exists() and not output.is_dir():
             raise ActValueError(f"{output}: got a file, expected a folder (name another --output)")
         if output.exists() and any(output.iterdir()) and not self.path.is_file():
-            raise ActValueError(f"{output}: the folder holds something else than a demo, expected a new or empty one")
+            raise ActValueError(f"{output}: the folder holds something other than a demo, expected a new or empty one")
         output.mkdir(parents=True, exist_ok=True)
         self.record = self._read()
         self._write()
 
     def run(self, name: str, settings: Mapping[str, Any], files: Sequence[str], work: Callable[[], Any]) -> Any:
-        """The result of a step, which must be JSON: of `work()`, or of an earlier run."""
+        """The result of a step, from `work()` or from an earlier run; it must be JSON."""
         depends = {**settings, "versions": _versions()}
         known = self.record.get(name)
         if not self.overwrite and known and known["settings"] == depends and known["files"] == self._digests(files):
@@ -72,11 +72,11 @@ class Steps:
             entries = record.values()
         except (ValueError, AttributeError) as error:
             raise ActValueError(
-                f"{self.path}: cannot be read ({error}), expected what a demo wrote (remove it)"
+                f"{self.path}: cannot be read ({error}), expected the file of a demo (remove it)"
             ) from error
         if not all(isinstance(entry, dict) and entry.keys() == {"settings", "files", "result"} for entry in entries):
             raise ActValueError(
-                f"{self.path}: got other entries than a demo's, expected what a demo wrote (remove it)"
+                f"{self.path}: the entries are not those of a demo, expected the file of a demo (remove it)"
             )
         return record
 

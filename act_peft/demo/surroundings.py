@@ -1,4 +1,4 @@
-"""What the demo changes around itself while it runs, and puts back: threads, the network, talkative libraries."""
+"""Settings of the process that the demo changes while it runs: threads, network, messages of other libraries."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from act_peft.doors import hub_constants
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Models this small are quicker on one thread, and the results are the same on every number of cores."""
+    """Use one thread: models this small are quicker, and the results do not depend on the number of cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -27,7 +27,7 @@ def one_thread() -> Iterator[None]:
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """Everything is local: TRL must not report its use, and whatever looks something up on the Hub must fail."""
+    """Use no network: TRL does not report its use, and a request to the Hub fails."""
     offline = hub_constants.HF_HUB_OFFLINE
     hub_constants.HF_HUB_OFFLINE = True
     try:
@@ -38,7 +38,7 @@ def offline() -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps the libraries below from telling about themselves, and puts their settings back."""
+    """Hide progress bars and warnings of the libraries that the demo uses."""
     verbosity = transformers_logging.get_verbosity()
     weights_bar = transformers_logging.is_progress_bar_enabled()
     map_bar = datasets.are_progress_bars_disabled()
@@ -50,7 +50,7 @@ def quiet() -> Iterator[None]:
     trl_logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            for category in (DeprecationWarning, FutureWarning):  # about calls between those libraries
+            for category in (DeprecationWarning, FutureWarning):  # they concern calls between these libraries
                 warnings.simplefilter("ignore", category)
             yield
     finally:

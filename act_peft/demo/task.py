@@ -52,14 +52,14 @@ def pairs(split: Split) -> tuple[tuple[int, int], ...]:
 
 
 def row(a: int, b: int, language: Language) -> Row:
-    """Writes one problem in TRL's prompt-completion format.
+    """Write one problem in TRL's prompt-completion format.
 
-    The completion starts with a space, so that prompt + completion is again a sentence and tokenises word by word.
+    The completion starts with a space, so that prompt + completion is a sentence again, one token a word.
 
     Args:
-        a: The first number.
-        b: The second number; a + b is at most 99.
-        language: The language of the sentence.
+        a: the first number.
+        b: the second number; a + b is at most 99.
+        language: the language of the sentence.
 
     Returns:
         `{"prompt": "zwei plus drei gleich", "completion": " fuenf"}`.
@@ -73,15 +73,15 @@ def rows(language: Language, split: Split, *, count: int | None = None) -> list[
     """The problems of a split in one language.
 
     Args:
-        language: The language of the sentences.
-        split: The part of the problems.
-        count: How many, from the start of the split; all by default.
+        language: the language of the sentences.
+        split: which problems.
+        count: number of problems, from the start of the split; all by default.
 
     Returns:
         Prompt-completion rows; `datasets.Dataset.from_list` makes a training set of them.
 
     Raises:
-        ActValueError: If the split has fewer problems than `count`.
+        ActValueError: the split has fewer problems than `count`.
     """
     chosen = pairs(split)
     if count is not None:
@@ -97,16 +97,16 @@ def accuracy(
     """The share of problems whose whole answer is right under greedy decoding.
 
     Args:
-        model: A causal language model with `generate`; it comes back in the mode it was in.
-        tokenizer: The model's tokenizer. Prompts are tokenised with its special tokens, as TRL does for training.
+        model: a causal language model with `generate`; afterwards it is in the same mode as before.
+        tokenizer: the model's tokenizer. Prompts are tokenized with its special tokens, as TRL does for training.
         rows: Prompt-completion rows.
-        batch_size: Prompts in one call of `generate`.
+        batch_size: prompts in one call of `generate`.
 
     Returns:
         A number from 0 to 1.
 
     Raises:
-        ActValueError: If there are no rows.
+        ActValueError: there are no rows.
     """
     if not rows:
         raise ActValueError("accuracy: got no rows, expected at least one")

@@ -1,7 +1,7 @@
 """Number words from 0 to 99 in three languages, split so that every word is one token.
 
-All words are plain ASCII ("fuenf", "dieciseis"), and compound numbers are written as separate words where the language
-builds them from parts ("zwei und vierzig", "forty two", "treinta y uno").
+All words are plain ASCII ("fuenf", "dieciseis"). A compound number is written as separate words if the language builds
+it from parts ("zwei und vierzig", "forty two", "treinta y uno").
 """
 
 from enum import Enum
@@ -67,17 +67,17 @@ _COMPOUND = {Language.ENGLISH: _english, Language.GERMAN: _german, Language.SPAN
 
 
 def number_words(number: int, language: Language) -> str:
-    """Spells a number.
+    """Spell a number.
 
     Args:
-        number: From 0 to 99.
-        language: The language of the words.
+        number: from 0 to 99.
+        language: the language of the words.
 
     Returns:
-        The words, separated by single spaces: `number_words(42, Language.GERMAN)` is `"zwei und vierzig"`.
+        The words, with single spaces between them: `number_words(42, Language.GERMAN)` is `"zwei und vierzig"`.
 
     Raises:
-        ActValueError: If the number has no words here.
+        ActValueError: the number is out of range.
     """
     if not 0 <= number <= LARGEST_NUMBER:
         raise ActValueError(f"number_words: got {number}, expected a number from 0 to {LARGEST_NUMBER}")

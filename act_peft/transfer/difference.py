@@ -17,7 +17,7 @@ from act_peft.transfer.lineage import Resemblance
 
 
 class Transfer:
-    """A donor, checked against the base, and what it gives; a context manager that closes the donor.
+    """A donor that fits the base, and the deltas from it; a context manager that closes the donor.
 
     Args:
         base: the parameters of the base.
@@ -46,7 +46,7 @@ class Transfer:
             index: module -> selected channels, int64 `[K]`.
 
         Raises:
-            ActValueError: nothing is left of a module.
+            ActValueError: no channel of a module is left.
         """
         kept = dict(index)
         for name, channels in index.items():
@@ -58,7 +58,7 @@ class Transfer:
             if not kept[name].numel():
                 raise ActValueError(
                     f"{name}: all {dropped} selected channels lie beyond the {limit} tokens that donor and base have "
-                    f"in common, expected others (leave it out with exclude_modules=[{name!r}])"
+                    f"in common, expected some below (leave the module out with exclude_modules=[{name!r}])"
                 )
             self._notes.append(f"{name}: {dropped} selected channels beyond the common vocabulary are left out")
         return kept
@@ -84,11 +84,11 @@ class Transfer:
             for part, dim in (("weight", self._axes[name]), ("bias", 0)):
                 if f"{name}.{part}" not in self._base:
                     continue
-                mine = self._base.rows(f"{name}.{part}", channels, dim)
-                difference = self._donor.difference(name, part, channels, dim, mine)
-                self._resemblance.add_(name, mine, difference)
+                rows = self._base.rows(f"{name}.{part}", channels, dim)
+                difference = self._donor.difference(name, part, channels, dim, rows)
+                self._resemblance.add_(name, rows, difference)
                 self._differs = self._differs or bool(difference.any())
-                base[part], deltas[part] = mine, difference.mul_(transfer_scale)
+                base[part], deltas[part] = rows, difference.mul_(transfer_scale)
             yield (
                 name,
                 ChannelRows(channels, cast(torch.Tensor, base["weight"]), base["bias"]),
@@ -96,16 +96,19 @@ class Transfer:
             )
 
     def warn(self, *, stacklevel: int) -> None:
-        """Say once what differs between donor and base; to be called after `deltas`.
+        """Warn about differences between donor and base that do not prevent a transfer; to be called after `deltas`.
 
         Args:
             stacklevel: as in `warnings.warn`, counted from the caller.
 
         Warns:
-            ActWarning: if there is anything to say; if nothing differs.
+            ActWarning: vocabulary, settings or ancestor differ; or the selected weights are all equal.
         """
         if not self._differs:
-            message = f"{self._donor.location}: is the base's equal in all selected channels, nothing moves over"
+            message = (
+                f"{self._donor.location}: has the same weights as the base in all selected channels; nothing is "
+                "transferred"
+            )
             warnings.warn(message, ActWarning, stacklevel=stacklevel + 1)
         notes = self._notes if self._donor.is_adapter else [*self._notes, *self._resemblance.notes()]
         if notes:

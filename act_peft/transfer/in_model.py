@@ -34,8 +34,8 @@ def initialize_from_donor(
 
         delta[i, :] = λ * (W_donor[i, :] - W_base[i, :])          for every selected channel i
 
-    (arXiv 2601.09398, the transfer step), the same for the elements of biases and norms. What the deltas held before
-    is replaced. With learned scales the delta becomes the difference itself, and every scale starts again at λ.
+    (arXiv 2601.09398, the transfer step), the same for the elements of biases and norms. The old values of
+    the deltas are replaced. With learned scales the delta is the difference itself, and every scale starts again at λ.
 
     Args:
         model: a `PeftModel` with an ACT adapter, or a model that an ACT adapter was injected into.
@@ -45,14 +45,14 @@ def initialize_from_donor(
         adapter_name: name of the adapter.
 
     Raises:
-        ActValueError: if the model has no such adapter, the adapter is merged, λ is not finite, or the donor's
-            modules, shapes or architecture differ from the base's, or its selected weights are not finite. Nothing
-            is changed then.
-        ActTypeError: if `donor` is neither a module nor a name.
+        ActValueError: the model has no such adapter; the adapter is merged; λ is not finite; the donor's modules,
+            shapes or architecture differ from the base's; its selected weights are not finite. Nothing is changed
+            then.
+        ActTypeError: `donor` is neither a module nor a name.
 
     Warns:
-        ActWarning: once, if vocabulary (tokens that the donor lacks get no delta), rotary base or context length
-            differ, or the weights look unrelated.
+        ActWarning: once, if vocabulary (a token that the donor does not have gets no delta), rotary base or context
+            length differ, or the weights look unrelated.
 
     Example:
         >>> model = get_peft_model(base, ActConfig(channels=mask, task_type="CAUSAL_LM"))
@@ -66,7 +66,7 @@ def initialize_from_donor(
     with donor_for_model(base_model(model), donor, index) as transfer:
         learned = config.trains.has_scales
         scaled = transfer.deltas(index, transfer_scale=1.0 if learned else scale)
-        # All of them before the first is written, each in the dtype and on the device of what it will overwrite.
+        # All are read before the first one is written, each in dtype and on the device of the delta that it replaces.
         deltas = [(name, layers[name].as_stored(adapter_name, rows)) for name, _, rows in scaled]
         transfer.warn(stacklevel=2)
     fill_deltas(layers, deltas, adapter_name=adapter_name, transfer_scale=scale)
@@ -81,12 +81,12 @@ def donor_for_model(
     *,
     revision: str | None = None,
 ) -> Transfer:
-    """The transfer from a donor to a model in memory.
+    """Prepare the transfer from a donor to a model in memory.
 
     Args:
         base: the base model, with or without adapters in it.
         donor: as in `open_donor`.
-        modules: names of the modules that channels will move to.
+        modules: names of the modules that will get deltas.
         revision: revision of the donor on the Hub.
 
     Raises:
@@ -96,8 +96,8 @@ def donor_for_model(
     quantized = [name for name, module in plain.items() if is_quantized(module)]
     if quantized:
         raise ActValueError(
-            f"{quantized[0]}: is quantized, expected the base's own values, which the donor's difference is taken "
-            f"from ({len(quantized)} of {len(plain)} modules are quantized; make the adapter from the original "
+            f"{quantized[0]}: is quantized, expected the base's original values, which the difference needs "
+            f"({len(quantized)} of {len(plain)} modules are quantized; make the adapter from the original "
             "checkpoint with create_adapter and load it here with PeftModel.from_pretrained)"
         )
     tensors = ModelTensors(base)
@@ -109,7 +109,7 @@ def donor_for_model(
     return Transfer(parameters, opened, axes)
 
 
-@skip_init_on_device  # inside `low_cpu_mem_usage` the deltas would be created on the meta device
+@skip_init_on_device  # with `low_cpu_mem_usage` PEFT would create the deltas on the meta device
 def fill_deltas(
     layers: Mapping[str, ActLayer],
     deltas: Iterable[tuple[str, ChannelRows]],
@@ -117,13 +117,13 @@ def fill_deltas(
     adapter_name: str,
     transfer_scale: float,
 ) -> None:
-    """Write deltas, given by the names of their modules, into the layers, each as it comes.
+    """Write deltas into the layers, one module after the other.
 
     Args:
         layers: module name -> layer.
         deltas: module name and deltas; with learned scales the difference itself.
         adapter_name: name of the adapter.
-        transfer_scale: where learned scales start.
+        transfer_scale: first value of learned scales.
     """
     for name, rows in deltas:
         layers[name].write_deltas(adapter_name, rows, transfer_scale=transfer_scale)

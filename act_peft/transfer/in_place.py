@@ -1,4 +1,4 @@
-"""Moving selected channels of a model in memory towards a donor and back, in place."""
+"""Add the difference of selected channels to a model in memory, in place, and take it away again."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from act_peft.transfer.difference import Transfer
 
 @dataclass(frozen=True)
 class _MovingRows:
-    """The channels of one parameter that move, those of the smallest mask first.
+    """The channels of one parameter that are overwritten, those of the smallest mask first.
 
-    `counts[m]` of them belong to mask number m. `original` and `difference` have K along `dim`, in the dtype and on
-    the device of the parameter.
+    The first `counts[m]` of them belong to mask number m. `original` and `difference` have K along `dim`, in the dtype
+    and on the device of the parameter.
     """
 
     module: nn.Module
@@ -36,22 +36,22 @@ class _MovingRows:
 
 
 class RowMoves:
-    """Sets the channels of growing masks to `base + transfer_scale * (donor - base)`; a context manager.
+    """Set the channels of growing masks to `base + transfer_scale * (donor - base)`; a context manager.
 
-    The donor's difference is read when the object is made. Inside the context `move_` writes only the rows that
-    differ from what was there before; a module whose weight another one uses too (tied embeddings) has a weight of its
-    own there, as it has under an adapter. Afterwards, also after an exception, every byte and every tie is as before.
+    The donor's difference is read when the object is created. Inside the context `move_` writes only the rows that
+    change from one setting to the next. Modules that share a weight (tied embeddings) get separate weights, as they do
+    with an adapter. Afterwards, also after an exception, every byte and every tie is as before.
 
-    Memory: the originals and the differences of the largest mask's rows, in the base's dtype, and the tied weights
-    that change once more.
+    Memory: originals and differences of the rows of the largest mask, in the base's dtype, and a copy of each tied
+    weight that changes.
 
     Args:
         base: a model without adapters.
         transfer: a donor, checked against it.
-        masks: at least one, each a part of the next one.
+        masks: at least one; each is a subset of the next one.
 
     Attributes:
-        num_channels: how many channels move with each mask: those that base and donor have in common.
+        num_channels: for each mask, the number of its channels that base and donor have in common.
 
     Raises:
         ActValueError: masks that are not nested; no channel in common; values that are not finite.
@@ -69,7 +69,7 @@ class RowMoves:
         self._rows: list[_MovingRows] = []
         self._tied: list[tuple[nn.Module, str, nn.Parameter]] = []
         self._last = len(masks) - 1
-        self._reached, self._scale = -1, 0.0  # mask and scale of what is moved; no mask yet
+        self._reached, self._scale = -1, 0.0  # mask and scale that the base has now; no mask yet
         totals = [0] * len(masks)
         index = transfer.common({name: channels for name, channels in masks[-1].items() if channels.numel()})
         for name, original, difference in transfer.deltas(index, transfer_scale=1.0):
@@ -79,13 +79,13 @@ class RowMoves:
             totals = [total + count for total, count in zip(totals, counts, strict=True)]
             module = base.get_submodule(name)
             for part in ("weight", "bias"):
-                mine, change = getattr(original, part), getattr(difference, part)
-                if mine is not None:
+                rows, change = getattr(original, part), getattr(difference, part)
+                if rows is not None:
                     dim = kind_of(module).axis_of(part)
-                    there = order.to(mine.device)
-                    mine, change = (tensor.to(mine.dtype).index_select(dim, there) for tensor in (mine, change))
-                    channels = index[name][order].to(mine.device)
-                    self._rows.append(_MovingRows(module, part, dim, channels, mine, change, counts))
+                    sorting = order.to(rows.device)
+                    rows, change = (tensor.to(rows.dtype).index_select(dim, sorting) for tensor in (rows, change))
+                    channels = index[name][order].to(rows.device)
+                    self._rows.append(_MovingRows(module, part, dim, channels, rows, change, counts))
         self.num_channels = tuple(totals)
 
     def __enter__(self) -> RowMoves:
@@ -117,16 +117,16 @@ class RowMoves:
         self._tied = []
 
     def move_(self, number: int, transfer_scale: float) -> None:
-        """Move the channels of a mask, and no others.
+        """Set the channels of one mask, and restore all others.
 
             row = round(base + transfer_scale * (donor - base))          rounded once, to the base's dtype
 
         Args:
-            number: of the mask.
+            number: number of the mask.
             transfer_scale: λ.
         """
         reached, scale = self._reached, self._scale
-        # A write may be interrupted: until it is done, nothing is known to be where it should.
+        # A write may be interrupted. Until it is complete, every row counts as changed.
         self._reached, self._scale = self._last, float("nan")
         for rows in self._rows:
             end = rows.counts[number]
@@ -149,6 +149,6 @@ def _restore(rows: _MovingRows, start: int, end: int) -> None:
 
 
 def _copy(rows: _MovingRows, index: torch.Tensor, values: torch.Tensor) -> None:
-    # Through `data`, because a graph that the user has not called backward on may hold the parameter: its bytes will
-    # be the same again.
+    # Through `data`: a graph of the user, with a backward pass still to come, may hold the parameter. Its bytes will
+    # be the same again by then.
     getattr(rows.module, rows.part).data.index_copy_(rows.dim, index, values)

@@ -1,4 +1,4 @@
-"""Whether a donor is a relative of the base: architecture, vocabulary, shapes, and how alike the weights are."""
+"""Checks whether a donor is a relative of the base: architecture, vocabulary, shapes, similarity of the weights."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 
 from act_peft.errors import ActValueError
 
-RELATED = 0.5  # cosine of the selected weights: relatives stay above 0.9, models of different ancestors are near 0
+RELATED = 0.5  # cosine of the selected weights: above 0.9 for relatives, near 0 for models with different ancestors
 
-_SAMPLE = 1 << 16  # values of a module that the cosine looks at
+_SAMPLE = 1 << 16  # values of a module that are used for the cosine
 
 
 def check_configs(base: Any, donor: Any) -> list[str]:
@@ -24,25 +24,26 @@ def check_configs(base: Any, donor: Any) -> list[str]:
         donor: configuration of the donor.
 
     Returns:
-        What differs harmlessly, in words.
+        One sentence for each difference that does no harm.
 
     Raises:
-        ActValueError: another architecture.
+        ActValueError: the architectures differ.
     """
-    mine, theirs = base.get_text_config(), donor.get_text_config()
+    base_text, donor_text = base.get_text_config(), donor.get_text_config()
     name = getattr(donor, "_name_or_path", "") or "donor"
     notes = []
-    if mine.model_type != theirs.model_type:
-        if mine is base and theirs is donor:
+    if base_text.model_type != donor_text.model_type:
+        if base_text is base and donor_text is donor:
             raise ActValueError(
-                f"model_type: the donor's architecture is {theirs.model_type}, the base's {mine.model_type} "
+                f"model_type: the donor's architecture is {donor_text.model_type}, the base's "
+                f"{base_text.model_type} "
                 f"(donor: {name}; take a relative of the base)"
             )
-        # The text part of a multimodal model has a type of its own; the shapes tell whether it is the same model.
-        notes.append(f"the donor is a {theirs.model_type}, the base a {mine.model_type}")
+        # The text part of a multimodal model has a different type; the shapes say whether it is the same model.
+        notes.append(f"the donor is a {donor_text.model_type}, the base a {base_text.model_type}")
     for key, read in (("rope_theta", _rope_theta), ("max_position_embeddings", _max_positions)):
-        if read(mine) != read(theirs):
-            notes.append(f"{key} is {read(theirs)} in the donor and {read(mine)} in the base")
+        if read(base_text) != read(donor_text):
+            notes.append(f"{key} is {read(donor_text)} in the donor and {read(base_text)} in the base")
     return notes
 
 
@@ -65,38 +66,38 @@ def check_shapes(
 ) -> None:
     """Compare the shapes of all parameters.
 
-    A module that has no counterpart of any number (a head, the parts of a multimodal model that see) may be missing on
-    either side; a layer of a list of layers may not.
+    A whole kind of module (a head, the vision part of a multimodal model) may be missing in one of the models. One
+    layer of a list of layers may not.
 
     Args:
         base: parameter name -> shape.
         donor: the same of the donor.
         donor_name: for messages.
         needed: names that the donor must have.
-        vocabulary: names whose first axis may have another length.
+        vocabulary: names whose first axis may have a different length.
 
     Raises:
-        ActValueError: naming the first module that differs and both shapes.
+        ActValueError: a module differs; the message has its name and both shapes.
     """
     names = {**base, **donor}
     base_modules, donor_modules = ({_unnumbered_module(name) for name in shapes} for shapes in (base, donor))
 
     def differs(name: str) -> bool:
-        mine, theirs = base.get(name), donor.get(name)
-        if mine is None:
+        base_shape, donor_shape = base.get(name), donor.get(name)
+        if base_shape is None:
             return _unnumbered_module(name) in base_modules
-        if theirs is None:
+        if donor_shape is None:
             return name in needed or _unnumbered_module(name) in donor_modules
-        return list(mine if name not in vocabulary else mine[1:]) != list(
-            theirs if name not in vocabulary else theirs[1:]
-        )
+        first = 1 if name in vocabulary else 0
+        return list(base_shape[first:]) != list(donor_shape[first:])
 
     differing = [name for name in names if differs(name)]
     if differing:
         name = differing[0]
         module = name.rpartition(".")[0]
         raise ActValueError(
-            f"{module}: donor has {_in_words(donor.get(name), name)}, the base has {_in_words(base.get(name), name)} "
+            f"{module}: donor has {_described(donor.get(name), name)}, "
+            f"the base has {_described(base.get(name), name)} "
             f"(donor: {donor_name}; {len(differing)} of {len(names)} tensors differ)"
         )
 
@@ -106,18 +107,18 @@ def _unnumbered_module(parameter: str) -> str:
     return re.sub(r"(^|\.)\d+(?=\.)", r"\1#", parameter).rpartition(".")[0]
 
 
-def _in_words(shape: Sequence[int] | None, name: str) -> str:
+def _described(shape: Sequence[int] | None, name: str) -> str:
     return f"no {name.rpartition('.')[2]}" if shape is None else f"{name.rpartition('.')[2]} {list(shape)}"
 
 
 class Resemblance:
-    """The cosine of selected weights of donor and base, summed up module by module; refuses broken weights."""
+    """The cosine between selected weights of donor and base, summed over the modules. Broken weights are refused."""
 
     def __init__(self) -> None:
         self._dot = self._base = self._donor = 0.0
 
     def add_(self, name: str, base: torch.Tensor, difference: torch.Tensor) -> None:
-        """Count the selected weight or bias of a module; only matrices take part in the cosine.
+        """Add the selected weight or bias of a module; only matrices count for the cosine.
 
         Args:
             name: the module, for messages.
@@ -127,7 +128,7 @@ class Resemblance:
         Raises:
             ActValueError: a value is not finite.
         """
-        # A sum is the quicker question; it also overflows where finite values are large.
+        # The sum is checked first because it is quicker. It also overflows if finite values are large.
         if not torch.isfinite(difference.sum()) and not torch.isfinite(difference).all():
             whose = "donor" if torch.isfinite(base).all() else "base"
             raise ActValueError(
@@ -136,14 +137,14 @@ class Resemblance:
             )
         if difference.dim() == 2:
             every = -(-difference.numel() // _SAMPLE)
-            mine, change = (tensor.flatten()[::every].to("cpu", torch.float32) for tensor in (base, difference))
-            theirs = mine + change
-            self._dot += float(mine @ theirs)
-            self._base += float(mine @ mine)
-            self._donor += float(theirs @ theirs)
+            base_sample, change = (t.flatten()[::every].to("cpu", torch.float32) for t in (base, difference))
+            donor_sample = base_sample + change
+            self._dot += float(base_sample @ donor_sample)
+            self._base += float(base_sample @ base_sample)
+            self._donor += float(donor_sample @ donor_sample)
 
     def notes(self) -> list[str]:
-        """What there is to say of the cosine, in words: nothing, or that the weights look unrelated."""
+        """A sentence if the weights look unrelated, otherwise nothing."""
         related = math.sqrt(self._base * self._donor)
         if not related or self._dot / related >= RELATED:
             return []

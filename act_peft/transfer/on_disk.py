@@ -1,4 +1,4 @@
-"""Creating adapters on disk: the rows of a donor become an adapter folder, and no model is ever loaded."""
+"""Create adapters on disk: rows of a donor become an adapter folder, without loading a model."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def create_adapter(
     overwrite: bool = False,
     show_progress: bool = False,
 ) -> None:
-    """Make an ACT adapter from two checkpoints on disk.
+    """Create an ACT adapter from two checkpoints on disk.
 
         delta[i, :] = λ * (W_donor[i, :] - W_base[i, :])          for every selected channel i
 
@@ -52,22 +52,22 @@ def create_adapter(
 
         get_peft_model(base, ActConfig(channels=mask, donor=donor, transfer_scale=λ, task_type="CAUSAL_LM"))
 
-    after `save_pretrained`. The modules are known from the base's `config.json`; of both checkpoints only the selected
-    rows are read (the columns of embeddings and Conv1D lie apart: those tensors are read whole, piece by piece).
+    after `save_pretrained`. The modules follow from the base's `config.json`. Only the selected rows of both
+    checkpoints are read (columns of embeddings and Conv1D are scattered: these tensors are read whole, in pieces).
 
     Args:
         base: folder or Hub id of the base's checkpoint, in safetensors.
-        donor: folder or Hub id of the donor's; or of a LoRA or ACT adapter of the base.
+        donor: folder or Hub id of the donor's checkpoint, or of a LoRA or ACT adapter of the base.
         mask: the selected channels, as in `ActConfig(channels=...)`.
         output_dir: the folder to write. It appears whole or not at all.
         transfer_scale: λ.
         overwrite: whether an older adapter at `output_dir` is replaced.
-        show_progress: show a progress bar, a step a module, if the error stream is a terminal.
+        show_progress: show a progress bar over the modules, if the error stream is a terminal.
 
     Raises:
-        ActValueError, ActTypeError: no or damaged checkpoint; channels that do not fit the base; a donor of another
-            architecture or shape, or with selected weights that are not finite or quantized; an output that exists or
-            lies inside an input; no room on the disk. Nothing is written then.
+        ActValueError, ActTypeError: a missing or damaged checkpoint; channels that do not fit the base; a donor with a
+            different architecture or shape, or with selected weights that are not finite or quantized; an output that
+            exists or lies inside an input; no room on the disk. Nothing is written then.
 
     Warns:
         ActWarning: once, if vocabulary (channels beyond the common tokens are left out), rotary base or context length
@@ -126,7 +126,7 @@ def create_adapter(
 
 
 class _CardWriter(PeftModelForCausalLM):
-    """As much of a PEFT model as PEFT's own model card asks for."""
+    """The parts of a PEFT model that PEFT needs to write its model card."""
 
     def __init__(self, skeleton: PreTrainedModel, settings: ActConfig) -> None:
         nn.Module.__init__(self)
@@ -145,11 +145,11 @@ class _CardWriter(PeftModelForCausalLM):
 def _check_shapes(
     base: Checkpoint, parameters: Parameters, shapes: Mapping[str, tuple[int, ...]], *, needed: Iterable[str]
 ) -> None:
-    """Check that the base has the tensors that its configuration promises."""
+    """Check that the base has the tensors that its configuration describes."""
     modules = set(needed)
     for name, shape in shapes.items():
         if name not in parameters and name.rpartition(".")[0] in modules:
-            base.file_of(name)  # raises, and says what is missing
+            base.file_of(name)  # raises an error that names the missing tensor
         if name in parameters and parameters.shape(name) != shape:
             raise ActValueError(
                 f"{base.location}: {parameters.key(name)} has shape {list(parameters.shape(name))}, expected "
@@ -158,7 +158,7 @@ def _check_shapes(
 
 
 def _in_file_dtype(base: ChannelRows, deltas: ChannelRows) -> Iterator[tuple[str, torch.Tensor]]:
-    """The deltas as an adapter saves them: in float32, or in the dtype of a wider base."""
+    """The deltas in the dtype of an adapter's file: float32, or the base's dtype if that is wider."""
     for part in ("weight", "bias"):
         rows, delta = getattr(base, part), getattr(deltas, part)
         if delta is not None:

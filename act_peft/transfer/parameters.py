@@ -14,7 +14,7 @@ from act_peft.peft_modules import plain_name
 
 
 class ModelTensors:
-    """The parameters of a model in memory as they are without adapters; a `TensorSource`.
+    """The parameters of a model in memory, without adapters; a `TensorSource`.
 
     Args:
         model: the model, with or without adapters in it.
@@ -46,7 +46,7 @@ class ModelTensors:
         return self._parameters[name].dtype
 
     def rows(self, name: str, index: torch.Tensor, dim: int = 0) -> torch.Tensor:
-        """A copy of rows (`dim` 0) or columns (`dim` 1) of a parameter, as before any merge."""
+        """A copy of rows (`dim` 0) or columns (`dim` 1) of a parameter; if an adapter is merged, the original ones."""
         parameter = self._parameters[name]
         module, _, part = name.rpartition(".")
         layer = self._model.get_submodule(module)

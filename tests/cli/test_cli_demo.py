@@ -171,7 +171,7 @@ class TestRefusals:
 
     def test_folder_of_something_else(self, tmp_path):
         (tmp_path / "thesis.txt").write_text("mine")
-        with pytest.raises(ActValueError, match="the folder holds something else than a demo"):
+        with pytest.raises(ActValueError, match="the folder holds something other than a demo"):
             run_demo(tmp_path, BRIEF)
         assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -181,7 +181,8 @@ class TestRefusals:
             run_demo(tmp_path / "file", BRIEF)
 
     @pytest.mark.parametrize(
-        ("text", "message"), [("{", "cannot be read"), ("[]", "cannot be read"), ('{"a": 1}', "got other entries")]
+        ("text", "message"),
+        [("{", "cannot be read"), ("[]", "cannot be read"), ('{"a": 1}', "the entries are not those of a demo")],
     )
     def test_record_of_something_else(self, tmp_path, text, message):
         (tmp_path / "results.json").write_text(text)

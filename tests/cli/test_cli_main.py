@@ -1,16 +1,25 @@
 from __future__ import annotations
 
+import argparse
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 import act_peft
-from act_peft import ActValueError, cli
+from act_peft import ActValueError, ActWarning, cli
 from act_peft.cli import COMMANDS, build_parser, main
+from act_peft.cli.imports import importing
+
+ROOT = Path(act_peft.__file__).parent.parent
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture
@@ -77,6 +86,12 @@ def test_interrupt(command, capsys):
     assert capsys.readouterr() == ("", "act-peft: interrupted\n")
 
 
+def test_interrupt_before_the_arguments_are_read(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "build_parser", lambda: raising(KeyboardInterrupt())(None))
+    assert main(["demo"]) == 130
+    assert capsys.readouterr() == ("", "act-peft: interrupted\n")
+
+
 @pytest.mark.parametrize(
     "arguments", [[], ["unknown"], ["demo", "--density", "many"], ["demo", "extra"], ["demo", "--dens", "0.1"]]
 )
@@ -106,19 +121,173 @@ def test_help_has_an_example_that_parses(capsys, name):
 
 
 def test_every_module_of_a_command_is_in_the_table():
-    shared = {"__init__", "examples", "files"}
+    shared = {"__init__", "examples", "files", "imports"}
     files = {path.stem for path in Path(cli.__file__).parent.glob("*.py")} - shared
     assert files == {path.rpartition(".")[2] for path in COMMANDS.values()}
 
 
-@pytest.mark.slow
-def test_the_module_runs_and_help_does_not_load_the_heavy_packages():
-    code = (
-        "import sys, act_peft; before = set(sys.modules)\n"
-        "from act_peft.cli import build_parser; build_parser()\n"
-        "print(sorted({m.partition('.')[0] for m in set(sys.modules) - before}))"
+def test_a_warning_is_one_line_without_its_place(command, capsys):
+    command.work = lambda arguments: warnings.warn("here: got this,\n  or overwrite=True", ActWarning, stacklevel=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert main(["demo"]) == 0
+    assert capsys.readouterr() == ("", "act-peft: warning: here: got this, or --overwrite\n")
+
+
+def options(name):
+    parser = argparse.ArgumentParser()
+    module = __import__(COMMANDS[name], fromlist=["add_arguments"])
+    module.add_arguments(parser)
+    return [action for action in parser._actions if action.option_strings and action.dest != "help"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_says_every_default(name):
+    """A default stands in parentheses at the end; a flag is off, and a required option has none."""
+    for option in options(name):
+        assert option.help, option.dest
+        if option.required or option.nargs == 0:
+            continue
+        assert option.help.endswith(")") or "only" in option.help, f"{name} {option.dest}: say the default in the help"
+        if option.default is not None:
+            assert f"({option.default}" in option.help, f"{name} {option.dest}: {option.default}"
+
+
+def test_help_says_the_defaults_that_the_library_has():
+    from act_peft.demo.run import DemoSettings
+    from act_peft.sweeps.sweep import DENSITIES, SCALES
+
+    said = {option.dest: option.help for option in options("demo")}
+    for name in ("seed", "density", "transfer_scale"):
+        assert said[name].endswith(f"({getattr(DemoSettings(), name)})")
+    said = {option.dest: option.help for option in options("sweep")}
+    for name, values in (("densities", DENSITIES), ("scales", SCALES)):
+        assert said[name].endswith(f"({' '.join(map(str, values))})")
+
+
+# ---------------------------------------------------------------------------------------- a process of its own ---
+
+# Runs a command as its script would, and prints which of the slow packages were imported.
+SCRIPT = """\
+import atexit, re, sys
+slow = ("torch", "peft", "transformers", "datasets", "trl", "matplotlib")
+atexit.register(lambda: print("imported:", *(name for name in slow if name in sys.modules), file=sys.stderr))
+from act_peft.cli import main
+sys.exit(main())
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "act-peft"
+    path.write_text(SCRIPT)
+    return path
+
+
+def run(*command, **options):
+    return subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, env=ENVIRONMENT, check=False, **options
     )
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert not {"trl", "datasets", "matplotlib"} & set(re.findall(r"'(\w+)'", loaded))
-    done = subprocess.run([sys.executable, "-m", "act_peft", "--version"], capture_output=True, text=True, check=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["--help"], 0),
+        (["--version"], 0),
+        (["localize", "--help"], 0),
+        (["sweep", "--help"], 0),
+        ([], 2),
+        (["unknown"], 2),
+        (["demo", "--density", "many"], 2),
+        (["localize", "--base", "b", "--donor", "d", "--output", "scores"], 2),
+        (["select", "scores", "--density", "0.1", "--output", "missing/mask"], 1),
+    ],
+)
+def test_help_and_mistakes_do_not_wait_for_the_library(script, arguments, status):
+    done = run(script, *arguments)
+    assert done.returncode == status
+    assert done.stderr.endswith("imported:\n"), "import slow packages inside `run`, within `importing()`"
+
+
+def test_the_module_is_as_quick_as_the_script(script):
+    done = run("-X", "importtime", "-m", "act_peft", "--version")
     assert done.stdout == f"act-peft {act_peft.__version__}\n"
+    imported = set(re.findall(r"\| +(\w+)$", done.stderr, re.MULTILINE))
+    assert not imported & {"torch", "peft", "transformers"}
+    assert "argparse" in imported
+
+
+IMPORTED_FIRST = """\
+import sys
+import act_peft
+assert "act_peft.library" not in sys.modules
+assert not hasattr(act_peft, "__wrapped__") and not hasattr(act_peft, "nothing")
+from act_peft import ActConfig, localize
+assert "localize" in act_peft.__all__
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+assert PEFT_TYPE_TO_CONFIG_MAPPING["ACT"] is ActConfig
+"""
+
+
+@pytest.mark.slow
+def test_a_command_has_the_library_as_soon_as_it_asks(script):
+    script.write_text(IMPORTED_FIRST)
+    done = run(script)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", [["-c", "{code}"], ["script.py"], ["-m", "script"]])
+def test_a_script_registers_at_once(tmp_path, start):
+    code = "import act_peft, sys; from peft import PeftType; assert PeftType.ACT; assert act_peft.localize"
+    (tmp_path / "script.py").write_text(code)
+    done = run(*(part.format(code=code) for part in start), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_handler_of_ctrl_c_is_put_back():
+    before = signal.getsignal(signal.SIGINT)
+    with importing():
+        assert signal.getsignal(signal.SIGINT) is not before
+    assert signal.getsignal(signal.SIGINT) is before
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with importing():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# A module among the imports that catches what is raised in it, as some of transformers' do, and takes its time.
+CATCHES_EVERYTHING = """\
+import os, time
+print("importing", flush=True)
+end = time.monotonic() + 60
+while time.monotonic() < end:
+    try:
+        time.sleep(0.01)
+    except BaseException:
+        pass
+"""
+
+
+def test_ctrl_c_during_imports(script, tmp_path):
+    (tmp_path / "torch.py").write_text(CATCHES_EVERYTHING)
+    process = subprocess.Popen(
+        [sys.executable, script, "inspect", "scores"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+    )
+    with process:
+        assert process.stdout.readline() == "importing\n"
+        sent = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        try:
+            out, error = process.communicate(timeout=30)
+        finally:
+            process.kill()
+        assert time.monotonic() - sent < 2
+    assert (process.returncode, out, error) == (130, "", "act-peft: interrupted\n")

@@ -2,10 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-from act_peft.demo.family import build_tokenizer
 from act_peft.demo.task import MAX_ANSWER_TOKENS, Split, accuracy, pairs, row, rows
 from act_peft.demo.words import Language
 from act_peft.errors import ActValueError
+from tests.support.family_training import build_tokenizer
 
 
 class Recital(nn.Module):

@@ -347,7 +347,7 @@ def test_donors_are_refused_and_the_way_round_works(base, tmp_path):
     for parameter in other.parameters():
         parameter.data += 0.02 * torch.randn(parameter.shape)
     other.save_pretrained(tmp_path / "donor")
-    match = "is quantized, expected the base's own values.*14 of 21 modules.*create_adapter"
+    match = "is quantized, expected the base's original values.*14 of 21 modules.*create_adapter"
     with pytest.raises(ActValueError, match=match):
         get_peft_model(base, ActConfig(channels=mask, donor=str(tmp_path / "donor")))
     assert not any(isinstance(module, ActLayer) for module in base.modules())
@@ -355,7 +355,7 @@ def test_donors_are_refused_and_the_way_round_works(base, tmp_path):
     create_adapter(tmp_path / "base", tmp_path / "donor", mask, tmp_path / "adapter", transfer_scale=0.4)
     tuned = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     assert not torch.allclose(tuned(batch()).logits, base_logits(tuned))
-    with pytest.raises(ActValueError, match="is quantized, expected the base's own values"):
+    with pytest.raises(ActValueError, match="is quantized, expected the base's original values"):
         initialize_from_donor(tuned, other)
     merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()

@@ -34,19 +34,20 @@ def open_donor(
     vocabulary: Collection[str] = (),
     revision: str | None = None,
 ) -> OpenDonor:
-    """Open a donor and check it against the base; of its weights nothing is read yet.
+    """Open a donor and check that it fits the base; none of its weights is read yet.
 
     Args:
         donor: a model in memory; or the folder or Hub id of a checkpoint, or of a LoRA or ACT adapter of the base.
         base: the parameters of the base.
-        axes: module -> axis of its channels, for the modules that will be asked for.
+        axes: module -> axis of its channels, for the modules that will be read.
         config: the base's transformers configuration, if it has one.
         vocabulary: names of the base's parameters whose first axis counts tokens.
         revision: revision on the Hub.
 
     Raises:
         ActTypeError: neither a model nor a name; a model with adapters in it.
-        ActValueError: nothing there, a damaged file, another architecture or structure, an adapter of another method.
+        ActValueError: nothing is there; a damaged file; a different architecture or structure; an adapter of a method
+            that is not supported.
     """
     needed = [f"{module}.{part}" for module in axes for part in ("weight", "bias") if f"{module}.{part}" in base]
     if isinstance(donor, nn.Module):

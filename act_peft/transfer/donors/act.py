@@ -17,12 +17,12 @@ from act_peft.transfer.donors.base import OpenDonor
 
 
 class ActDonor(OpenDonor):
-    """The difference of a channel is its delta, where the adapter has one, else zero.
+    """The difference of a channel is its delta; zero if the adapter has none.
 
     Args:
         folder: the adapter; closed with the donor.
         base: the parameters of the base.
-        axes: module -> axis of its channels, for the modules that will be asked for.
+        axes: module -> axis of its channels, for the modules that will be read.
 
     Raises:
         ActLoadError: the adapter does not fit the base.

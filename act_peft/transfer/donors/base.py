@@ -1,4 +1,4 @@
-"""What every donor can be asked: the difference that it would make to some channels of the base."""
+"""The interface of donors: the difference donor - base for some channels."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 
 
 class OpenDonor(ABC):
-    """A donor that has been checked against the base; a context manager.
+    """A donor that fits the base; a context manager that closes its files.
 
     Attributes:
-        location: what the user named.
-        notes: what differs from the base harmlessly, in words.
-        is_adapter: whether it is the base itself with an adapter, and so a relative however much it differs.
+        location: folder, Hub id or name of the donor, for messages.
+        notes: one sentence for each harmless difference from the base.
+        is_adapter: whether the donor is the base with an adapter; then it is a relative, however large the difference.
     """
 
     location: str
@@ -23,21 +23,21 @@ class OpenDonor(ABC):
 
     @abstractmethod
     def difference(self, module: str, part: str, index: torch.Tensor, dim: int, base: torch.Tensor) -> torch.Tensor:
-        """What the donor's channels are more than the base's.
+        """The difference donor - base of the selected channels.
 
         Args:
             module: name of the module in the base.
             part: `"weight"` or `"bias"`.
             index: the selected channels, int64 `[K]`, ascending.
             dim: the axis of the channels.
-            base: these channels of the base, K along `dim`.
+            base: the base's values of these channels, K along `dim`.
 
         Returns:
-            Donor minus base, of the shape and device of `base`, in float32 or wider; the caller may write to it.
+            The difference, with the shape and device of `base`, in float32 or wider; the caller may overwrite it.
         """
 
     def common_channels(self, module: str) -> int | None:
-        """How many of the module's channels the donor has, where it has fewer than the base."""
+        """The number of the module's channels that the donor has, if it has fewer than the base."""
         return None
 
     def close(self) -> None:  # noqa: B027 (a donor in memory has nothing to close)

@@ -14,18 +14,18 @@ from act_peft.transfer.lineage import check_shapes
 
 
 class FullDonor(OpenDonor):
-    """A model of the base's structure; its vocabulary may be another.
+    """A model with the base's structure; its vocabulary may differ.
 
     Args:
         base: the parameters of the base.
-        parameters: those of the donor.
-        needed: names of the parameters that will be asked for.
+        parameters: the parameters of the donor.
+        needed: names of the parameters that will be read.
         vocabulary: names of the parameters whose first axis counts tokens.
-        notes: what is known already to differ harmlessly.
-        checkpoint: what to close in the end.
+        notes: harmless differences that are known already.
+        checkpoint: the donor's checkpoint, which `close` closes.
 
     Raises:
-        ActValueError: another structure or shape.
+        ActValueError: the structure or a shape differs.
     """
 
     is_adapter = False
@@ -51,7 +51,7 @@ class FullDonor(OpenDonor):
             *notes,
             *(
                 f"the donor's vocabulary has {donor} rows and the base's {own}: the {abs(donor - own)} rows beyond "
-                "the common ones do not move"
+                "the common ones are not transferred"
                 for donor, own in sorted(sizes)
             ),
         ]

@@ -1,4 +1,4 @@
-"""A LoRA adapter as donor: the base with this adapter, computed for the selected channels alone."""
+"""A LoRA adapter as donor: the base with this adapter, computed only for the selected channels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from act_peft.doors import OUTER, get_pattern_key
 from act_peft.errors import ActLoadError, ActValueError
 from act_peft.transfer.donors.base import OpenDonor
 
-# Ends of the keys that PEFT writes -> what they are here. `weight` and `bias` are whole parameters.
+# End of a key that PEFT writes -> its name here. `weight` and `bias` are whole parameters.
 _ENDS = {
     "lora_A.weight": "a",
     "lora_B.weight": "b",
@@ -32,9 +32,9 @@ _ENDS = {
     "weight": "weight",
     "bias": "bias",
 }
-# Settings with which the adapter is more than base + factors.
+# With one of these settings the adapter is more than base + factors.
 _UNSUPPORTED = ("alora_invocation_tokens", "layer_replication", "use_qalora", "use_bdlora", "velora_config")
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that write into the base
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initializations that change the base
 _MERGE_IT = "merge the adapter with model.merge_and_unload(), save the model and name its folder as donor"
 _GROUP_REPEATED = re.compile(r"\)[*+?{]")  # takes exponential time on some names
 
@@ -48,7 +48,7 @@ class _Module:
 
 
 class LoraDonor(OpenDonor):
-    """The difference of a channel is its row of the product of the factors.
+    """The difference of a channel is a row of the product of the factors.
 
         delta W[i, :] = alpha / r * B[i, :] A          (alpha / sqrt(r) with rank-stabilised LoRA)
 
@@ -59,10 +59,10 @@ class LoraDonor(OpenDonor):
         place: the adapter's folder.
         config: the content of its `adapter_config.json`.
         base: the parameters of the base.
-        axes: module -> axis of its channels, for the modules that will be asked for.
+        axes: module -> axis of its channels, for the modules that will be read.
 
     Raises:
-        ActValueError: a variant of LoRA that has no such rows, a damaged file or configuration.
+        ActValueError: a variant of LoRA without such rows; a damaged file or configuration.
         ActLoadError: the adapter does not fit the base.
     """
 

@@ -12,10 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from act_peft.channels.scores import ChannelScores
-from act_peft.demo.family import encode, train_family
+from act_peft.demo.family import encode
 from act_peft.demo.task import Row, Split, accuracy, rows
 from act_peft.demo.words import Language
 from act_peft.localization import localize
+from tests.support.family_training import train_family
 
 ABILITY, KEPT, UNTOUCHED = Language.SPANISH, Language.GERMAN, Language.ENGLISH
 
@@ -30,10 +31,10 @@ class Family:
     """A base, its donor, and examples of two skills.
 
     Attributes:
-        folder: Holds `base` and `donor`.
-        examples: Training problems of the ability, and as many of the skill to keep.
-        validation: Validation problems of each, which settings are chosen on.
-        test: Test problems of each language, which are reported.
+        folder: holds `base` and `donor`.
+        examples: training problems of the ability, and as many of the skill to keep.
+        validation: validation problems of each, which settings are chosen on.
+        test: test problems of each language, which are reported.
     """
 
     folder: Path

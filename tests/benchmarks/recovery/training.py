@@ -21,11 +21,11 @@ class Loop:
     """How a model is trained.
 
     Attributes:
-        steps: Optimizer steps.
-        learning_rate: Before the decay.
-        keep_share: Share of the examples in a batch that are of the skill to keep.
-        batch_size: Examples in a step.
-        seed: Order of the examples.
+        steps: optimizer steps.
+        learning_rate: before the decay.
+        keep_share: share of the examples in a batch that are of the skill to keep.
+        batch_size: examples in a step.
+        seed: order of the examples.
     """
 
     steps: int
@@ -40,10 +40,10 @@ class Loop:
         """Train the parameters of a model that ask for gradients, in place.
 
         Args:
-            model: Any causal language model.
-            examples: Token ids and labels of the ability and of the skill to keep; probabilities, if there are any,
+            model: any causal language model.
+            examples: token ids and labels of the ability and of the skill to keep; probabilities, if there are any,
                 take the place of the labels.
-            after_step: Called after every optimizer step with its learning rate.
+            after_step: called after every optimizer step with its learning rate.
         """
         generator = torch.Generator().manual_seed(self.seed)
         kept = round(self.batch_size * self.keep_share)

@@ -214,7 +214,7 @@ def test_broken_factors_are_refused(tmp_path):
 def test_a_folder_with_both_is_a_checkpoint(tmp_path):
     save_lora("llama", tmp_path, target_modules=["q_proj"])
     build("llama", seed=0).save_pretrained(tmp_path)
-    with pytest.warns(ActWarning, match=f"{tmp_path}: is the base's equal in all selected channels, nothing moves"):
+    with pytest.warns(ActWarning, match=f"{tmp_path}: has the same weights as the base in all selected channels"):
         model = get_peft_model(
             build("llama"), ActConfig(channels={"q_proj": [1]}, donor=str(tmp_path), transfer_scale=1.0)
         )

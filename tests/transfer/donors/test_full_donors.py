@@ -53,7 +53,7 @@ def test_tokens_beyond_the_common_vocabulary_do_not_move(tmp_path, base_tokens, 
         model = with_donor(base, tmp_path / "donor", target_modules=MODULES)
     message = str(next(w.message for w in caught if "differ" in str(w.message)))
     assert f"vocabulary has {donor_tokens} rows and the base's {base_tokens}" in message
-    assert f"the {abs(base_tokens - donor_tokens)} rows beyond the common ones do not move" in message
+    assert f"the {abs(base_tokens - donor_tokens)} rows beyond the common ones are not transferred" in message
     assert (f"lm_head: {beyond} selected channels beyond the common vocabulary are left out" in message) == (
         beyond > 0
     )
@@ -74,7 +74,7 @@ def test_the_same_on_disk_byte_by_byte(tmp_path):
     base.save_pretrained(tmp_path / "base")
     donor.save_pretrained(tmp_path / "donor")
     base.name_or_path = base.config._name_or_path = str(tmp_path / "base")
-    with pytest.warns(ActWarning, match="do not move"):
+    with pytest.warns(ActWarning, match="are not transferred"):
         with_donor(base, tmp_path / "donor").save_pretrained(tmp_path / "memory")
     mask = random_mask(base, 0.5)
     beyond = int((mask["lm_head"] >= 50).sum())
@@ -96,7 +96,7 @@ def test_a_module_that_loses_every_channel_is_named(tmp_path):
 def test_an_existing_adapter_keeps_its_channels_and_gets_zeros_for_unknown_tokens():
     base, donor = resized(55, seed=1), resized(50, seed=2)
     model = get_peft_model(base, ActConfig(channels={"lm_head": [3, 51]}))
-    with pytest.warns(ActWarning, match="do not move"):
+    with pytest.warns(ActWarning, match="are not transferred"):
         initialize_from_donor(model, donor, transfer_scale=1.0)
     delta = model.get_base_model().lm_head.act_delta_weight["default"].detach()
     assert torch.equal(
@@ -186,7 +186,7 @@ def test_a_specialised_base_with_added_tokens_takes_from_its_ancestor(tmp_path):
     ancestor = build("llama")
     ancestor.save_pretrained(tmp_path)
     base = resized(VOCABULARY + 3, seed=5)
-    with pytest.warns(ActWarning, match="the 3 rows beyond the common ones do not move"):
+    with pytest.warns(ActWarning, match="the 3 rows beyond the common ones are not transferred"):
         model = with_donor(base, tmp_path)
     merged = model.merge_and_unload()
     rows = random_mask(base, 0.5)["model.layers.0.mlp.up_proj"]
