@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from act_peft.adapter.base_record import BaseComparison, Fingerprint
-from act_peft.adapter.file import AdapterFolder, ModuleDelta
+from act_peft.adapter.file import AdapterFolder, StoredDelta
 from act_peft.channels.rows import ScaledDelta, merged_rows
 from act_peft.combination.weighting import weighted_adapters
 from act_peft.disk.atomic import new_folder
@@ -132,7 +132,7 @@ class _Part:
 
 
 @dataclass(frozen=True)
-class _Change:
+class _TensorMerge:
     """All deltas of one tensor: `original` is the key to read, `index` the union of the parts' channels."""
 
     original: str
@@ -145,7 +145,7 @@ class _Change:
 class _Plan:
     """Key to write -> its change; new key -> key of the tied tensor; module -> keys of weight and bias."""
 
-    changes: dict[str, _Change] = field(default_factory=dict)
+    changes: dict[str, _TensorMerge] = field(default_factory=dict)
     untied: dict[str, str] = field(default_factory=dict)
     modules: dict[str, tuple[str, str | None]] = field(default_factory=dict)
 
@@ -162,22 +162,22 @@ def _make_plan(checkpoint: Checkpoint, sources: Sequence[_Source]) -> _Plan:
         parts = [(s, s.adapter.modules[module]) for s in sources if module in s.adapter.modules]
         dim = _check_parts(checkpoint, module, original, parts)
         index = torch.cat([delta.index for _, delta in parts]).unique()  # sorted
-        plan.changes[written] = _Change(original, dim, index, [_weight_part(s, d, module) for s, d in parts])
+        plan.changes[written] = _TensorMerge(original, dim, index, [_weight_part(s, d, module) for s, d in parts])
         bias = keys.key(f"{module}.bias")
         _check_bias(checkpoint, module, bias, parts)
         if bias is not None:
             biases = [_Part(s, module, d.index, d.bias) for s, d in parts if d.bias]
-            plan.changes[keys.own_key(f"{module}.bias")] = _Change(bias, 0, index, biases)
+            plan.changes[keys.own_key(f"{module}.bias")] = _TensorMerge(bias, 0, index, biases)
         plan.modules[module] = (written, bias)
     return plan
 
 
-def _weight_part(source: _Source, delta: ModuleDelta, module: str) -> _Part:
+def _weight_part(source: _Source, delta: StoredDelta, module: str) -> _Part:
     recorded = source.adapter.recorded_base(module)
     return _Part(source, module, delta.index, delta.weight, None if recorded is None else Fingerprint())
 
 
-def _check_parts(checkpoint: Checkpoint, module: str, key: str, parts: Sequence[tuple[_Source, ModuleDelta]]) -> int:
+def _check_parts(checkpoint: Checkpoint, module: str, key: str, parts: Sequence[tuple[_Source, StoredDelta]]) -> int:
     """Check the deltas of one module's weight; the axis of the channels follows from the shapes."""
     info = checkpoint.info(key)
     if not info.is_plain:
@@ -219,7 +219,7 @@ def _check_parts(checkpoint: Checkpoint, module: str, key: str, parts: Sequence[
 
 
 def _check_bias(
-    checkpoint: Checkpoint, module: str, key: str | None, parts: Sequence[tuple[_Source, ModuleDelta]]
+    checkpoint: Checkpoint, module: str, key: str | None, parts: Sequence[tuple[_Source, StoredDelta]]
 ) -> None:
     for source, delta in parts:
         if (key is None) != (delta.bias is None):
@@ -306,7 +306,7 @@ def _write_bytes(out: GatheringWriter, shard: Shard, start: int, stop: int) -> N
         out.write(piece)
 
 
-def _write_tensor(out: GatheringWriter, shard: Shard, key: str, change: _Change | None) -> None:
+def _write_tensor(out: GatheringWriter, shard: Shard, key: str, change: _TensorMerge | None) -> None:
     """Write a tensor with its merged rows or columns, range by range along the first axis."""
     info = shard.info(key)
     for first, stop in info.blocks():
@@ -325,7 +325,7 @@ def _write_tensor(out: GatheringWriter, shard: Shard, key: str, change: _Change 
             out.write(block.index_copy(change.dim, local, merged))
 
 
-def _channels_between(change: _Change, first: int, stop: int) -> torch.Tensor:
+def _channels_between(change: _TensorMerge, first: int, stop: int) -> torch.Tensor:
     """The channels in a range of the first axis."""
     if change.dim == 1:
         return change.index
@@ -333,7 +333,7 @@ def _channels_between(change: _Change, first: int, stop: int) -> torch.Tensor:
     return change.index[i:j]
 
 
-def _note_seen(change: _Change, index: torch.Tensor, original: torch.Tensor) -> None:
+def _note_seen(change: _TensorMerge, index: torch.Tensor, original: torch.Tensor) -> None:
     """Add base rows, those of the channels `index`, to the fingerprints of the adapters that change them."""
     for part in change.parts:
         if part.seen is None:
@@ -344,7 +344,7 @@ def _note_seen(change: _Change, index: torch.Tensor, original: torch.Tensor) -> 
             part.seen.add(original.index_select(change.dim, torch.isin(index, part.index).nonzero().squeeze(1)))
 
 
-def _deltas_between(change: _Change, first: int, stop: int) -> Iterator[ScaledDelta]:
+def _deltas_between(change: _TensorMerge, first: int, stop: int) -> Iterator[ScaledDelta]:
     """The channels and deltas of each adapter between two positions of the first axis."""
     for part in change.parts:
         adapter = part.source.adapter

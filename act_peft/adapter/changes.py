@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 
 from act_peft.adapter.config import ActConfig
-from act_peft.adapter.file import AdapterFolder, ModuleDelta
+from act_peft.adapter.file import AdapterFolder, StoredDelta
 from act_peft.channels.kinds import ChannelKind
 from act_peft.channels.rows import merged_rows, wide_dtype
 from act_peft.disk.checkpoint import Checkpoint
@@ -131,7 +131,7 @@ def changes_in_folder(folder: AdapterFolder, checkpoint: Checkpoint | None) -> A
     )
 
 
-def _parts(delta: ModuleDelta) -> dict[str, str]:
+def _parts(delta: StoredDelta) -> dict[str, str]:
     """The parts of a module -> the keys of their deltas."""
     return {"weight": delta.weight, **({} if delta.bias is None else {"bias": delta.bias})}
 
@@ -201,7 +201,7 @@ class FileChange(ModuleChange):
         return cast(Parameters, self._base).rows(f"{self.name}.{part}", everything, self.kind.axis_of(part))
 
 
-def _kind_of_file(where: str, delta: ModuleDelta, recorded: Any) -> ChannelKind:
+def _kind_of_file(where: str, delta: StoredDelta, recorded: Any) -> ChannelKind:
     """The recorded kind; for adapters of versions that recorded none, the only kind that the shapes allow."""
     if recorded is not None:
         try:

@@ -25,7 +25,7 @@ _PARTS = ("act_delta_index", "act_delta_weight", "act_delta_bias", "act_delta_ch
 
 
 @dataclass(frozen=True)
-class ModuleDelta:
+class StoredDelta:
     """The deltas of one module in a file: channels, int64 `[K]`, ascending, and the keys of the tensors.
 
     `scales` are the learned scales, float `[K]`, that the rows are multiplied with; None if there are none.
@@ -48,7 +48,7 @@ class AdapterFolder:
         location: the folder or Hub id that the user gave.
         folder: the local folder.
         config: the content of `adapter_config.json`.
-        modules: module name -> `ModuleDelta`.
+        modules: module name -> `StoredDelta`.
 
     Raises:
         ActValueError: if there is no such adapter, a file is damaged, or it is an adapter of a different method.
@@ -106,7 +106,7 @@ class AdapterFolder:
         scales = self.modules[module].scales
         return rows if scales is None else scaled_channels(rows, scales[channels], dim)
 
-    def _read_modules(self) -> dict[str, ModuleDelta]:
+    def _read_modules(self) -> dict[str, StoredDelta]:
         parts: dict[str, dict[str, str]] = {}
         for key in self.shard.tensors:
             module, _, part = key.removeprefix(OUTER).rpartition(".")
@@ -119,7 +119,7 @@ class AdapterFolder:
             parts.setdefault(module, {})[part] = key
         return {module: self._read_module(module, keys) for module, keys in parts.items()}
 
-    def _read_module(self, module: str, keys: Mapping[str, str]) -> ModuleDelta:
+    def _read_module(self, module: str, keys: Mapping[str, str]) -> StoredDelta:
         where = f"{self.location}: {module}"
         missing = [part for part in _PARTS[:2] if part not in keys]
         if missing:
@@ -147,7 +147,7 @@ class AdapterFolder:
             if "act_delta_channel_scale" in keys
             else None
         )
-        return ModuleDelta(index, keys["act_delta_weight"], weight.shape, keys.get("act_delta_bias"), scales)
+        return StoredDelta(index, keys["act_delta_weight"], weight.shape, keys.get("act_delta_bias"), scales)
 
     def _read_scales(self, where: str, key: str, index: torch.Tensor) -> torch.Tensor:
         info = self.shard.info(key)

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from act_peft.adapter.base_record import BaseComparison, fingerprint
-from act_peft.adapter.file import AdapterFolder, ModuleDelta
+from act_peft.adapter.file import AdapterFolder, StoredDelta
 from act_peft.channels.rows import wide_dtype
 from act_peft.disk.keys import CheckpointKeys
 from act_peft.disk.parameters import Parameters
@@ -45,7 +45,7 @@ class ActDonor(OpenDonor):
         note = comparison.note()
         self.notes = [] if note is None else [note]
 
-    def _check_fit(self, name: str, delta: ModuleDelta, base: Parameters, dim: int) -> None:
+    def _check_fit(self, name: str, delta: StoredDelta, base: Parameters, dim: int) -> None:
         shape = base.shape(f"{name}.weight")
         expected = (*shape[:dim], delta.index.numel(), *shape[dim + 1 :])
         if (
