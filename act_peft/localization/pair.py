@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Container, Mapping
-from typing import cast
+from types import FunctionType, MethodType
+from typing import Any, cast
 
 from peft import PeftConfig, PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
@@ -35,6 +36,7 @@ from act_peft.peft_modules import (
 
 # With this start PEFT computes the adapter from the base's weights and subtracts it from them in place.
 _IN_PLACE = "olora"
+_OF_CLASS = object()  # in a copy: the place of a `forward` that gives way to the one of the class
 
 Donor = nn.Module | str | os.PathLike[str]
 
@@ -82,8 +84,8 @@ def twin(model: nn.Module, *, own: Container[str] = ()) -> nn.Module:
         own: names of parameters that get tensors of their own.
 
     Raises:
-        ActValueError: a module whose `forward` was replaced. It may be bound to that module, which a copy cannot
-            follow.
+        ActValueError: a module whose `forward` was replaced by a function that holds modules of the model. TRL's
+            trainers replace it too; the copy has its class's `forward` then.
     """
     memo: dict[int, object] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -93,17 +95,49 @@ def twin(model: nn.Module, *, own: Container[str] = ()) -> nn.Module:
             values = parameter.detach().clone() if name in own else parameter.detach()
             memo[id(parameter)] = nn.Parameter(values, requires_grad=parameter.requires_grad)
     for name, module in model.named_modules():
-        if "forward" in vars(module):
+        forward = vars(module).get("forward")
+        if _is_of_trl(forward):
+            memo[id(forward)] = _OF_CLASS
+        elif forward is not None and not _follows_a_copy(forward, module):
             raise ActValueError(
-                f"{name or type(module).__name__}: its forward was replaced (TRL's trainers and accelerate do that), "
-                "expected a model as it was loaded, because it has to be copied here (load it anew, on one device, "
-                "and call localize before a trainer gets it; for scores by activations, an adapter can also be a "
-                "PeftModel on this base)"
+                f"{name or type(module).__name__}: its forward was replaced by one that a copy cannot take along "
+                "(accelerate does that to spread a model over devices), expected a model as it was loaded, because it "
+                "has to be copied here (load it anew, on one device; for scores by activations, an adapter can also "
+                "be a PeftModel on this base)"
             )
         memo.update({id(buffer): buffer for buffer in module._buffers.values() if buffer is not None})
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             memo.update({id(hook): hook for hook in hooks.values()})
-    return copy.deepcopy(model, memo)
+    copied = copy.deepcopy(model, memo)
+    for module in copied.modules():
+        if vars(module).get("forward") is _OF_CLASS:
+            del module.forward
+    return copied
+
+
+def _is_of_trl(forward: object) -> bool:
+    """Whether a TRL trainer put this `forward` there. It adds a loss and is otherwise the class's own."""
+    function = getattr(forward, "__func__", forward)
+    return str(getattr(function, "__globals__", {}).get("__name__", "")).partition(".")[0] == "trl"
+
+
+def _follows_a_copy(forward: object, module: nn.Module) -> bool:
+    """Whether a replaced `forward` is a method of the module alone, which a deep copy binds to the copied module."""
+    return isinstance(forward, MethodType) and forward.__self__ is module and not _holds_modules(forward.__func__, [])
+
+
+def _holds_modules(function: Any, seen: list[Any]) -> bool:
+    """Whether a function keeps a module, or a method of one, in its closure or in what it wraps."""
+    if any(function is other for other in seen):
+        return False
+    seen.append(function)
+    cells = (cell.cell_contents for cell in getattr(function, "__closure__", None) or ())
+    return any(
+        isinstance(value, nn.Module)
+        or isinstance(getattr(value, "__self__", None), nn.Module)
+        or (isinstance(value, FunctionType) and _holds_modules(value, seen))
+        for value in (*cells, *getattr(function, "__dict__", {}).values())
+    )
 
 
 def _load_adapter(base: nn.Module, location: str) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import types
 
 import pytest
 import torch
@@ -217,7 +218,7 @@ def test_tied_weights_and_other_hooks_in_a_twin(pair):
 
 
 def bind_forward(model):
-    """Put a forward on the model that is bound to it by a closure, as TRL does."""
+    """Put a forward on the model that is bound to it by a closure."""
     original = model.forward
     model.forward = lambda *args, **kwargs: original(*args, **kwargs)
 
@@ -239,6 +240,25 @@ def test_a_forward_that_is_bound_to_the_model(inner, base, saved, adapted, batch
         with pytest.raises(ActValueError, match=message):
             localize(*arguments[:2], batches, score=arguments[2] if len(arguments) > 2 else "activation")
         assert_same(base, before)
+
+
+def method_forward(model):
+    """Put a forward on the model that is a method of it, as TRL's trainers do."""
+    plain = type(model).forward
+    model.forward = types.MethodType(lambda self, *args, **kwargs: plain(self, *args, **kwargs), model)
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_forward_that_is_a_method_follows_the_copy(inner, base, saved, batches):
+    folder, donor = saved(), copy.deepcopy(base)
+    with torch.no_grad():
+        donor.model.layers[1].mlp.up_proj.weight.add_(0.1)
+    expected = localize(base, folder, batches), localize(base, donor, batches, score="attribution")
+    method_forward(base.model.layers[1] if inner else base)
+    before = everything(base)
+    assert_close(localize(base, folder, batches), expected[0])
+    assert_close(localize(base, donor, batches, score="attribution"), expected[1])
+    assert_same(base, before)
 
 
 def test_the_base_of_a_peft_model_is_the_model_itself(adapted, batches):
