@@ -58,8 +58,12 @@ class Metric(ABC):
         """W."""
 
     @abstractmethod
-    def solve(self, differences: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The change Δ `[R, W]`, float64, of R rows whose donors' differences are the D_j, float64 `[R, W]` each."""
+    def solve(self, differences: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The change Δ `[R, W]` of R rows, and what each of them gains, f_i(0) - f_i(Δ_i) `[R]`, 0 or greater.
+
+        Args:
+            differences: the D_j of these rows, float64 `[R, W]` each.
+        """
 
     @abstractmethod
     def matrix(self) -> torch.Tensor:
@@ -82,10 +86,6 @@ class Metric(ABC):
         if self._cholesky is None:
             self._cholesky = self._factored(self.matrix())
         return self._cholesky
-
-    def gains(self, delta: torch.Tensor) -> torch.Tensor:
-        """What each row gains, f_i(0) - f_i(Δ_i) for the solution Δ `[R, W]`: float64 `[R]`, 0 or greater."""
-        return self.half(delta).square().sum(1)
 
     def _mean(self, differences: Sequence[torch.Tensor]) -> torch.Tensor:
         return differences[0] if len(differences) == 1 else torch.stack(list(differences)).mean(0)
@@ -131,12 +131,13 @@ class PrimalMetric(Metric):
         total.diagonal().add_(self._ridge)
         return total
 
-    def solve(self, differences: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The change Δ `[R, W]`, float64."""
+    def solve(self, differences: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Δ `[R, W]` and gains `[R]`, float64."""
         wanted = self._mean(differences) * (self._ridge * self._prior_scale)  # [R, W]
         for difference, moments in zip(differences, self._ability, strict=True):
             wanted = torch.addmm(wanted, difference, moments)
-        return torch.cholesky_solve(wanted.T, self.cholesky()).T
+        delta = torch.cholesky_solve(wanted.T, self.cholesky()).T
+        return delta, (delta * wanted).sum(1).clamp(min=0)  # wanted is Δ M
 
     def ability_moments(self) -> list[torch.Tensor]:
         """The A_j, float64 `[W, W]` each."""
@@ -179,8 +180,8 @@ class DualMetric(Metric):
         total.diagonal().add_(self._ridge)
         return total
 
-    def solve(self, differences: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The change Δ `[R, W]`, float64."""
+    def solve(self, differences: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Δ `[R, W]` and gains `[R]`, float64."""
         prior = self._mean(differences) * self._prior_scale  # [R, W]
         wanted = []
         for source, rows in enumerate(self._sources):
@@ -188,7 +189,8 @@ class DualMetric(Metric):
                 is_ability = source < len(differences)
                 wanted.append((differences[source] - prior if is_ability else -prior) @ rows.T)
         solved = torch.cholesky_solve(torch.cat(wanted, dim=1).T, self._kernel).T  # [R, N]
-        return torch.addmm(prior, solved, self._rows)
+        delta = torch.addmm(prior, solved, self._rows)
+        return delta, self.half(delta).square().sum(1)
 
     def ability_moments(self) -> list[torch.Tensor]:
         """The A_j, float64 `[W, W]` each."""

@@ -62,14 +62,13 @@ def solve_rows(
     wide = num_rows > width  # then the directions come from the other side
     other_side = torch.zeros((), dtype=torch.float64)
     for start in range(0, num_rows, block):
-        delta = metric.solve(differences(slice(start, min(start + block, num_rows))))
-        half = metric.half(delta)  # [r, *]
-        gains.append(half.square().sum(1))
+        delta, gained = metric.solve(differences(slice(start, min(start + block, num_rows))))
+        gains.append(gained)
         if max_rank and wide:
             right = delta @ metric.cholesky()  # [r, W]
             other_side = other_side.to(right.device) + right.T @ right
         elif max_rank:
-            halves.append(half)
+            halves.append(metric.half(delta))
         deltas.append(delta.to(dtype))
     whole = torch.cat(deltas)
     if not max_rank:
