@@ -13,7 +13,7 @@ from torch import nn
 
 from act_peft.batches.answer_tokens import AnswerTokens, find_answer_tokens
 from act_peft.batches.forward import Batch, forward, over_batches
-from act_peft.channels.kinds import ChannelKind, kind_of, norm_epsilon, normalize
+from act_peft.channels.kinds import kind_of, norm_epsilon, normalize
 from act_peft.errors import ActValueError
 from act_peft.fitting.elements import ElementMoments
 from act_peft.fitting.moments import InputMoments
@@ -125,21 +125,20 @@ class Collector:
         self._num_tokens = [0] * (num_donors + 1)
         shared: dict[tuple[str, bool], InputMoments] = {}
         for pair in pairs:
-            if pair.kind is ChannelKind.EMBEDDING:
+            if pair.is_embedding:
                 counts = TokenCounts(pair.name, pair.num_rows, num_donors=num_donors)
                 self._tokens |= {name: counts for name in pair.names if name != pair.head}
             elif pair.kind.is_norm:
                 self._elements[pair.name] = ElementMoments(
                     pair.name, pair.width, num_donors=num_donors, has_bias=pair.has_bias
                 )
-            linear = pair.head if pair.kind is ChannelKind.EMBEDDING else None if pair.kind.is_norm else pair.name
-            if linear is not None:
-                has_bias = pair.has_bias and pair.head is None
-                key = (leaders[linear], has_bias)
+            if pair.linear is not None:
+                has_bias = pair.has_bias and not pair.is_embedding
+                key = (leaders[pair.linear], has_bias)
                 if key not in shared:
-                    shared[key] = InputMoments(linear, pair.width, num_donors=num_donors, has_bias=has_bias)
-                    self._leaders[linear] = shared[key]
-                self._linear[linear] = shared[key]
+                    shared[key] = InputMoments(pair.linear, pair.width, num_donors=num_donors, has_bias=has_bias)
+                    self._leaders[pair.linear] = shared[key]
+                self._linear[pair.linear] = shared[key]
 
     def read(
         self,

@@ -39,9 +39,7 @@ class ElementMoments:
         self._sums[source] += torch.stack((wide.sum(0), wide.square().sum(0))).cpu()
         self.num_tokens[source] += len(rows)
 
-    def solve(
-        self, differences: Sequence[torch.Tensor], settings: FitSettings
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def solve(self, differences: Sequence[torch.Tensor], settings: FitSettings) -> tuple[torch.Tensor, torch.Tensor]:
         """Solve every channel by itself; the objective is that of `act_peft.fitting.metric`, summed over channels.
 
             Δ_i = (sum over j of D_ji a_ji + ε m λ D̄_i) / (sum over j of a_ji + μ k_i + ε m)          without a bias

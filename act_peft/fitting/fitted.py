@@ -2,62 +2,295 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
+from torch import nn
 
-from act_peft.channels.kinds import ChannelKind
 from act_peft.channels.scores import ChannelScores, ScoreKind
-from act_peft.fitting.settings import FitSettings
-
-
-@dataclass(frozen=True, eq=False)
-class FittedModule:
-    """The fitted change of one weight, on the CPU.
-
-    Attributes:
-        names: the modules that use the weight; more than one for tied embeddings.
-        kind: of the first of them.
-        delta: the change, `[C, I]` with a channel in each row (`[C, 1]` for a norm), `[V, H]` with a token in each row
-            for an embedding; in the dtype of the base's weight.
-        bias: the change of the bias, `[C]`, None where the module has none.
-        gains: how far the objective falls by each row, float64 `[C]` or `[V]`, 0 or greater.
-        column_gains: of an embedding that is not tied, how far it falls by each column, float64 `[H]`; else None.
-        directions: of a linear module the strongest left singular vectors of the change (and that of the bias) in the
-            metric of its inputs, `[C, K]`; else `[C, 0]`.
-        strengths: all singular values, float64 `[min(C, I)]`, falling; their squares sum up to the gains.
-        fingerprint: of the base's weight and bias that the change was fitted for.
-    """
-
-    names: tuple[str, ...]
-    kind: ChannelKind
-    delta: torch.Tensor
-    bias: torch.Tensor | None
-    gains: torch.Tensor
-    column_gains: torch.Tensor | None
-    directions: torch.Tensor
-    strengths: torch.Tensor
-    fingerprint: str
+from act_peft.disk.checkpoint import Checkpoint
+from act_peft.errors import ActTypeError, ActValueError, ActWarning
+from act_peft.fitting import storage
+from act_peft.fitting.adapters import FittedLora, absolute, checked_rank, write_act, write_lora
+from act_peft.fitting.application import add_changes_, fill_adapter
+from act_peft.fitting.base_weights import Base, differing_modules, opened_base
+from act_peft.fitting.merging import merge_fitted
+from act_peft.fitting.module import FitRecord, FittedModule
+from act_peft.fitting.selection import MaskLike, TokensLike, selected_channels, selected_tokens
+from act_peft.transfer.parameters import Parameters
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FittedTransfer:
-    """What `fit` found: a change of every module, and what each channel of it gains."""
+    """The changes that `fit` found: what to add to the base so that it answers as the donor does on the ability.
+
+    It holds the change of every module itself, so adapters and checkpoints are made of it in any order, without the
+    data and without the donor.
+
+    Attributes:
+        modules: module name -> its change, in the base's order; read-only. Tied embeddings are one entry.
+        record: settings, counts of tokens, and where base and donors came from.
+    """
 
     modules: Mapping[str, FittedModule]
-    settings: FitSettings
-    num_tokens: tuple[int, ...]
-    base: str | None = None
-    donors: tuple[str | None, ...] = field(default=())
-    task_type: str | None = None
+    record: FitRecord
+    _live_base: weakref.ref[nn.Module] | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "modules", MappingProxyType(dict(self.modules)))
+
+    def __repr__(self) -> str:
+        settings = self.record.settings
+        return (
+            f"FittedTransfer({len(self.modules)} modules, keep_weight {settings.keep_weight:g}, ridge "
+            f"{settings.ridge:g}, prior_scale {settings.prior_scale:g}, tokens {list(self.record.num_tokens)})"
+        )
 
     @property
     def gains(self) -> ChannelScores:
-        """How far the objective falls by each channel; tied embeddings have rows of tokens and are left out."""
-        gains = {}
-        for name, module in self.modules.items():
-            found = module.column_gains if module.kind is ChannelKind.EMBEDDING else module.gains
-            if found is not None:
-                gains[name] = found
-        return ChannelScores(gains, self.num_tokens[0], kind=ScoreKind.ATTRIBUTION)
+        """What every channel gains: how far the objective falls by its row of the change, 0 or greater.
+
+            gain_i = f_i(0) - f_i(Δ_i) = Δ_i M Δ_iᵀ
+
+        The rows of a module do not influence each other, so the k best rows by gain are the best k rows. Embeddings
+        move by rows of tokens, not by channels, and are left out: see `token_gains`.
+
+        Raises:
+            ActValueError: only embeddings were fitted.
+        """
+        gains = {name: module.gains for name, module in self.modules.items() if not module.is_embedding}
+        if not gains:
+            raise ActValueError("gains: only embeddings were fitted, expected other modules too (see token_gains)")
+        return ChannelScores(gains, 0, kind=ScoreKind.GAIN)
+
+    @property
+    def token_gains(self) -> Mapping[str, torch.Tensor]:
+        """Name of an embedding -> what every token's row gains, float64 `[V]`; tied or not."""
+        return {name: module.gains.clone() for name, module in self.modules.items() if module.is_embedding}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything to one safetensors file, whole or not at all.
+
+        Raises:
+            ActValueError: `path` is a folder or lies in a folder that does not exist.
+        """
+        storage.write(path, self.modules, self.record)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> FittedTransfer:
+        """Read what `save` wrote.
+
+        Raises:
+            ActValueError: the file is missing, damaged, of another kind or of a newer version.
+        """
+        return cls(*storage.read(path))
+
+    def to_adapter(
+        self,
+        mask: MaskLike,
+        output_dir: str | os.PathLike[str],
+        *,
+        tokens: TokensLike = None,
+        base: Base | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        """Write an ACT adapter whose deltas are the changes of some channels.
+
+            delta[i, :] = Δ_i          for every selected channel i
+
+        It is an adapter like any other: loaded with `PeftModel.from_pretrained`, trained, stacked, merged.
+
+        Args:
+            mask: the channels, for example `fitted.gains.top(0.2, scope="module")`; or the path of a saved mask; or
+                names (or their ends) -> channels.
+            output_dir: the folder to write. It appears whole or not at all.
+            tokens: rows of the token embedding that move too, as PEFT's `trainable_token_indices`: a share (a float
+                from 0 to 1: those with the greatest gains), or their numbers. In tied models both uses move.
+            base: the base's model, or the folder or Hub id of its checkpoint, from which a fingerprint is recorded and
+                tokens are made. By default the model of the fit while it is in memory, then where that was loaded
+                from; where neither is there, no fingerprint is recorded.
+            overwrite: whether an older adapter at `output_dir` is replaced.
+
+        Raises:
+            ActTypeError: arguments of other types.
+            ActValueError: channels or tokens that were not fitted; nothing selected; a base with other weights; tokens
+                without a base; an output that exists; no room on the disk. Nothing is written then.
+        """
+        channels = selected_channels(mask, self.modules)
+        rows = selected_tokens(tokens, self.modules)
+        used = {name: self.modules[name] for name in {**channels, **rows}}
+        total = sum(len(module.delta) for module in self.modules.values() if not module.is_embedding)
+        with self._opened(base, used) as parameters:
+            write_act(
+                absolute(output_dir),
+                self.modules,
+                self.record,
+                channels=channels,
+                tokens=rows,
+                base=parameters,
+                total=total,
+                overwrite=overwrite,
+            )
+
+    def to_lora(
+        self,
+        rank: int,
+        output_dir: str | os.PathLike[str],
+        *,
+        norms: bool = False,
+        tokens: TokensLike = None,
+        base: Base | None = None,
+        overwrite: bool = False,
+    ) -> FittedLora:
+        """Write an ordinary LoRA adapter, which PEFT loads without act_peft.
+
+            B A = U_r U_rᵀ Δ,     Δ L = U S Vᵀ,  L Lᵀ = M
+
+        the best change of this rank by the fit's own objective: of the gain, the sum of the first r squares of S is
+        kept. Norms and tokens have no factors.
+
+        Args:
+            rank: r, for all linear modules; lower where a change has a lower one.
+            output_dir: the folder to write. It appears whole or not at all.
+            norms: whether norms are saved as whole modules (`modules_to_save`), with the base's weights in them.
+            tokens: as in `to_adapter`.
+            base: as in `to_adapter`; needed for norms and tokens.
+            overwrite: whether an older adapter at `output_dir` is replaced.
+
+        Returns:
+            Ranks, and which share of the gain is lost, by modules and in all.
+
+        Raises:
+            ActTypeError: arguments of other types.
+            ActValueError: a rank that is greater than the fit's `max_rank`; otherwise as `to_adapter`.
+        """
+        rows = selected_tokens(tokens, self.modules)
+        used = {n: m for n, m in self.modules.items() if n in rows or (norms and m.kind.is_norm)}
+        with self._opened(base, used) as parameters:
+            return write_lora(
+                absolute(output_dir),
+                self.modules,
+                self.record,
+                rank=checked_rank(rank),
+                norms=norms,
+                tokens=rows,
+                base=parameters,
+                overwrite=overwrite,
+            )
+
+    def apply_to(self, model: nn.Module, *, adapter_name: str = "default") -> None:
+        """Fill the adapter of an existing PEFT model with the changes; what it held before is replaced.
+
+        Rows of ACT adapters get their changes, factors of LoRA adapters the best change of their rank, trained tokens
+        and whole modules (`modules_to_save`) the base's weights plus the change. With learned scales the scales start
+        at 1. So a short fine-tune can start where the fit ends.
+
+        Args:
+            model: a `PeftModel` on the base that was fitted.
+            adapter_name: name of the adapter.
+
+        Raises:
+            ActValueError: no such adapter; one that changes a module that was not fitted, or another base; a rank
+                greater than the fit's `max_rank`. Nothing is changed then.
+
+        Warns:
+            ActWarning: if the base has other weights than the one that was fitted.
+        """
+        fill_adapter(model, self.modules, adapter_name=adapter_name)
+
+    def add_to_(self, model: nn.Module) -> None:
+        """Add all changes to the weights of the base in memory.
+
+        Args:
+            model: the base, without adapters.
+
+        Raises:
+            ActValueError: adapters in it, or other modules than those that were fitted. Nothing is changed then.
+
+        Warns:
+            ActWarning: if it has other weights than the base that was fitted.
+        """
+        self._warn_of_other_base(model)
+        add_changes_(model, self.modules)
+
+    def merge(
+        self, base: str | os.PathLike[str], output_dir: str | os.PathLike[str], *, overwrite: bool = False
+    ) -> None:
+        """Write the base's checkpoint with all changes added; plain transformers loads it.
+
+        No model is built, and one tensor at a time is in memory. Tied weights stay tied. Configuration, tokenizer and
+        the like are copied; not the README, which describes the base.
+
+        Args:
+            base: folder or Hub id of the base's checkpoint, in safetensors.
+            output_dir: the folder to write. It appears whole or not at all.
+            overwrite: whether an older checkpoint at `output_dir` is replaced.
+
+        Raises:
+            ActValueError: no or a damaged checkpoint, or of another model; quantized weights; an output that exists or
+                lies inside the base; no room on the disk. Nothing is written then.
+            ActTypeError: `base` is no path.
+
+        Warns:
+            ActWarning: if the checkpoint has other weights than the base that was fitted.
+        """
+        if not isinstance(base, (str, os.PathLike)):
+            raise ActTypeError(
+                f"base: got {type(base).__name__}, expected the folder or Hub id of a checkpoint (for a model in "
+                "memory call add_to_, then save_pretrained)"
+            )
+        with Checkpoint.open(base) as checkpoint, opened_base(base, self.modules) as parameters:
+            _warn_of(differing_modules(parameters, self.modules), os.fspath(base), stacklevel=3)
+            merge_fitted(checkpoint, parameters, self.modules, absolute(output_dir), overwrite=overwrite)
+
+    @contextmanager
+    def _opened(self, base: Base | None, used: Mapping[str, FittedModule]) -> Iterator[Parameters | None]:
+        """The weights of the base of some modules; None where the user named none and it cannot be reached."""
+        if base is not None:
+            with opened_base(base, used) as parameters:
+                differing = differing_modules(parameters, used)
+                if differing:
+                    raise ActValueError(
+                        f"{differing[0]}: the base has other weights than the one that was fitted, expected the same "
+                        f"({len(differing)} of {len(used)} modules differ)"
+                    )
+                yield parameters
+            return
+        live = None if self._live_base is None else self._live_base()
+        for candidate in (live, self.record.base or None):
+            if candidate is None:
+                continue
+            try:
+                with opened_base(candidate, used) as parameters:
+                    same = not differing_modules(parameters, used)
+            except (ActValueError, ActTypeError):
+                continue
+            if same:
+                with opened_base(candidate, used) as parameters:
+                    yield parameters
+                return
+        yield None
+
+    def _warn_of_other_base(self, model: nn.Module) -> None:
+        try:
+            with opened_base(model, self.modules) as parameters:
+                differing = differing_modules(parameters, self.modules)
+        except ActValueError:  # what does not fit is said where it is used
+            return
+        _warn_of(differing, type(model).__name__, stacklevel=4)
+
+
+def _warn_of(differing: list[str], where: str, *, stacklevel: int) -> None:
+    if differing:
+        warnings.warn(
+            f"{where}: has other weights than the base that was fitted: {len(differing)} modules differ, the first is "
+            f"{differing[0]}",
+            ActWarning,
+            stacklevel=stacklevel,
+        )

@@ -1,10 +1,10 @@
 """The objective of one module's change, and its solution: the mathematics of a fit, for any weight and inputs.
 
-Rows x are the inputs of a module y = W x, with a 1 appended where it has a bias. D_j = W_donor,j - W_base `[O, W]`, A_j
-and K their mean second moments x xᵀ `[W, W]` on the data of ability j and on those to keep, times what each counts.
-D̄ is the mean of the D_j, ρ = ε m the ridge. The change Δ is the minimum of
+Rows x are the inputs of a module y = W x, with a 1 appended where it has a bias. D_j = W_donor,j - W_base `[O, W]`,
+A_j and K their mean second moments x xᵀ `[W, W]` on the data of ability j and on those to keep, times what each
+counts. D̄ is the mean of the D_j, ρ = ε m the ridge. The change Δ is the minimum of
 
-    f(Δ) = sum over j of tr (D_j - Δ) A_j (D_j - Δ)ᵀ  +  tr Δ K Δᵀ  +  ρ |Δ - λ D̄|²                          (K includes μ)
+    f(Δ) = sum over j of tr (D_j - Δ) A_j (D_j - Δ)ᵀ  +  tr Δ K Δᵀ  +  ρ |Δ - λ D̄|²         (K includes μ)
 
     Δ = (sum over j of D_j A_j + ρ λ D̄) M⁻¹,      M = sum over j of A_j + K + ρ 1
 
@@ -14,7 +14,7 @@ the singular values of Δ L have the squares of what each of its directions gain
 Two forms give the same: with second moments (primal, [W, W]), or with the rows themselves (dual, [N, N]). With X the N
 rows, each times the root of its factor, and C = X Xᵀ:
 
-    Δ = λ D̄ + Y (C + ρ 1)⁻¹ X,      column n of Y `[O, N]` is (D_j - λ D̄) x_n for a row of ability j, -λ D̄ x_n for others
+    Δ = λ D̄ + Y (C + ρ 1)⁻¹ X,    column n of Y is (D_j - λ D̄) x_n for a row of ability j, else -λ D̄ x_n
 """
 
 from __future__ import annotations
@@ -159,9 +159,7 @@ class DualMetric(Metric):
         prior_scale: λ.
     """
 
-    def __init__(
-        self, name: str, rows: Sequence[torch.Tensor | None], *, ridge: float, prior_scale: float
-    ) -> None:
+    def __init__(self, name: str, rows: Sequence[torch.Tensor | None], *, ridge: float, prior_scale: float) -> None:
         super().__init__(name, ridge=ridge, prior_scale=prior_scale)
         self._sources = list(rows)
         self._rows = torch.cat([part for part in rows if part is not None])  # [N, W]

@@ -82,6 +82,21 @@ class InputMoments:
         self._waiting = 0
         self._sums: list[torch.Tensor] | None = None
 
+    @staticmethod
+    def size(width: int, num_rows: int, *, num_donors: int, dtype: torch.dtype) -> int:
+        """About how many bytes the inputs take.
+
+        Args:
+            width: number of inputs I.
+            num_rows: rows of all sources.
+            num_donors: number of abilities J.
+            dtype: of the rows.
+        """
+        rows = width * dtype.itemsize
+        if num_rows < width:
+            return num_rows * rows
+        return (num_donors + 1) * width * width * _wide(width, dtype).itemsize + (width // 4) * rows
+
     def add_(self, source: int, rows: torch.Tensor) -> None:
         """Add inputs.
 
@@ -139,7 +154,7 @@ class InputMoments:
     def _fold(self) -> None:
         """Turn the rows that wait into sums."""
         first = next(rows for parts in self._rows for rows in parts)
-        wide = torch.float64 if self.width <= _DOUBLE_WIDTH else torch.promote_types(first.dtype, torch.float32)
+        wide = _wide(self.width, first.dtype)
         if self._sums is None:
             self._sums = [
                 torch.zeros(self.width, self.width, dtype=wide, device=first.device) for _ in self.num_tokens
@@ -150,3 +165,8 @@ class InputMoments:
                 total.addmm_(rows.T, rows)
                 parts.clear()
         self._waiting = 0
+
+
+def _wide(width: int, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of second moments."""
+    return torch.float64 if width <= _DOUBLE_WIDTH else torch.promote_types(dtype, torch.float32)

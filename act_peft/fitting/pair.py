@@ -37,18 +37,28 @@ class FittedPair:
     head: str | None = None
 
     @property
+    def is_embedding(self) -> bool:
+        """Whether the rows are tokens."""
+        return self.kind is ChannelKind.EMBEDDING
+
+    @property
+    def linear(self) -> str | None:
+        """Name of the linear module whose inputs count: the module itself, or the output layer of tied ones."""
+        return self.head if self.is_embedding else None if self.kind.is_norm else self.name
+
+    @property
     def width(self) -> int:
         """Number of inputs I of a linear module, of channels C of others."""
-        return features(self.base)[1 if self.kind.is_norm or self.kind is ChannelKind.EMBEDDING else 0]
+        return features(self.base)[1 if self.kind.is_norm or self.is_embedding else 0]
 
     @property
     def num_rows(self) -> int:
         """Number of rows that are fitted: channels, or tokens of an embedding."""
-        return int(weight_of(self.base).shape[0]) if self.kind is ChannelKind.EMBEDDING else features(self.base)[1]
+        return int(weight_of(self.base).shape[0]) if self.is_embedding else features(self.base)[1]
 
     @property
     def has_bias(self) -> bool:
-        """Whether the base's module has a bias."""
+        """Whether the base's module has a bias; that of a tied output layer is not fitted."""
         return getattr(self.base, "bias", None) is not None
 
     def differences(self, rows: slice) -> list[torch.Tensor]:
@@ -101,9 +111,7 @@ def find_pairs(
             a weight that is shared in another way than between embeddings and one output layer.
     """
     targets = _EVERY_MODULE if target_modules is None else target_modules
-    found = [
-        find_candidates(base, donor, target_modules=targets, exclude_modules=exclude_modules) for donor in donors
-    ]
+    found = [find_candidates(base, donor, target_modules=targets, exclude_modules=exclude_modules) for donor in donors]
     modules = found[0].base
     for number, one in enumerate(found):
         _check_weights("base", one.base)
@@ -122,14 +130,15 @@ def _pair(
         for name in names:
             has_bias = [getattr(module[name], "bias", None) is not None for module in (base, donor)]
             if has_bias[0] != has_bias[1]:
+                words = ["a bias" if one else "no bias" for one in has_bias]
                 raise ActValueError(
-                    f"{name}: the base has {'a' if has_bias[0] else 'no'} bias, the donor {'a' if has_bias[1] else 'none'}"
-                    f", expected two models of the same structure (leave it out with exclude_modules=[{name!r}])"
+                    f"{name}: the base has {words[0]}, the donor {words[1]}, expected two models of the same "
+                    f"structure (leave it out with exclude_modules=[{name!r}])"
                 )
         if len({id(donor[name].weight) for name in names}) > 1:
             raise ActValueError(
-                f"{names[0]}: shares its weight with {names[1]} in the base, but not in the donor, expected two models "
-                f"that both tie them (leave one out with exclude_modules=[{names[1]!r}])"
+                f"{names[0]}: shares its weight with {names[1]} in the base, but not in the donor, expected two "
+                f"models that both tie them (leave one out with exclude_modules=[{names[1]!r}])"
             )
     embeddings = [name for name in names if kinds[name] is ChannelKind.EMBEDDING]
     others = [name for name in names if name not in embeddings]
@@ -141,7 +150,7 @@ def _pair(
     first = embeddings[0] if embeddings else names[0]
     return FittedPair(
         name=first,
-        names=tuple([*embeddings, *others]),
+        names=(*embeddings, *others),
         kind=kinds[first],
         base=base[first],
         donors=tuple(donor[first] for donor in donors),

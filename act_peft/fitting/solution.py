@@ -22,8 +22,8 @@ class Solution:
     Attributes:
         delta: Δ `[R, W]`, in the dtype that was asked for.
         gains: what each row gains, float64 `[R]`, 0 or greater.
-        directions: the first left singular vectors u_k of Δ L, `[R, K]`, strongest first, in float32 or wider. The best
-            change of rank r is sum over k < r of u_k u_kᵀ Δ.
+        directions: the first left singular vectors u_k of Δ L, `[R, K]`, strongest first, in float32 or wider. The
+            best change of rank r is sum over k < r of u_k u_kᵀ Δ.
         strengths: all singular values of Δ L, float64 `[min(R, W)]`, falling; the squares sum up to the gains.
     """
 

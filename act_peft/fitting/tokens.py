@@ -5,10 +5,10 @@ c_t = sum over j of a_jt + k_t, an embedding alone moves by
 
     Δ_t = (sum over j of a_jt D_jt + ρ λ D̄_t) / (c_t + ρ),      ρ = ε m, m = 1 / V, the mean of the k_t
 
-An output layer that shares the weight reads hidden states h with second moments A_j and K (times μ). Both uses stand in
-one objective: that of the output layer, plus w times that of the embedding.
+An output layer that shares the weight reads hidden states h with second moments A_j and K (times μ). Both uses stand
+in one objective: that of the output layer, plus w times that of the embedding.
 
-    Δ_t = (sum over j of D_jt (A_j + w a_jt 1) + ρ λ D̄_t) (S + w c_t 1)⁻¹,      S = sum over j of A_j + K + ρ 1, ρ = ε m
+    Δ_t = (sum over j of D_jt (A_j + w a_jt 1) + ρ λ D̄_t) (S + w c_t 1)⁻¹,    S = sum over j of A_j + K + ρ 1, ρ = ε m
 
 S is decomposed once, S = Q Λ Qᵀ, then row t is divided by Λ + w c_t in the basis Q. The two objectives have different
 units. w = m V brings the one-hot inputs, whose mean square is 1 / V, to the mean square m of the hidden states: the
@@ -37,13 +37,10 @@ class TokenSolution:
     Attributes:
         delta: Δ `[V, H]`, in the dtype that was asked for.
         token_gains: what each token's row gains, float64 `[V]`, 0 or greater.
-        column_gains: the same by columns, float64 `[H]`: what each channel of the embedding gains; None for a tied
-            one, whose columns do not gain apart from each other.
     """
 
     delta: torch.Tensor
     token_gains: torch.Tensor
-    column_gains: torch.Tensor | None
 
 
 class TokenCounts:
@@ -108,7 +105,6 @@ def solve_tokens(
     num_rows = ability.shape[1]
     ridge = settings.ridge / num_rows
     deltas, token_gains = [], []
-    column_gains = torch.zeros(width, dtype=torch.float64)
     for rows in _blocks(num_rows, width):
         given = differences(rows)
         device = given[0].device
@@ -118,11 +114,9 @@ def solve_tokens(
         for difference, share in zip(given, shares, strict=True):
             wanted = wanted + difference * share
         delta = wanted / metric
-        gains = metric * delta.square()  # [r, H]
-        token_gains.append(gains.sum(1).cpu())
-        column_gains += gains.sum(0).cpu()
+        token_gains.append((metric * delta.square()).sum(1).cpu())
         deltas.append(delta.to(dtype))
-    return TokenSolution(torch.cat(deltas), torch.cat(token_gains), column_gains)
+    return TokenSolution(torch.cat(deltas), torch.cat(token_gains))
 
 
 def solve_tied(
@@ -163,7 +157,7 @@ def solve_tied(
         inside = wanted / metric
         token_gains.append((metric * inside.square()).sum(1).cpu())
         deltas.append((inside @ basis.T).to(dtype))
-    return TokenSolution(torch.cat(deltas), torch.cat(token_gains), None)
+    return TokenSolution(torch.cat(deltas), torch.cat(token_gains))
 
 
 def _blocks(num_rows: int, width: int) -> list[slice]:

@@ -43,7 +43,11 @@ def test_every_channel_is_a_least_squares_fit(donors: int, bias: bool, has_keep:
         return torch.cat((own, torch.ones_like(own)), 1) if bias else own
 
     squares = [torch.stack([inputs(rows, c) for c in range(CHANNELS)]).square().mean() for rows in ability]
-    m = sum(squares) / donors if keep is None else torch.stack([inputs(keep, c) for c in range(CHANNELS)]).square().mean()
+    m = (
+        sum(squares) / donors
+        if keep is None
+        else torch.stack([inputs(keep, c) for c in range(CHANNELS)]).square().mean()
+    )
     for channel in range(CHANNELS):
         # Scaled so that the channel's own mean squares stand to each other as those of all channels do.
         mine = [inputs(rows, channel) for rows in ability]
@@ -85,7 +89,9 @@ def test_limits() -> None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(6, CHANNELS, generator=generator).double()
     difference = torch.randn(CHANNELS, 1, generator=generator).double()
-    solve = lambda keep, **settings: moments_of([rows, keep], bias=False).solve([difference], FitSettings(**settings))[0]
+    solve = lambda keep, **settings: moments_of([rows, keep], bias=False).solve([difference], FitSettings(**settings))[
+        0
+    ]
     torch.testing.assert_close(solve(None, ridge=1e-12), difference)
     torch.testing.assert_close(solve(rows, ridge=1e12, prior_scale=0.4), 0.4 * difference)
     assert float(solve(rows, keep_weight=1e12).abs().max()) < 1e-10

@@ -43,7 +43,8 @@ def solve(moments: InputMoments, differences, settings, **kwargs):
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
-    ("tokens", "keep"), [((2,), 3), ((30,), 40), ((3,), None), ((30,), None), ((2, 2), 2), ((9, 20, 4), 11), ((4, 9), None)]
+    ("tokens", "keep"),
+    [((2,), 3), ((30,), 40), ((3,), None), ((30,), None), ((2, 2), 2), ((9, 20, 4), 11), ((4, 9), None)],
 )
 def test_the_change_is_that_of_brute_force_least_squares(tokens, keep, bias, settings) -> None:
     differences, ability, kept = problem(tokens=tokens, keep=keep, bias=bias)
@@ -62,12 +63,8 @@ def test_the_change_is_that_of_brute_force_least_squares(tokens, keep, bias, set
 def test_primal_and_dual_give_the_same(settings) -> None:
     differences, ability, keep = problem(tokens=(3, 2), keep=4)
     chosen = FitSettings(**settings)
-    dual = moments_of(ability, keep)
-    dual.width += 10  # more than there are rows, so they stay rows
-    rows = [
-        x * (w / len(x)) ** 0.5
-        for x, w in zip([*ability, keep], [keep.square().mean() / x.square().mean() for x in ability] + [chosen.keep_weight])
-    ]
+    weights = [float(keep.square().mean() / x.square().mean()) for x in ability] + [chosen.keep_weight]
+    rows = [x * (w / len(x)) ** 0.5 for x, w in zip([*ability, keep], weights, strict=True)]
     options = {"ridge": chosen.ridge * float(keep.square().mean()), "prior_scale": chosen.prior_scale}
     by_rows = DualMetric("layer", rows, **options)
     by_moments = PrimalMetric("layer", [x.T @ x for x in rows[:-1]], rows[-1].T @ rows[-1], **options)
@@ -120,7 +117,9 @@ def test_a_rank_is_as_good_as_a_numerical_optimizer_makes_it(rows: int, tokens, 
 
 def test_an_endless_weight_on_what_is_kept_leaves_its_outputs() -> None:
     differences, ability, keep = problem(tokens=(30,), keep=4)
-    delta = solve(moments_of(ability, keep), differences, {"keep_weight": 1e12, "ridge": 1e-3, "prior_scale": 0.0}).delta
+    delta = solve(
+        moments_of(ability, keep), differences, {"keep_weight": 1e12, "ridge": 1e-3, "prior_scale": 0.0}
+    ).delta
     assert float((delta @ keep.T).abs().max()) < 1e-5
     assert float(delta.abs().max()) > 0.1
 

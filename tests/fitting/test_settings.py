@@ -29,5 +29,5 @@ def test_values_out_of_range(name: str, value: float, message: str) -> None:
 
 @pytest.mark.parametrize("value", ["1", None, True])
 def test_no_numbers(value: object) -> None:
-    with pytest.raises(ActTypeError, match="ridge: got .*, expected a number"):
+    with pytest.raises(ActTypeError, match=r"ridge: got .*, expected a number"):
         FitSettings(ridge=value)  # type: ignore[arg-type]
