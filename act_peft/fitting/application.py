@@ -22,7 +22,7 @@ from act_peft.peft_modules import named_modules, without_wrapper
 _Write = tuple[torch.Tensor, torch.Tensor]  # a parameter's tensor, and what it will hold
 
 
-def fill_adapter(model: nn.Module, modules: Modules, *, adapter_name: str) -> list[str]:
+def fill_adapter(model: nn.Module, modules: Modules, *, adapter_name: str) -> set[str]:
     """Write the fitted changes into an adapter; arguments and errors as `FittedTransfer.apply_to`.
 
     Returns:
@@ -30,7 +30,7 @@ def fill_adapter(model: nn.Module, modules: Modules, *, adapter_name: str) -> li
     """
     writes: list[_Write] = []
     rows: list[tuple[ActLayer, ChannelRows]] = []
-    filled = []
+    filled = set()
     by_name = {name: module for module in modules.values() for name in module.names}
     for name, layer in _adapted(base_model(model)).items():
         module = by_name.get(name)
@@ -46,7 +46,7 @@ def fill_adapter(model: nn.Module, modules: Modules, *, adapter_name: str) -> li
         else:
             found = False
         if found:
-            filled.append(name)
+            filled.add(name)
     if not filled:
         raise ActValueError(
             f"{type(model).__name__}: has no adapter {adapter_name!r} of channels, low rank, tokens or whole modules, "

@@ -53,7 +53,7 @@ def counted_tokens(batch: Batch, positions: Positions) -> AnswerTokens:
     Raises:
         ActTypeError, ActValueError: as `find_answer_tokens`.
     """
-    if positions is Positions.ANSWER:
+    if positions is Positions.ANSWER or not isinstance(batch, Mapping):
         return find_answer_tokens(batch)
     return find_answer_tokens({name: value for name, value in batch.items() if name != "labels"})
 

@@ -202,7 +202,8 @@ class FittedTransfer:
         Warns:
             ActWarning: if the base has other weights than the one that was fitted.
         """
-        fill_adapter(model, self.modules, adapter_name=adapter_name)
+        filled = fill_adapter(model, self.modules, adapter_name=adapter_name)
+        self._warn_of_other_base(model, {n: m for n, m in self.modules.items() if not filled.isdisjoint(m.names)})
 
     def add_to_(self, model: nn.Module) -> None:
         """Add all changes to the weights of the base in memory.
@@ -216,7 +217,7 @@ class FittedTransfer:
         Warns:
             ActWarning: if it has other weights than the base that was fitted.
         """
-        self._warn_of_other_base(model)
+        self._warn_of_other_base(model, self.modules)
         add_changes_(model, self.modules)
 
     def merge(
@@ -277,10 +278,10 @@ class FittedTransfer:
                 return
         yield None
 
-    def _warn_of_other_base(self, model: nn.Module) -> None:
+    def _warn_of_other_base(self, model: nn.Module, used: Mapping[str, FittedModule]) -> None:
         try:
-            with opened_base(model, self.modules) as parameters:
-                differing = differing_modules(parameters, self.modules)
+            with opened_base(model, used) as parameters:
+                differing = differing_modules(parameters, used)
         except ActValueError:  # what does not fit is said where it is used
             return
         _warn_of(differing, type(model).__name__, stacklevel=4)

@@ -65,7 +65,10 @@ class PairInputs:
             self._ability = [_listed(batches, "ability_dataloader") for batches in ability]
             self._keep = None if keep is None else _listed(keep, "keep_dataloader")
             modules = {pair.linear: base.get_submodule(pair.linear) for pair in self.pairs if pair.linear}
-            self._leaders = shared_inputs(base, self._ability[0][0], modules)
+            first = self._ability[0][0]
+            counted_tokens(first, positions)  # refuses what is no batch before a model runs on it
+            CommonVocabulary(base, donors[0]).check(first)
+            self._leaders = shared_inputs(base, first, modules)
 
     def parts(self, max_memory: int) -> list[list[FittedPair]]:
         """The modules in parts whose inputs take at most about `max_memory` bytes, or one input each."""

@@ -69,12 +69,20 @@ class FittedPair:
 
         Returns:
             float64 `[r, I]`, or `[r, I + 1]`, for each donor, on the device of the base's module.
+
+        Raises:
+            ActValueError: weights that are not finite.
         """
         mine = self._rows(self.base, rows)
         found = []
         for donor in self.donors:
             theirs = self._rows(donor, rows).to(mine.device)
             found.append(nn.functional.pad(theirs - mine[: len(theirs)], (0, 0, 0, len(mine) - len(theirs))))
+        if not all(bool(torch.isfinite(difference).all()) for difference in found):
+            raise ActValueError(
+                f"{self.name}: base or donor has weights that are not finite, expected finite numbers (NaN or infinite: "
+                "is a checkpoint damaged?)"
+            )
         return found
 
     def _rows(self, module: nn.Module, rows: slice) -> torch.Tensor:
@@ -162,8 +170,8 @@ def _check_weights(where: str, modules: Mapping[str, nn.Module]) -> None:
     quantised = [name for name, module in modules.items() if is_quantised(module)]
     if quantised:
         raise ActValueError(
-            f"{quantised[0]}: the {where}'s weight is quantised, expected plain numbers, which the change is taken "
-            f"from ({len(quantised)} of {len(modules)} modules are quantised; load the original model)"
+            f"{quantised[0]}: the {where}'s weight is quantized, expected plain numbers, which the change is taken "
+            f"from ({len(quantised)} of {len(modules)} modules are quantized; load the original model)"
         )
     empty = [name for name, module in modules.items() if weight_of(module).device.type == "meta"]
     if empty:
