@@ -80,8 +80,8 @@ class FittedPair:
             found.append(nn.functional.pad(theirs - mine[: len(theirs)], (0, 0, 0, len(mine) - len(theirs))))
         if not all(bool(torch.isfinite(difference).all()) for difference in found):
             raise ActValueError(
-                f"{self.name}: base or donor has weights that are not finite, expected finite numbers (NaN or infinite: "
-                "is a checkpoint damaged?)"
+                f"{self.name}: base or donor has weights that are not finite, expected finite numbers (NaN or "
+                "infinite: is a checkpoint damaged?)"
             )
         return found
 
