@@ -230,7 +230,7 @@ class ChannelScores(Mapping[str, torch.Tensor]):
 
         Layout: one float64 tensor `[C]` per module under the module's name, the sum over the tokens, and in the
         metadata `modules: [name, ...]` in order and `num_tokens`. Version 2, which is written only if needed, has
-        also `score: "activation" | "weight" | "attribution"` and `num_comparable: {name: count}` with the
+        also `score: "activation" | "weight" | "attribution" | "gain"` and `num_comparable: {name: count}` with the
         modules that have fewer comparable channels than channels.
 
         Raises:

@@ -23,7 +23,7 @@ from act_peft.channels.rows import wide_dtype
 from act_peft.disk.atomic import new_folder
 from act_peft.disk.folders import check_output, check_room
 from act_peft.disk.writing import size_of, write_tensors
-from act_peft.errors import ActTypeError, ActValueError
+from act_peft.errors import ActValueError
 from act_peft.fitting.base_weights import rows_of
 from act_peft.fitting.module import FitRecord, FittedModule, Modules
 from act_peft.layers.deltas import PREFIX
@@ -305,20 +305,6 @@ def _write(output: Path, tensors: Tensors, config: Any, card: str | None) -> Non
         if card is not None:
             ModelCard(card).save(folder / "README.md")
         config.save_pretrained(str(folder))
-
-
-def checked_rank(rank: Any) -> int:
-    """The rank as an integer from 1 on.
-
-    Raises:
-        ActTypeError: no integer.
-        ActValueError: less than 1.
-    """
-    if isinstance(rank, bool) or not isinstance(rank, int):
-        raise ActTypeError(f"rank: got {rank!r:.80}, expected an integer from 1 on")
-    if rank < 1:
-        raise ActValueError(f"rank: got {rank}, expected an integer from 1 on")
-    return rank
 
 
 def absolute(path: str | os.PathLike[str]) -> Path:

@@ -10,7 +10,7 @@ from torch import nn
 
 from act_peft.batches.forward import Batch
 from act_peft.channels.names import Patterns
-from act_peft.checks import member_of
+from act_peft.checks import member_of, whole_number
 from act_peft.errors import ActTypeError, ActValueError, ActWarning
 from act_peft.fitting.collection import Positions
 from act_peft.fitting.fitted import FittedTransfer
@@ -99,24 +99,19 @@ def fit(
         ActWarning: if nothing changes; for a name to select or leave out modules by that matches none.
 
     Example:
-        >>> fitted = fit(base, donor, ability_batches, keep_batches)  # doctest: +SKIP
-        >>> fitted.to_adapter(fitted.gains.top(0.2, scope="module"), "ability")  # doctest: +SKIP
+        >>> fitted = fit(base, donor, batches, batches)
+        >>> fitted.to_adapter(fitted.gains.top(0.2, scope="module"), "ability")
+        >>> model = PeftModel.from_pretrained(base, "ability")
     """
     settings = FitSettings(keep_weight=keep_weight, ridge=ridge, prior_scale=prior_scale)
-    for name, value, least in (("max_rank", max_rank, 0), ("max_memory", max_memory, 1)):
-        _check_whole(name, value, least)
-    where = member_of(Positions, positions, "positions")
-    opened, donors, ability = open_models(base, donor, ability_dataloader)
-    for argument, patterns in (("target_modules", target_modules), ("exclude_modules", exclude_modules)):
-        unmatched = unmatched_names(opened, patterns)
-        if unmatched:
-            warnings.warn(f"{argument}: {unmatched} match no module that has channels", ActWarning, stacklevel=2)
-    inputs = PairInputs(
-        opened,
-        donors,
-        ability,
+    max_rank = whole_number(max_rank, "max_rank", least=0)
+    max_memory = whole_number(max_memory, "max_memory", least=1)
+    inputs = _opened_inputs(
+        base,
+        donor,
+        ability_dataloader,
         keep_dataloader,
-        positions=where,
+        positions=positions,
         target_modules=target_modules,
         exclude_modules=exclude_modules,
         show_progress=show_progress,
@@ -129,8 +124,83 @@ def fit(
         num_tokens = moments.num_tokens
         del moments
     if not any(bool(module.delta.any()) for module in modules.values()):
-        warnings.warn("all changes are 0: donor and base are alike (is one given as both?)", ActWarning, stacklevel=2)
+        warnings.warn(
+            "all changes are 0: donor and base are equal (is it the same model twice?)", ActWarning, stacklevel=2
+        )
     return inputs.result(modules, inputs.record(settings, num_tokens), without_wrapper(base))
+
+
+class CollectedInputs:
+    """The inputs of base and donors on their data, kept in memory: any number of settings are solved from them.
+
+    The models run once, when the object is made; then a setting costs one solve. Arguments, errors and warnings are
+    those of `fit`.
+
+    Memory: for every input of I numbers, its rows while there are fewer than I, otherwise two matrices `[I, I]`.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        donor: Donor | Sequence[Donor],
+        ability_dataloader: Iterable[Batch] | Sequence[Iterable[Batch]],
+        keep_dataloader: Iterable[Batch] | None = None,
+        *,
+        positions: str | Positions = Positions.ALL,
+        target_modules: Patterns = None,
+        exclude_modules: Patterns = None,
+        show_progress: bool = True,
+    ) -> None:
+        self._base = without_wrapper(base)
+        self._inputs = _opened_inputs(
+            base,
+            donor,
+            ability_dataloader,
+            keep_dataloader,
+            positions=positions,
+            target_modules=target_modules,
+            exclude_modules=exclude_modules,
+            show_progress=show_progress,
+        )
+        self._moments = self._inputs.collect(self._inputs.pairs)
+
+    def solve(
+        self, *, keep_weight: float = 1.0, ridge: float = 0.03, prior_scale: float = 0.0, max_rank: int = 0
+    ) -> FittedTransfer:
+        """The fit by one setting; arguments and errors are those of `fit`."""
+        settings = FitSettings(keep_weight=keep_weight, ridge=ridge, prior_scale=prior_scale)
+        rank = whole_number(max_rank, "max_rank", least=0)
+        modules = self._inputs.solve(self._inputs.pairs, self._moments, settings, max_rank=rank)
+        return self._inputs.result(modules, self._inputs.record(settings, self._moments.num_tokens), self._base)
+
+
+def _opened_inputs(
+    base: nn.Module,
+    donor: Donor | Sequence[Donor],
+    ability_dataloader: Any,
+    keep_dataloader: Iterable[Batch] | None,
+    *,
+    positions: str | Positions,
+    target_modules: Patterns,
+    exclude_modules: Patterns,
+    show_progress: bool,
+) -> PairInputs:
+    where = member_of(Positions, positions, "positions")
+    opened, donors, ability = open_models(base, donor, ability_dataloader)
+    for argument, patterns in (("target_modules", target_modules), ("exclude_modules", exclude_modules)):
+        unmatched = unmatched_names(opened, patterns)
+        if unmatched:
+            warnings.warn(f"{argument}: {unmatched} match no module that has channels", ActWarning, stacklevel=3)
+    return PairInputs(
+        opened,
+        donors,
+        ability,
+        keep_dataloader,
+        positions=where,
+        target_modules=target_modules,
+        exclude_modules=exclude_modules,
+        show_progress=show_progress,
+    )
 
 
 def open_models(
@@ -157,10 +227,3 @@ def open_models(
         )
     pairs = [open_pair(base, one, merged=True) for one in donor]
     return pairs[0][0], [one for _, one in pairs], list(ability_dataloader)
-
-
-def _check_whole(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ActTypeError(f"{name}: got {value!r:.80}, expected an integer from {least} on")
-    if value < least:
-        raise ActValueError(f"{name}: got {value}, expected an integer from {least} on")

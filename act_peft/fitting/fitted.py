@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from act_peft.channels.scores import ChannelScores, ScoreKind
+from act_peft.checks import whole_number
 from act_peft.disk.checkpoint import Checkpoint
 from act_peft.errors import ActTypeError, ActValueError, ActWarning
 from act_peft.fitting import storage
-from act_peft.fitting.adapters import FittedLora, absolute, checked_rank, write_act, write_lora
+from act_peft.fitting.adapters import FittedLora, absolute, write_act, write_lora
 from act_peft.fitting.application import add_changes_, fill_adapter
 from act_peft.fitting.base_weights import Base, differing_modules, opened_base
 from act_peft.fitting.merging import merge_fitted
@@ -36,6 +37,12 @@ class FittedTransfer:
     Attributes:
         modules: module name -> its change, in the base's order; read-only. Tied embeddings are one entry.
         record: settings, counts of tokens, and where base and donors came from.
+
+    Example:
+        >>> fit(base, donor, batches, batches, max_rank=8).save("fitted.safetensors")
+        >>> fitted = FittedTransfer.load("fitted.safetensors")
+        >>> lost = fitted.to_lora(4, "ability-lora").error  # the share of the gain that rank 4 loses
+        >>> fitted.merge(BASE, "merged")
     """
 
     modules: Mapping[str, FittedModule]
@@ -177,7 +184,7 @@ class FittedTransfer:
                 absolute(output_dir),
                 self.modules,
                 self.record,
-                rank=checked_rank(rank),
+                rank=whole_number(rank, "rank", least=1),
                 norms=norms,
                 tokens=rows,
                 base=parameters,

@@ -60,6 +60,7 @@ class PairInputs:
         show_progress: bool = True,
     ) -> None:
         self._base, self._donors, self._positions, self._show_progress = base, donors, positions, show_progress
+        self._fingerprints: dict[str, str] = {}
         self.pairs = find_pairs(base, donors, target_modules=target_modules, exclude_modules=exclude_modules)
         with evaluation(base, *donors):
             self._ability = [_listed(batches, "ability_dataloader") for batches in ability]
@@ -126,14 +127,13 @@ class PairInputs:
 
     def result(self, modules: Mapping[str, FittedModule], record: FitRecord, live_base: nn.Module) -> FittedTransfer:
         """The transfer of these modules, with fingerprints of the base's weights."""
-        tensors = ModelTensors(self._base)
-        parameters = Parameters(tensors, tensors.names)
-        marked = {
-            pair.name: replace(
-                modules[pair.name], fingerprint=weight_fingerprint(parameters, pair.name, modules[pair.name])
-            )
-            for pair in self.pairs
-        }
+        if not self._fingerprints:
+            tensors = ModelTensors(self._base)
+            parameters = Parameters(tensors, tensors.names)
+            self._fingerprints = {
+                name: weight_fingerprint(parameters, name, module) for name, module in modules.items()
+            }
+        marked = {p.name: replace(modules[p.name], fingerprint=self._fingerprints[p.name]) for p in self.pairs}
         return FittedTransfer(marked, record, weakref.ref(live_base))
 
     def solve(

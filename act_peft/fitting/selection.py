@@ -9,6 +9,7 @@ import torch
 
 from act_peft.channels.masks import ChannelMask, checked_indices
 from act_peft.channels.names import matching_key
+from act_peft.checks import finite_number
 from act_peft.errors import ActTypeError, ActValueError
 from act_peft.fitting.module import FittedModule, Modules
 
@@ -81,9 +82,8 @@ def selected_tokens(tokens: TokensLike, modules: Modules) -> dict[str, torch.Ten
     if isinstance(tokens, bool) or (isinstance(tokens, int) and tokens not in (0, 1)) or isinstance(tokens, str):
         raise ActTypeError(f"tokens: got {tokens!r:.80}, expected a share from 0 to 1, a list of tokens, or None")
     if isinstance(tokens, (int, float)):
-        if not 0 <= tokens <= 1:
-            raise ActValueError(f"tokens: got {tokens}, expected a share from 0 to 1, a list of tokens, or None")
-        shares = {name: top_tokens(module, tokens) for name, module in embeddings.items()}
+        share = finite_number(tokens, "tokens", least=0, most=1)
+        shares = {name: top_tokens(module, share) for name, module in embeddings.items()}
         return {name: index for name, index in shares.items() if index.numel()}
     main = next(iter(embeddings.items()), None)
     if main is None:

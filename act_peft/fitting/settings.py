@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any
 
-from act_peft.errors import ActTypeError, ActValueError
+from act_peft.checks import finite_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,19 +28,10 @@ class FitSettings:
     prior_scale: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("keep_weight", "ridge", "prior_scale"):
-            object.__setattr__(self, name, _number(name, getattr(self, name)))
-        if self.keep_weight < 0:
-            raise ActValueError(f"keep_weight: got {self.keep_weight}, expected 0 or greater")
-        if self.ridge <= 0:
-            raise ActValueError(
-                f"ridge: got {self.ridge}, expected greater than 0 (inputs that no example has would be undetermined)"
-            )
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ActTypeError(f"{name}: got {value!r:.80}, expected a number")
-    if not math.isfinite(value):
-        raise ActValueError(f"{name}: got {value}, expected a finite number")
-    return float(value)
+        checked = {
+            "keep_weight": finite_number(self.keep_weight, "keep_weight", least=0),
+            "ridge": finite_number(self.ridge, "ridge", above=0),
+            "prior_scale": finite_number(self.prior_scale, "prior_scale"),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)

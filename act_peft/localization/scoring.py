@@ -110,13 +110,9 @@ def localize(
 
 
 def _check_settings(kind: ScoreKind, *, dataloader: object, keep_dataloader: object, points: object) -> None:
-<<<<<<< HEAD
     """Refuse missing arguments, and arguments that the score would ignore."""
-=======
-    """Refuse what is missing, and what would be ignored."""
     if kind is ScoreKind.GAIN:
         raise ActValueError("score: got 'gain', expected another kind (gains come from fit: fit(...).gains)")
->>>>>>> 44fd628 (Fitting: fit, FittedTransfer, adapters, LoRA, merging)
     if kind is ScoreKind.WEIGHT and dataloader is not None:
         raise ActValueError(
             "dataloader: got one with score='weight', expected none (weights are compared without data)"

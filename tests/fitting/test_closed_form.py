@@ -12,6 +12,7 @@ from act_peft import fit
 from act_peft.channels.kinds import channel_kind, norm_epsilon, normalize
 from act_peft.channels.scores import ScoreKind
 from act_peft.errors import ActTypeError, ActValueError, ActWarning
+from act_peft.fitting import CollectedInputs
 from tests.fitting.conftest import batches, relatives
 from tests.fitting.oracle import least_squares, mean_square, with_ones
 
@@ -194,7 +195,7 @@ def test_an_endless_ridge_is_interpolation(family: str) -> None:
 
 def test_models_that_are_alike_do_not_change() -> None:
     base, _ = relatives("llama")
-    with pytest.warns(ActWarning, match="all changes are 0: donor and base are alike"):
+    with pytest.warns(ActWarning, match="all changes are 0: donor and base are equal"):
         fitted = fit(base, copy.deepcopy(base), ABILITY, KEEP)
     assert not any(module.delta.any() for module in fitted.modules.values())
 
@@ -207,6 +208,17 @@ def test_parts_that_fit_into_memory_give_the_same(family: str) -> None:
     for name, module in whole.modules.items():
         assert torch.equal(parts.modules[name].delta, module.delta), name
         assert torch.equal(parts.modules[name].gains, module.gains), name
+
+
+def test_settings_are_solved_from_inputs_collected_once() -> None:
+    base, donor = relatives("llama")
+    inputs = CollectedInputs(base, donor, iter(ABILITY), iter(KEEP))
+    for settings in (SETTINGS, {"keep_weight": 0.5}, SETTINGS):
+        found, expected = inputs.solve(**settings, max_rank=2), fit(base, donor, ABILITY, KEEP, **settings, max_rank=2)
+        assert found.record == expected.record
+        for name, module in expected.modules.items():
+            assert torch.equal(found.modules[name].delta, module.delta), name
+            assert found.modules[name].fingerprint == module.fingerprint
 
 
 def test_answers_alone_can_count() -> None:
@@ -279,10 +291,10 @@ def test_a_donor_with_more_tokens() -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"ridge": 0}, ActValueError, "ridge: got 0.0, expected greater than 0"),
-        ({"max_rank": -1}, ActValueError, "max_rank: got -1, expected an integer from 0 on"),
-        ({"max_rank": True}, ActTypeError, "max_rank: got True, expected an integer from 0 on"),
-        ({"max_memory": 0}, ActValueError, "max_memory: got 0, expected an integer from 1 on"),
+        ({"ridge": 0}, ActValueError, "ridge: got 0, expected a finite number above 0"),
+        ({"max_rank": -1}, ActValueError, "max_rank: got -1, expected an integer of at least 0"),
+        ({"max_rank": True}, ActTypeError, "max_rank: got True, expected an integer of at least 0"),
+        ({"max_memory": 0}, ActValueError, "max_memory: got 0, expected an integer of at least 1"),
         ({"positions": "some"}, ActValueError, "positions: got 'some'"),
         ({"ability_dataloader": []}, ActValueError, "ability_dataloader: got no batch"),
         ({"keep_dataloader": iter(())}, ActValueError, "keep_dataloader: got no batch"),

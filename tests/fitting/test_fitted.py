@@ -316,7 +316,7 @@ def test_masks_that_do_not_fit(llama, tmp_path, mask, error, message) -> None:
         (True, ActTypeError, "tokens: got True, expected a share from 0 to 1, a list of tokens, or None"),
         (7, ActTypeError, "tokens: got 7, expected a share"),
         ("all", ActTypeError, "tokens: got 'all', expected a share"),
-        (1.5, ActValueError, "tokens: got 1.5, expected a share from 0 to 1"),
+        (1.5, ActValueError, "tokens: got 1.5, expected a number from 0 to 1"),
         ([48], ActValueError, "embed_tokens: got channel 48"),
     ],
 )
@@ -338,8 +338,8 @@ def test_tokens_without_an_embedding(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("rank", "error", "message"),
     [
-        (0, ActValueError, "rank: got 0, expected an integer from 1 on"),
-        (1.5, ActTypeError, "rank: got 1.5, expected an integer from 1 on"),
+        (0, ActValueError, "rank: got 0, expected an integer of at least 1"),
+        (1.5, ActTypeError, "rank: got 1.5, expected an integer of at least 1"),
         (5, ActValueError, "got rank 5, the fit kept 2 directions of it, expected at most as many"),
     ],
 )

@@ -15,9 +15,9 @@ def test_integers_become_floats() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("keep_weight", -0.1, "keep_weight: got -0.1, expected 0 or greater"),
+        ("keep_weight", -0.1, "keep_weight: got -0.1, expected a finite number of at least 0"),
         ("keep_weight", float("inf"), "keep_weight: got inf, expected a finite number"),
-        ("ridge", 0, "ridge: got 0.0, expected greater than 0"),
+        ("ridge", 0, "ridge: got 0, expected a finite number above 0"),
         ("ridge", float("nan"), "ridge: got nan, expected a finite number"),
         ("prior_scale", float("nan"), "prior_scale: got nan"),
     ],
@@ -29,5 +29,5 @@ def test_values_out_of_range(name: str, value: float, message: str) -> None:
 
 @pytest.mark.parametrize("value", ["1", None, True])
 def test_no_numbers(value: object) -> None:
-    with pytest.raises(ActTypeError, match=r"ridge: got .*, expected a number"):
+    with pytest.raises(ActTypeError, match=r"ridge: got .*, expected a finite number"):
         FitSettings(ridge=value)  # type: ignore[arg-type]

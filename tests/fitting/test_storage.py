@@ -61,7 +61,7 @@ def test_bfloat16_stays(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"settings": {"ridge": -1.0}}, "ridge: got -1.0, expected greater than 0"),
+        ({"settings": {"ridge": -1.0}}, "ridge: got -1.0, expected a finite number above 0"),
         ({"settings": {"mu": 1.0}}, "its metadata is not that of a fitted transfer"),
         ({"num_tokens": [1]}, "its metadata is not that of a fitted transfer .num_tokens"),
         ({"num_tokens": [-1, 2]}, "its metadata is not that of a fitted transfer"),
