@@ -16,18 +16,18 @@ from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from act_peft.adapter.base_record import fingerprint, module_record
-from act_peft.adapter.changes import OUTER
 from act_peft.adapter.config import ActConfig
+from act_peft.adapter.file import OUTER
 from act_peft.channels.kinds import ChannelKind
 from act_peft.channels.rows import wide_dtype
 from act_peft.disk.atomic import new_folder
 from act_peft.disk.folders import check_output, check_room
+from act_peft.disk.parameters import Parameters
 from act_peft.disk.writing import size_of, write_tensors
 from act_peft.errors import ActValueError
 from act_peft.fitting.base_weights import rows_of
 from act_peft.fitting.module import FitRecord, FittedModule, Modules
 from act_peft.layers.deltas import PREFIX
-from act_peft.transfer.parameters import Parameters
 
 _SLACK = 1 << 20  # bytes kept free for configuration and card
 Tensors = dict[str, torch.Tensor]

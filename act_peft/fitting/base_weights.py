@@ -12,11 +12,11 @@ from torch import nn
 from act_peft.adapter.base_record import Fingerprint
 from act_peft.channels.kinds import ChannelKind
 from act_peft.disk.checkpoint import Checkpoint
-from act_peft.disk.skeleton import load_config, tied_weights
+from act_peft.disk.parameters import Parameters
 from act_peft.errors import ActTypeError, ActValueError
 from act_peft.fitting.module import FittedModule, Modules
 from act_peft.peft_modules import without_wrapper
-from act_peft.transfer.parameters import ModelTensors, Parameters
+from act_peft.transfer.parameters import ModelTensors
 
 Base = nn.Module | str | os.PathLike[str]
 _BLOCK = 1 << 12  # rows that are hashed at a time
@@ -41,8 +41,7 @@ def opened_base(base: Base, modules: Modules) -> Iterator[Parameters]:
         yield parameters
     elif isinstance(base, (str, os.PathLike)):
         with Checkpoint.open(base) as checkpoint:
-            tied = tied_weights(load_config(checkpoint)) if any(m.is_tied for m in modules.values()) else {}
-            parameters = Parameters(checkpoint, names, tied=tied)
+            parameters = Parameters(checkpoint, names)
             _check(parameters, modules)
             yield parameters
     else:

@@ -16,6 +16,7 @@ from torch import nn
 from act_peft.channels.scores import ChannelScores, ScoreKind
 from act_peft.checks import whole_number
 from act_peft.disk.checkpoint import Checkpoint
+from act_peft.disk.parameters import Parameters
 from act_peft.errors import ActTypeError, ActValueError, ActWarning
 from act_peft.fitting import storage
 from act_peft.fitting.adapters import FittedLora, absolute, write_act, write_lora
@@ -24,7 +25,6 @@ from act_peft.fitting.base_weights import Base, differing_modules, opened_base
 from act_peft.fitting.merging import merge_fitted
 from act_peft.fitting.module import FitRecord, FittedModule
 from act_peft.fitting.selection import MaskLike, TokensLike, selected_channels, selected_tokens
-from act_peft.transfer.parameters import Parameters
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -15,6 +15,7 @@ from act_peft.batches.evaluation import evaluation
 from act_peft.batches.forward import Batch
 from act_peft.channels.kinds import weight_of
 from act_peft.channels.names import Patterns
+from act_peft.disk.parameters import Parameters
 from act_peft.errors import ActTypeError, ActValueError
 from act_peft.fitting.base_weights import weight_fingerprint
 from act_peft.fitting.collection import Collector, Moments, Positions, counted_tokens, shared_inputs
@@ -27,7 +28,7 @@ from act_peft.fitting.settings import FitSettings
 from act_peft.fitting.solution import solve_rows
 from act_peft.fitting.tokens import solve_tied, solve_tokens
 from act_peft.localization.vocabulary import CommonVocabulary
-from act_peft.transfer.parameters import ModelTensors, Parameters
+from act_peft.transfer.parameters import ModelTensors
 
 
 class PairInputs:

@@ -12,10 +12,10 @@ from act_peft.channels.rows import wide_dtype
 from act_peft.disk.atomic import new_folder
 from act_peft.disk.checkpoint import Checkpoint, small_files
 from act_peft.disk.folders import check_output, check_room, copy_file, file_in
+from act_peft.disk.parameters import Parameters
 from act_peft.disk.writing import write_tensors
 from act_peft.errors import ActValueError
 from act_peft.fitting.module import Modules
-from act_peft.transfer.parameters import Parameters
 
 _SLACK = 1 << 20
 
@@ -52,9 +52,8 @@ def _changes(checkpoint: Checkpoint, parameters: Parameters, modules: Modules) -
     for module in modules.values():
         for name in module.names:
             for part, change in (("weight", module.weight_change()), ("bias", module.bias)):
-                key = parameters.keys.get(f"{name}.{part}")
-                if change is not None and key is not None:
-                    changes[key] = change
+                if change is not None and f"{name}.{part}" in parameters:
+                    changes[parameters.key(f"{name}.{part}")] = change
     odd = [key for key in changes if not checkpoint.info(key).is_plain]
     if odd:
         raise ActValueError(

@@ -47,7 +47,7 @@ def write(path: str | os.PathLike[str], modules: Modules, record: FitRecord) -> 
         "donors": list(record.donors),
         "task_type": record.task_type,
     }
-    tensorfile.write(path, KIND, _VERSION, tensors, metadata)
+    tensorfile.write_large(path, KIND, _VERSION, tensors, metadata)
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, FittedModule], FitRecord]:
