@@ -12,7 +12,7 @@ from torch import nn
 
 from act_peft.channels.rows import wide_dtype
 from act_peft.errors import ActValueError
-from act_peft.fitting.adapters import factors
+from act_peft.fitting.lora import embedding_factors, factors
 from act_peft.fitting.module import FittedModule, Modules
 from act_peft.layers import ActLayer
 from act_peft.layers.lookup import base_model
@@ -37,7 +37,7 @@ def fill_adapter(model: nn.Module, modules: Modules, *, adapter_name: str) -> se
         found = True
         if isinstance(layer, ActLayer) and adapter_name in layer.act_delta_index:
             rows.append((layer, _act_rows(name, layer, _known(name, module), adapter_name)))
-        elif isinstance(layer, LoraLayer) and adapter_name in layer.lora_A:
+        elif isinstance(layer, LoraLayer) and (adapter_name in layer.lora_A or adapter_name in layer.lora_embedding_A):
             writes += _lora_writes(name, layer, _known(name, module), adapter_name)
         elif isinstance(layer, TrainableTokensLayer) and adapter_name in layer.trainable_tokens_delta:
             writes.append(_token_write(layer, _known(name, module), adapter_name))
@@ -126,24 +126,34 @@ def _act_rows(name: str, layer: ActLayer, module: FittedModule, adapter_name: st
 
 
 def _lora_writes(name: str, layer: LoraLayer, module: FittedModule, adapter_name: str) -> list[_Write]:
-    a, b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
     rank, scaling = layer.r[adapter_name], layer.scaling[adapter_name]
     if layer.use_dora.get(adapter_name) or not scaling:
         raise ActValueError(f"{name}: is a LoRA variant with weights of its own (DoRA), expected a plain LoRA adapter")
-    if (b.weight.shape[0], a.weight.shape[1]) != tuple(module.delta.shape):
+    bias = None
+    if adapter_name in layer.lora_embedding_A:
+        a, b = layer.lora_embedding_A[adapter_name].data.T, layer.lora_embedding_B[adapter_name].data.T
+        first, second, bias_target = a, b, None  # [V, r] and [r, H]
+    else:
+        second, first = layer.lora_A[adapter_name].weight.data, layer.lora_B[adapter_name].weight.data
+        bias_target = layer.lora_B[adapter_name].bias
+    if (first.shape[0], second.shape[1]) != tuple(module.delta.shape):
         raise ActValueError(
-            f"{name}: the adapter is for a weight {[b.weight.shape[0], a.weight.shape[1]]}, the transfer was fitted "
-            f"for {list(module.delta.shape)} (take the base that it was fitted for)"
+            f"{name}: the adapter is for a weight {[first.shape[0], second.shape[1]]}, the transfer was fitted for "
+            f"{list(module.delta.shape)} (take the base that it was fitted for)"
         )
-    left, right, bias = factors(name, module, rank)
+    if module.is_embedding:
+        left, right, _ = embedding_factors(module, rank)
+    else:
+        left, right, bias = factors(name, module, rank)
     # A product of equal parts trains better than one of a large and a small factor.
     balance = (right.norm() / left.norm().clamp(min=1e-30)).sqrt().clamp(min=1e-30)
-    new_a, new_b = torch.zeros_like(a.weight), torch.zeros_like(b.weight)
-    new_a[: len(right)] = (right / balance).to(new_a)
-    new_b[:, : left.shape[1]] = (left * (balance / scaling)).to(new_b)
-    writes = [(a.weight.data, new_a), (b.weight.data, new_b)]
-    if b.bias is not None:
-        writes.append((b.bias.data, torch.zeros_like(b.bias) if bias is None else (bias / scaling).to(b.bias)))
+    new_first, new_second = torch.zeros_like(first), torch.zeros_like(second)
+    new_first[:, : left.shape[1]] = (left * (balance / scaling)).to(first)
+    new_second[: len(right)] = (right / balance).to(second)
+    writes = [(first, new_first), (second, new_second)]
+    if bias_target is not None:
+        change = torch.zeros_like(bias_target) if bias is None else (bias / scaling).to(bias_target)
+        writes.append((bias_target.data, change))
     return writes
 
 

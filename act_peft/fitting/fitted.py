@@ -19,9 +19,11 @@ from act_peft.disk.checkpoint import Checkpoint
 from act_peft.disk.parameters import Parameters
 from act_peft.errors import ActTypeError, ActValueError, ActWarning
 from act_peft.fitting import storage
-from act_peft.fitting.adapters import FittedLora, absolute, write_act, write_lora
+from act_peft.fitting.adapter_parts import absolute
+from act_peft.fitting.adapters import write_act
 from act_peft.fitting.application import add_changes_, fill_adapter
 from act_peft.fitting.base_weights import Base, differing_modules, opened_base
+from act_peft.fitting.lora import FittedLora, write_lora
 from act_peft.fitting.merging import merge_fitted
 from act_peft.fitting.module import FitRecord, FittedModule
 from act_peft.fitting.selection import MaskLike, TokensLike, selected_channels, selected_tokens
@@ -150,6 +152,7 @@ class FittedTransfer:
         rank: int,
         output_dir: str | os.PathLike[str],
         *,
+        embedding_rank: int | None = None,
         norms: bool = False,
         tokens: TokensLike = None,
         base: Base | None = None,
@@ -160,13 +163,16 @@ class FittedTransfer:
             B A = U_r U_rᵀ Δ,     Δ L = U S Vᵀ,  L Lᵀ = M
 
         the best change of this rank by the fit's own objective: of the gain, the sum of the first r squares of S is
-        kept. Norms and tokens have no factors.
+        kept. Norms have no factors. For an embedding, whose rows have a metric each, the factors are found in turns.
 
         Args:
             rank: r, for all linear modules; lower where a change has a lower one.
             output_dir: the folder to write. It appears whole or not at all.
+            embedding_rank: rank of the token embedding's factors; by default it does not move. Much of what a model
+                lost can lie there. Where the output layer shares its weight, both get the same factors; PEFT loads
+                such an adapter, but would add the change twice when it merges it: use it unmerged, or take `merge`.
             norms: whether norms are saved as whole modules (`modules_to_save`), with the base's weights in them.
-            tokens: as in `to_adapter`.
+            tokens: as in `to_adapter`, in place of `embedding_rank`: rows of tokens, exact, also when merged.
             base: as in `to_adapter`; needed for norms and tokens.
             overwrite: whether an older adapter at `output_dir` is replaced.
 
@@ -185,6 +191,9 @@ class FittedTransfer:
                 self.modules,
                 self.record,
                 rank=whole_number(rank, "rank", least=1),
+                embedding_rank=None
+                if embedding_rank is None
+                else whole_number(embedding_rank, "embedding_rank", least=1),
                 norms=norms,
                 tokens=rows,
                 base=parameters,

@@ -168,7 +168,19 @@ class _Solver:
 
     def solve(self, pair: FittedPair) -> FittedModule:
         dtype = weight_of(pair.base).dtype
-        nothing = FittedModule(pair.names, pair.kind, torch.empty(0), None, torch.empty(0), None, None, fingerprint="")
+        nothing = FittedModule(
+            pair.names,
+            pair.head,
+            pair.kind,
+            torch.empty(0),
+            None,
+            torch.empty(0),
+            None,
+            None,
+            None,
+            None,
+            fingerprint="",
+        )
         if pair.is_embedding:
             counts = self._moments.tokens[pair.name]
             found = (
@@ -176,7 +188,13 @@ class _Solver:
                 if pair.linear
                 else solve_tokens(counts, pair.differences, self._settings, width=pair.width, dtype=dtype)
             )
-            return replace(nothing, delta=found.delta.cpu(), gains=found.token_gains)
+            return replace(
+                nothing,
+                delta=found.delta.cpu(),
+                gains=found.token_gains,
+                token_metric=found.metric,
+                token_weights=found.weights,
+            )
         if pair.kind.is_norm:
             differences = [difference.cpu() for difference in pair.differences(slice(None))]
             delta, gains = self._moments.elements[pair.name].solve(differences, self._settings)

@@ -18,6 +18,7 @@ class FittedModule:
     Attributes:
         names: the modules that use the weight, first the one that gives the change its name; more than one for tied
             embeddings.
+        head: the output layer among them, None without one.
         kind: of the first of them.
         delta: the change, `[C, I]` with a channel in each row (`[C, 1]` for a norm), `[V, H]` with a token in each row
             for an embedding; in the dtype of the base's weight.
@@ -27,16 +28,21 @@ class FittedModule:
             the metric of its inputs, `[C, K]`; None of others.
         strengths: all singular values, float64 `[min(C, I)]`, falling, their squares sum up to the gains; None of
             others and without directions.
+        token_metric: of an embedding S, float64 `[H, H]`, and
+        token_weights: c_t, float64 `[V]`: row t of the change counts by S + c_t 1; None of others.
         fingerprint: of the base's weight and bias that the change was fitted for.
     """
 
     names: tuple[str, ...]
+    head: str | None
     kind: ChannelKind
     delta: torch.Tensor
     bias: torch.Tensor | None
     gains: torch.Tensor
     directions: torch.Tensor | None
     strengths: torch.Tensor | None
+    token_metric: torch.Tensor | None
+    token_weights: torch.Tensor | None
     fingerprint: str
 
     @property

@@ -17,16 +17,16 @@ from act_peft.fitting.settings import FitSettings
 
 KIND = "fitted transfer"
 _VERSION = 1
-_PARTS = ("delta", "bias", "gains", "directions", "strengths")
-_OPTIONAL = ("bias", "directions", "strengths")
-_DOUBLE = ("gains", "strengths")
+_PARTS = ("delta", "bias", "gains", "directions", "strengths", "token_metric", "token_weights")
+_OPTIONAL = ("bias", "directions", "strengths", "token_metric", "token_weights")
+_DOUBLE = ("gains", "strengths", "token_metric", "token_weights")
 
 
 def write(path: str | os.PathLike[str], modules: Modules, record: FitRecord) -> None:
     """Write a fitted transfer to one safetensors file, whole or not at all.
 
     Layout: tensors `MODULE:PART` with the parts of `FittedModule` that a module has, and in the metadata `modules:
-    [{name, names, kind, fingerprint}, ...]` in the base's order, `settings`, `num_tokens`, `base`, `donors` and
+    [{name, names, head, kind, fingerprint}, ...]` in the base's order, `settings`, `num_tokens`, `base`, `donors` and
     `task_type`.
 
     Raises:
@@ -38,7 +38,7 @@ def write(path: str | os.PathLike[str], modules: Modules, record: FitRecord) -> 
         tensors |= {f"{name}:{part}": tensor for part, tensor in parts.items() if tensor is not None}
     metadata = {
         "modules": [
-            {"name": name, "names": list(m.names), "kind": m.kind.value, "fingerprint": m.fingerprint}
+            {"name": name, "names": list(m.names), "head": m.head, "kind": m.kind.value, "fingerprint": m.fingerprint}
             for name, m in modules.items()
         ],
         "settings": dataclasses.asdict(record.settings),
@@ -94,13 +94,19 @@ def _record(metadata: Mapping[str, Any]) -> FitRecord:
 def _module(entry: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> FittedModule:
     """Take the tensors of a module out of those that were read."""
     name, names, kind = entry["name"], tuple(entry["names"]), ChannelKind(entry["kind"])
-    if not names or name != names[0] or not all(isinstance(one, str) for one in (*names, entry["fingerprint"])):
+    head = entry["head"]
+    if (
+        not names
+        or name != names[0]
+        or head not in (None, *names[1:])
+        or not all(isinstance(one, str) for one in (*names, entry["fingerprint"]))
+    ):
         raise ValueError(f"{name!r:.100}: names and fingerprint")
     parts = {part: tensors.pop(f"{name}:{part}", None) for part in _PARTS}
     missing = [part for part, tensor in parts.items() if tensor is None and part not in _OPTIONAL]
     if missing:
         raise ActValueError(f"{name}: got no tensor {missing[0]!r}, expected one (save it again)")
-    module = FittedModule(names=names, kind=kind, fingerprint=entry["fingerprint"], **parts)  # type: ignore[arg-type]
+    module = FittedModule(names=names, head=head, kind=kind, fingerprint=entry["fingerprint"], **parts)  # type: ignore[arg-type]
     _check_shapes(name, module)
     return module
 
@@ -116,6 +122,8 @@ def _check_shapes(name: str, module: FittedModule) -> None:
         "gains": (rows,),
         "directions": (rows, min(rank, rows, wide)),
         "strengths": (min(rows, wide),),
+        "token_metric": (width, width),
+        "token_weights": (rows,),
     }
     for part, shape in expected.items():
         tensor = getattr(module, part)

@@ -37,10 +37,14 @@ class TokenSolution:
     Attributes:
         delta: Δ `[V, H]`, in the dtype that was asked for.
         token_gains: what each token's row gains, float64 `[V]`, 0 or greater.
+        metric: S, float64 `[H, H]`; ρ 1 where no output layer shares the weight.
+        weights: what c_t adds to the diagonal of S, float64 `[V]`: row t counts by S + weights_t 1.
     """
 
     delta: torch.Tensor
     token_gains: torch.Tensor
+    metric: torch.Tensor
+    weights: torch.Tensor
 
 
 class TokenCounts:
@@ -116,7 +120,8 @@ def solve_tokens(
         delta = wanted / metric
         token_gains.append((metric * delta.square()).sum(1).cpu())
         deltas.append(delta.to(dtype))
-    return TokenSolution(torch.cat(deltas), torch.cat(token_gains))
+    metric = torch.eye(width, dtype=torch.float64) * ridge
+    return TokenSolution(torch.cat(deltas), torch.cat(token_gains), metric, ability.sum(0) + keep)
 
 
 def solve_tied(
@@ -157,7 +162,8 @@ def solve_tied(
         inside = wanted / metric
         token_gains.append((metric * inside.square()).sum(1).cpu())
         deltas.append((inside @ basis.T).to(dtype))
-    return TokenSolution(torch.cat(deltas), torch.cat(token_gains))
+    weights = scale * (ability.sum(0) + keep)
+    return TokenSolution(torch.cat(deltas), torch.cat(token_gains), head.matrix().cpu(), weights)
 
 
 def _blocks(num_rows: int, width: int) -> list[slice]:

@@ -173,6 +173,41 @@ def test_a_lora_is_the_best_of_its_rank_and_says_what_it_lost(made, tmp_path) ->
     assert "share of the fitted gain that the rank loses" in (tmp_path / "lora" / "README.md").read_text()
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True:UserWarning")  # of GPT-2's output layer, harmless
+def test_factors_of_an_embedding(made, tmp_path) -> None:
+    base, _, fitted = made
+    found = fitted.to_lora(40, tmp_path / "lora", embedding_rank=40, norms=True)
+    assert found.error < 1e-9
+    model = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "lora"))
+    expected = moved(base, fitted)
+    for name in found.left_out:
+        expected.get_submodule(name.removesuffix(".bias")).bias.data.copy_(
+            base.get_submodule(name.removesuffix(".bias")).bias
+        )
+    ids = ABILITY[0]["input_ids"]
+    torch.testing.assert_close(model(ids).logits, expected(ids).logits, rtol=1e-3, atol=1e-4)
+    name, module = next((name, module) for name, module in fitted.modules.items() if module.is_embedding)
+    low = fitted.to_lora(2, tmp_path / "low", embedding_rank=3)
+    assert low.ranks[name] == 3
+    assert 0 < low.errors[name] < 1
+    assert ("use it unmerged" in (tmp_path / "low" / "README.md").read_text()) == module.is_tied
+    with pytest.raises(ActValueError, match="tokens: given with embedding_rank, expected one of them"):
+        fitted.to_lora(2, tmp_path / "both", embedding_rank=3, tokens=0.5)
+
+
+def test_existing_factors_of_an_embedding_are_filled(llama) -> None:
+    base, fitted = llama
+    config = LoraConfig(target_modules=["embed_tokens"], r=16, lora_alpha=8, task_type="CAUSAL_LM")
+    model = get_peft_model(copy.deepcopy(base), config)
+    fitted.apply_to(model)
+    same_weights(
+        model.merge_and_unload(),
+        moved(base, fitted, {}, {"model.embed_tokens": torch.arange(48)}),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
 def test_a_merged_checkpoint_is_the_whole_change(made, tmp_path) -> None:
     base, _, fitted = made
     base.save_pretrained(tmp_path / "base")
@@ -204,7 +239,7 @@ def test_a_file_holds_everything(made, tmp_path) -> None:
     for name, module in fitted.modules.items():
         other = again.modules[name]
         assert (other.names, other.kind, other.fingerprint) == (module.names, module.kind, module.fingerprint)
-        for part in ("delta", "bias", "gains", "directions", "strengths"):
+        for part in ("delta", "bias", "gains", "directions", "strengths", "token_metric", "token_weights"):
             mine, theirs = getattr(module, part), getattr(other, part)
             assert (mine is None) == (theirs is None)
             assert mine is None or (torch.equal(mine, theirs) and mine.dtype == theirs.dtype)

@@ -19,12 +19,15 @@ RECORD = FitRecord(FitSettings(), (5, 4), base="org/base", donors=("org/donor",)
 def linear(**changes) -> FittedModule:
     module = FittedModule(
         names=("layer",),
+        head=None,
         kind=ChannelKind.LINEAR,
         delta=torch.arange(6.0).view(2, 3),
         bias=torch.tensor([1.0, 2.0]),
         gains=torch.tensor([0.5, 2.0], dtype=torch.float64),
         directions=torch.eye(2),
         strengths=torch.tensor([2.0, 0.5], dtype=torch.float64),
+        token_metric=None,
+        token_weights=None,
         fingerprint="0123456789abcdef",
     )
     return dataclasses.replace(module, **changes)
@@ -45,7 +48,9 @@ def test_the_format_is_this(tmp_path) -> None:
     assert metadata == {
         "base": "org/base",
         "donors": ["org/donor"],
-        "modules": [{"fingerprint": "0123456789abcdef", "kind": "linear", "name": "layer", "names": ["layer"]}],
+        "modules": [
+            {"fingerprint": "0123456789abcdef", "head": None, "kind": "linear", "name": "layer", "names": ["layer"]}
+        ],
         "num_tokens": [5, 4],
         "settings": {"keep_weight": 1.0, "prior_scale": 0.0, "ridge": 0.03},
         "task_type": "CAUSAL_LM",
@@ -69,15 +74,19 @@ def test_bfloat16_stays(tmp_path) -> None:
         ({"modules": [{"name": "layer"}]}, "its metadata is not that of a fitted transfer"),
         ({"modules": []}, "got the tensor 'layer:bias', expected those of the modules that the metadata lists"),
         (
-            {"modules": [{"name": "layer", "names": [], "kind": "linear", "fingerprint": ""}]},
+            {"modules": [{"name": "layer", "names": [], "head": None, "kind": "linear", "fingerprint": ""}]},
             "its metadata is not that of a fitted transfer .'layer': names and fingerprint",
         ),
         (
-            {"modules": [{"name": "layer", "names": ["layer"], "kind": "convolution", "fingerprint": ""}]},
+            {
+                "modules": [
+                    {"name": "layer", "names": ["layer"], "head": None, "kind": "convolution", "fingerprint": ""}
+                ]
+            },
             "its metadata is not that of a fitted transfer",
         ),
         (
-            {"modules": [{"name": "other", "names": ["other"], "kind": "linear", "fingerprint": ""}]},
+            {"modules": [{"name": "other", "names": ["other"], "head": None, "kind": "linear", "fingerprint": ""}]},
             "other: got no tensor 'delta', expected one",
         ),
     ],
