@@ -13,7 +13,9 @@ from __future__ import annotations
 import torch
 
 # Turns after which the loss hardly falls any more.
-_TURNS = 12
+_TURNS = 8
+# Larger changes are factored in float32, which takes half of the memory.
+_DOUBLE_NUMBERS = 1 << 24
 
 
 def token_factors(
@@ -28,15 +30,16 @@ def token_factors(
         rank: r, at most min(V, H) is used.
 
     Returns:
-        B float64 `[V, r]`, A float64 `[r, H]`, and what they lose.
+        B `[V, r]`, A `[r, H]` in float64, or float32 for a large Δ; and what they lose.
     """
     rank = min(rank, *delta.shape)
     if not bool(delta.any()):
         return metric.new_zeros(len(delta), rank), metric.new_zeros(rank, len(metric)), 0.0
-    values, basis = torch.linalg.eigh(metric)  # Λ [H], Q [H, H]
-    inside = delta.to(metric) @ basis  # [V, H], where S is Λ
+    dtype = torch.float64 if delta.numel() <= _DOUBLE_NUMBERS else torch.float32
+    values, basis = (part.to(dtype) for part in torch.linalg.eigh(metric))  # Λ [H], Q [H, H]
+    inside = delta.to(basis) @ basis  # [V, H], where S is Λ
     weight = weights.to(inside)[:, None]  # [V, 1]
-    right = _start(inside, values + weights.mean(), rank)  # [r, H]
+    right = _start(inside, values + weight.mean(), rank)  # [r, H]
     for _ in range(_TURNS):
         left = _left(inside, right, values, weight)
         right = _right(inside, left, values, weight)
@@ -65,8 +68,9 @@ def _left(inside: torch.Tensor, right: torch.Tensor, values: torch.Tensor, weigh
 def _right(inside: torch.Tensor, left: torch.Tensor, values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """The best A for B: (λ_h Bᵀ B + Bᵀ C B) a_h = Bᵀ (λ_h 1 + C) Δ_h for every column h."""
     weighted = left * weight
-    # As left is scaled freely, a tiny ridge keeps directions that B does not have solvable.
+    # A tiny ridge, so that a B of lower rank can be solved with.
     both = values[:, None, None] * (left.T @ left) + left.T @ weighted  # [H, r, r]
-    both.diagonal(dim1=1, dim2=2).add_(1e-12 * both.diagonal(dim1=1, dim2=2).amax().clamp(min=1e-300))
+    diagonal = both.diagonal(dim1=1, dim2=2)
+    diagonal.add_(10 * torch.finfo(both.dtype).eps * diagonal.amax())
     wanted = values * (left.T @ inside) + weighted.T @ inside  # [r, H]
     return torch.linalg.solve(both, wanted.T[:, :, None])[:, :, 0].T

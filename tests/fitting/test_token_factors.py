@@ -66,3 +66,12 @@ def test_no_change_has_factors_too() -> None:
     left, right, reported = token_factors(delta * 0, metric, weights, 2)
     assert reported == 0
     assert not (left @ right).any()
+
+
+def test_large_changes_are_factored_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    delta, metric, weights = problem()
+    *_, exact = token_factors(delta, metric, weights, 2)
+    monkeypatch.setattr("act_peft.fitting.token_factors._DOUBLE_NUMBERS", 0)
+    left, right, reported = token_factors(delta, metric, weights, 2)
+    assert left.dtype is right.dtype is torch.float32
+    assert reported == pytest.approx(exact, rel=1e-3)
