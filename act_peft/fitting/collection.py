@@ -13,11 +13,11 @@ from torch import nn
 
 from act_peft.batches.answer_tokens import AnswerTokens, find_answer_tokens
 from act_peft.batches.forward import Batch, forward, over_batches
-from act_peft.channels.kinds import kind_of, norm_epsilon, normalize
+from act_peft.channels.kinds import kind_of, norm_epsilon, normalize, weight_of
 from act_peft.errors import ActValueError
 from act_peft.fitting.elements import ElementMoments
 from act_peft.fitting.moments import InputMoments
-from act_peft.fitting.pair import FittedPair
+from act_peft.fitting.pair import FittedPair, double_device
 from act_peft.fitting.tokens import TokenCounts
 from act_peft.localization.comparison import select_rows, tap_outputs
 from act_peft.localization.vocabulary import CommonVocabulary
@@ -136,7 +136,13 @@ class Collector:
                 has_bias = pair.has_bias and not pair.is_embedding
                 key = (leaders[pair.linear], has_bias)
                 if key not in shared:
-                    shared[key] = InputMoments(pair.linear, pair.width, num_donors=num_donors, has_bias=has_bias)
+                    shared[key] = InputMoments(
+                        pair.linear,
+                        pair.width,
+                        num_donors=num_donors,
+                        has_bias=has_bias,
+                        device=double_device(weight_of(pair.base).device),
+                    )
                     self._leaders[pair.linear] = shared[key]
                 self._linear[pair.linear] = shared[key]
 

@@ -35,8 +35,9 @@ class ElementMoments:
 
     def add_(self, source: int, rows: torch.Tensor) -> None:
         """Add normalized inputs `[N, C]`, any floating dtype."""
-        wide = rows.double() if rows.device.type != "mps" else rows.cpu().double()
-        self._sums[source] += torch.stack((wide.sum(0), wide.square().sum(0))).cpu()
+        # Summed where they are, in float64 where the device has it.
+        wide = rows.to(torch.float32 if rows.device.type == "mps" else torch.float64)
+        self._sums[source] += torch.stack((wide.sum(0), wide.square().sum(0))).cpu().double()
         self.num_tokens[source] += len(rows)
 
     def solve(self, differences: Sequence[torch.Tensor], settings: FitSettings) -> tuple[torch.Tensor, torch.Tensor]:

@@ -68,13 +68,17 @@ class InputMoments:
         width: number of inputs I.
         num_donors: number of abilities J; source J is the data to keep.
         has_bias: whether a 1 is appended to every row, so that W = I + 1.
+        device: where the inputs are kept and solved with; a device with float64.
 
     Attributes:
         num_tokens: rows of every source, J + 1 numbers.
     """
 
-    def __init__(self, name: str, width: int, *, num_donors: int, has_bias: bool) -> None:
+    def __init__(
+        self, name: str, width: int, *, num_donors: int, has_bias: bool, device: torch.device | str = "cpu"
+    ) -> None:
         self._name = name
+        self._device = torch.device(device)
         self._has_bias = has_bias
         self.width = width + has_bias
         self.num_tokens = [0] * (num_donors + 1)
@@ -102,8 +106,9 @@ class InputMoments:
 
         Args:
             source: number of the donor, or J for data to keep.
-            rows: `[N, I]`, any floating dtype; kept, so they must not change.
+            rows: `[N, I]`, any floating dtype and device; kept, so they must not change.
         """
+        rows = rows.to(self._device)
         if self._has_bias:
             rows = nn.functional.pad(rows, (0, 1), value=1.0)  # [N, W]
         self._rows[source].append(rows)

@@ -91,7 +91,7 @@ class FittedPair:
             weight = weight[:, None]
         elif self.kind is ChannelKind.CONV1D:
             weight = weight.T
-        part = weight[rows].to(_double_device(weight.device), torch.float64)  # [r, I]
+        part = weight[rows].to(double_device(weight.device), torch.float64)  # [r, I]
         if not self.has_bias:
             return part
         bias = getattr(module, "bias").detach()[rows].to(part)  # noqa: B009 (typed too loosely as an attribute)
@@ -181,5 +181,6 @@ def _check_weights(where: str, modules: Mapping[str, nn.Module]) -> None:
         )
 
 
-def _double_device(device: torch.device) -> torch.device:
+def double_device(device: torch.device) -> torch.device:
+    """The device, or the CPU where it has no float64."""
     return torch.device("cpu") if device.type == "mps" else device

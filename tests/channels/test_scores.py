@@ -286,7 +286,9 @@ class TestKinds:
         with pytest.raises(ActValueError, match=r"got scores by activation on the left and by attribution on the rig"):
             scores + attributions
         weights = ChannelScores(SUMS, 0, kind="weight")
-        with pytest.raises(ActValueError, match=r"got scores by weight on the left and by weight .* are no means over tokens"):
+        with pytest.raises(
+            ActValueError, match=r"got scores by weight on the left and by weight .* are no means over tokens"
+        ):
             weights + weights
 
 
