@@ -17,7 +17,9 @@ EXAMPLE = "act-peft inspect ability --json"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
-    parser.add_argument("path", type=Path, help="file of scores, of a mask or of a fitted transfer, or folder of an adapter")
+    parser.add_argument(
+        "path", type=Path, help="file of scores, of a mask or of a fitted transfer, or folder of an adapter"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -15,24 +15,37 @@ _SCALE = 0.4
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
-    parser.add_argument("--base", help="checkpoint of the base: folder or Hub id (with --fitted: where it was fitted)")
-    parser.add_argument("--donor", help="checkpoint of the donor: folder or Hub id; not with --fitted")
-    parser.add_argument("--fitted", type=Path, help="file of a fitted transfer, from `act-peft fit`")
     parser.add_argument(
-        "--mask", type=Path, help="file of the mask, from `act-peft select`: the output is an ACT adapter"
+        "--base", help="checkpoint of the base: folder or Hub id (only with --fitted not needed, where it is found)"
+    )
+    parser.add_argument("--donor", help="checkpoint of the donor: folder or Hub id; only without --fitted")
+    parser.add_argument("--fitted", type=Path, help="file of a fitted transfer, from `act-peft fit` (none)")
+    parser.add_argument(
+        "--mask", type=Path, help="file of the mask, from `act-peft select`; only for ACT adapters, the usual output"
     )
     parser.add_argument(
         "--rank",
         type=int,
-        help="with --fitted: the output is a LoRA adapter of this rank; without --mask and --rank "
-        "it is a merged checkpoint",
+        help="only with --fitted: write a LoRA adapter of this rank; without --mask and --rank, a merged checkpoint",
     )
     parser.add_argument(
-        "--tokens", type=float, metavar="SHARE", help="with --fitted: share of the tokens whose embeddings move (none)"
+        "--embedding-rank",
+        type=int,
+        metavar="RANK",
+        help="only with --rank: rank of the token embedding's factors; without it the embedding does not move",
     )
-    parser.add_argument("--norms", action="store_true", help="with --rank: save norms as whole modules")
     parser.add_argument(
-        "--transfer-scale", type=float, metavar="SCALE", help=f"share of the difference; not with --fitted ({_SCALE})"
+        "--tokens",
+        type=float,
+        metavar="SHARE",
+        help="only with --mask or --rank of a fit: share of the tokens whose embeddings move",
+    )
+    parser.add_argument("--norms", action="store_true", help="only with --rank: save norms as whole modules")
+    parser.add_argument(
+        "--transfer-scale",
+        type=float,
+        metavar="SCALE",
+        help=f"share of the donor's difference that is added; only without --fitted ({_SCALE})",
     )
     add_output(parser, what="folder of the adapter")
     parser.set_defaults(refuse=parser.error)
@@ -43,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.fitted is not None:
         _run_fitted(arguments)
         return
-    _refuse(arguments, "only used with --fitted", rank=None, tokens=None, norms=False)
+    _refuse(arguments, "only used with --fitted", rank=None, embedding_rank=None, tokens=None, norms=False)
     missing = [f"--{name}" for name in ("base", "donor", "mask") if getattr(arguments, name) is None]
     if missing:
         arguments.refuse(f"the following arguments are required: {', '.join(missing)}")
@@ -67,9 +80,10 @@ def _run_fitted(arguments: argparse.Namespace) -> None:
     """An adapter or a checkpoint made of a fitted transfer."""
     _refuse(arguments, "not used with --fitted", donor=None, transfer_scale=None)
     if arguments.mask is not None:
-        _refuse(arguments, "not used with --mask", rank=None, norms=False)
+        _refuse(arguments, "not used with --mask", rank=None, embedding_rank=None, norms=False)
     elif arguments.rank is None:
-        _refuse(arguments, "not used for a merged checkpoint, which has all changes", tokens=None, norms=False)
+        why = "not used for a merged checkpoint, which has all changes"
+        _refuse(arguments, why, embedding_rank=None, tokens=None, norms=False)
         if arguments.base is None:
             arguments.refuse("a merged checkpoint needs --base (or give --mask or --rank for an adapter)")
     with importing():
@@ -82,7 +96,14 @@ def _run_fitted(arguments: argparse.Namespace) -> None:
         fitted.to_adapter(arguments.mask, output, tokens=arguments.tokens, **options)
         what = "adapter"
     elif arguments.rank is not None:
-        made = fitted.to_lora(arguments.rank, output, norms=arguments.norms, tokens=arguments.tokens, **options)
+        made = fitted.to_lora(
+            arguments.rank,
+            output,
+            embedding_rank=arguments.embedding_rank,
+            norms=arguments.norms,
+            tokens=arguments.tokens,
+            **options,
+        )
         what = f"LoRA adapter of rank {arguments.rank}, which loses {made.error:.1%} of what the fit gains"
     else:
         fitted.merge(arguments.base, output, overwrite=arguments.overwrite)
