@@ -11,12 +11,12 @@ import torch
 from huggingface_hub import ModelCard
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
-from act_peft.adapter.file import OUTER
 from act_peft.channels.rows import wide_dtype
 from act_peft.disk.atomic import new_folder
 from act_peft.disk.folders import check_room
 from act_peft.disk.parameters import Parameters
 from act_peft.disk.writing import size_of, write_tensors
+from act_peft.doors import OUTER
 from act_peft.errors import ActValueError
 from act_peft.fitting.base_weights import rows_of
 from act_peft.fitting.module import Modules

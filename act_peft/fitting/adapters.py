@@ -9,10 +9,10 @@ import torch
 
 from act_peft.adapter.base_record import fingerprint, module_record
 from act_peft.adapter.config import ActConfig
-from act_peft.adapter.file import OUTER
 from act_peft.channels.rows import wide_dtype
 from act_peft.disk.folders import check_output
 from act_peft.disk.parameters import Parameters
+from act_peft.doors import OUTER
 from act_peft.errors import ActValueError
 from act_peft.fitting.adapter_parts import Tensors, token_indices, token_tensors, write_adapter
 from act_peft.fitting.module import FitRecord, FittedModule, Modules

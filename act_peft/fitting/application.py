@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-from peft.tuners.lora import LoraLayer
-from peft.tuners.trainable_tokens import TrainableTokensLayer
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from act_peft.channels.rows import wide_dtype
+from act_peft.doors import LoraLayer, TrainableTokensLayer
 from act_peft.errors import ActValueError
 from act_peft.fitting.lora import embedding_factors, factors
 from act_peft.fitting.module import FittedModule, Modules

@@ -12,11 +12,11 @@ import torch
 from huggingface_hub import ModelCardData
 from peft import LoraConfig
 
-from act_peft.adapter.file import OUTER
 from act_peft.channels.kinds import ChannelKind
 from act_peft.channels.rows import wide_dtype
 from act_peft.disk.folders import check_output
 from act_peft.disk.parameters import Parameters
+from act_peft.doors import OUTER
 from act_peft.errors import ActValueError
 from act_peft.fitting.adapter_parts import Tensors, needed_base, token_indices, token_tensors, write_adapter
 from act_peft.fitting.module import FitRecord, FittedModule, Modules

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from act_peft.channels.kinds import ChannelKind, features, is_quantised, kind_of, weight_of
+from act_peft.channels.kinds import ChannelKind, features, is_quantized, kind_of, weight_of
 from act_peft.channels.names import Patterns
 from act_peft.errors import ActValueError
 from act_peft.localization.candidates import find_candidates
@@ -167,7 +167,7 @@ def _pair(
 
 
 def _check_weights(where: str, modules: Mapping[str, nn.Module]) -> None:
-    quantised = [name for name, module in modules.items() if is_quantised(module)]
+    quantised = [name for name, module in modules.items() if is_quantized(module)]
     if quantised:
         raise ActValueError(
             f"{quantised[0]}: the {where}'s weight is quantized, expected plain numbers, which the change is taken "
