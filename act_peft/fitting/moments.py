@@ -15,6 +15,7 @@ from act_peft.fitting.settings import FitSettings
 # Up to this width second moments are summed in float64, wider ones in float32: those of a real model would take twice
 # the memory, and the ridge is orders of magnitude greater than what rounding in float32 adds.
 _DOUBLE_WIDTH = 512
+_ROWS_AT_A_TIME = 4096
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,9 @@ def weigh(name: str, ability: Sequence[float], keep: float | None, keep_weight: 
 class InputMoments:
     """The inputs x of one or several modules, on the data of every donor and on those to keep.
 
-    While there are fewer rows than the inputs are wide, the rows themselves are kept in the model's dtype. Then they
-    become sums of x xᵀ `[W, W]`, one for each source.
+    While the rows take less memory than their second moments would, they are kept in the model's dtype. Then they
+    become sums of x xᵀ `[W, W]`, one for each source. Either way the objective is solved in the smaller form: with the
+    rows if there are fewer than W, otherwise with the moments.
 
     Args:
         name: the module, for messages.
@@ -96,10 +98,10 @@ class InputMoments:
             num_donors: number of abilities J.
             dtype: of the rows.
         """
-        rows = width * dtype.itemsize
-        if num_rows < width:
-            return num_rows * rows
-        return (num_donors + 1) * width * width * _wide(width, dtype).itemsize + (width // 4) * rows
+        if num_rows < _rows_at_most(width, num_donors + 1, dtype):
+            return num_rows * width * dtype.itemsize
+        moments = (num_donors + 1) * width * width * _wide(width, dtype).itemsize
+        return moments + width // 4 * width * dtype.itemsize
 
     def add_(self, source: int, rows: torch.Tensor) -> None:
         """Add inputs.
@@ -114,7 +116,8 @@ class InputMoments:
         self._rows[source].append(rows)
         self.num_tokens[source] += len(rows)
         self._waiting += len(rows)
-        if self._waiting >= (self.width if self._sums is None else max(self.width // 4, 1)):
+        limit = _rows_at_most(self.width, len(self.num_tokens), rows.dtype)
+        if self._waiting >= (limit if self._sums is None else max(self.width // 4, 1)):
             self._fold()
 
     def metric(self, settings: FitSettings) -> Metric:
@@ -131,6 +134,9 @@ class InputMoments:
             )
         if self._sums is not None and self._waiting:
             self._fold()
+        sums = self._sums
+        if sums is None and sum(self.num_tokens) >= self.width:
+            sums = [self._moments_of(parts) for parts in self._rows]
         squares = self._mean_squares()
         weights = weigh(self._name, squares[:-1], squares[-1] if keep else None, settings.keep_weight)
         shares = [
@@ -138,14 +144,23 @@ class InputMoments:
             for weight, count in zip((*weights.ability, weights.keep), self.num_tokens, strict=True)
         ]
         ridge = settings.ridge * weights.scale
-        if self._sums is not None:
-            *sums, kept = (total.double() * share for total, share in zip(self._sums, shares, strict=True))
-            return PrimalMetric(self._name, sums, kept, ridge=ridge, prior_scale=settings.prior_scale)
+        if sums is not None:
+            *ability_sums, kept = (total.double() * share for total, share in zip(sums, shares, strict=True))
+            return PrimalMetric(self._name, ability_sums, kept, ridge=ridge, prior_scale=settings.prior_scale)
         rows = [
             torch.cat([part.double() for part in parts]).mul_(share**0.5) if parts else None
             for parts, share in zip(self._rows, shares, strict=True)
         ]
         return DualMetric(self._name, rows, ridge=ridge, prior_scale=settings.prior_scale)
+
+    def _moments_of(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Sum of x xᵀ `[W, W]` over the rows of a source, float64."""
+        total = torch.zeros(self.width, self.width, dtype=torch.float64, device=self._device)
+        if parts:
+            for rows in torch.cat(list(parts)).split(_ROWS_AT_A_TIME):  # [n, W]
+                wide = rows.double()
+                total.addmm_(wide.T, wide)
+        return total
 
     def _mean_squares(self) -> list[float]:
         """Mean of the diagonal of the mean x xᵀ, for every source."""
@@ -175,3 +190,8 @@ class InputMoments:
 def _wide(width: int, dtype: torch.dtype) -> torch.dtype:
     """The dtype of second moments."""
     return torch.float64 if width <= _DOUBLE_WIDTH else torch.promote_types(dtype, torch.float32)
+
+
+def _rows_at_most(width: int, num_sources: int, dtype: torch.dtype) -> int:
+    """The number of rows that take as much memory as the second moments of all sources."""
+    return num_sources * width * _wide(width, dtype).itemsize // dtype.itemsize
