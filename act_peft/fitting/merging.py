@@ -14,7 +14,6 @@ from act_peft.disk.checkpoint import Checkpoint, small_files
 from act_peft.disk.folders import check_output, check_room, copy_file, file_in
 from act_peft.disk.parameters import Parameters
 from act_peft.disk.writing import write_tensors
-from act_peft.errors import ActValueError
 from act_peft.fitting.module import Modules
 
 _SLACK = 1 << 20
@@ -32,7 +31,7 @@ def merge_fitted(
         output: the folder to write.
         overwrite: whether an older checkpoint is replaced.
     """
-    changes = _changes(checkpoint, parameters, modules)
+    changes = _changes(parameters, modules)
     check_output(output, [checkpoint.folder], overwrite=overwrite)
     small = small_files(checkpoint.folder)
     needed = sum(checkpoint.shard(file).size for file in checkpoint.files)
@@ -46,7 +45,7 @@ def merge_fitted(
             _write_file(checkpoint, file, changes, folder / file)
 
 
-def _changes(checkpoint: Checkpoint, parameters: Parameters, modules: Modules) -> dict[str, torch.Tensor]:
+def _changes(parameters: Parameters, modules: Modules) -> dict[str, torch.Tensor]:
     """Key in the checkpoint -> what is added to its tensor; a tied weight may lie there under several keys."""
     changes: dict[str, torch.Tensor] = {}
     for module in modules.values():
@@ -54,12 +53,6 @@ def _changes(checkpoint: Checkpoint, parameters: Parameters, modules: Modules) -
             for part, change in (("weight", module.weight_change()), ("bias", module.bias)):
                 if change is not None and f"{name}.{part}" in parameters:
                     changes[parameters.key(f"{name}.{part}")] = change
-    odd = [key for key in changes if not checkpoint.info(key).is_plain]
-    if odd:
-        raise ActValueError(
-            f"{odd[0]}: is {checkpoint.info(odd[0]).dtype}, expected F64, F32, F16 or BF16 (the base is quantized: "
-            "merge into the original checkpoint, then quantize)"
-        )
     return changes
 
 

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import json
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from act_peft import ActConfig, ChannelMask, FittedTransfer, fit, merge_checkpoint
@@ -469,3 +470,57 @@ def test_merging_takes_a_path(llama, tmp_path) -> None:
         fitted.merge(base, tmp_path / "merged")
     with pytest.raises(ActTypeError, match="base: got int, expected a model, or the folder or Hub id"):
         fitted.to_adapter({"q_proj": [0]}, tmp_path / "adapter", base=3)
+
+
+def test_bases_that_lack_something(llama, tmp_path) -> None:
+    base, fitted = llama
+    with pytest.raises(
+        ActValueError, match=r"q_proj: Linear has no such module, the transfer was fitted for a weight"
+    ):
+        fitted.to_adapter({"q_proj": [0]}, tmp_path / "adapter", base=nn.Linear(2, 2))
+    biased, donor = relatives("qwen2", dtype=torch.float32)
+    with pytest.raises(
+        ActValueError, match=r"q_proj: LlamaForCausalLM has no bias, the transfer was fitted for a base"
+    ):
+        fit(biased, donor, ABILITY, KEEP).to_adapter({"q_proj": [0]}, tmp_path / "adapter", base=base)
+
+
+def test_a_quantized_checkpoint(llama, tmp_path) -> None:
+    base, fitted = llama
+    base.save_pretrained(tmp_path / "base")
+    path = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(path)
+    key = "model.layers.0.self_attn.q_proj.weight"
+    save_file({**tensors, key: tensors[key].to(torch.int8)}, path, metadata={"format": "pt"})
+    with pytest.raises(ActValueError, match=r"q_proj\.weight is torch\.int8, expected float64, float32"):
+        fitted.merge(tmp_path / "base", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_an_embedding_without_its_metric(llama, tmp_path) -> None:
+    _, fitted = llama
+    name = "model.embed_tokens"
+    damaged = {**fitted.modules, name: dataclasses.replace(fitted.modules[name], token_metric=None)}
+    with pytest.raises(ActValueError, match=r"embed_tokens: has no metric of its tokens, expected one"):
+        FittedTransfer(damaged, fitted.record).to_lora(2, tmp_path / "lora", embedding_rank=2)
+
+
+def test_outputs_that_exist(llama, tmp_path) -> None:
+    _, fitted = llama
+    for _ in range(2):
+        fitted.to_adapter({"q_proj": [0]}, tmp_path / "adapter", overwrite=True)
+        fitted.to_lora(2, tmp_path / "lora", overwrite=True)
+    with pytest.raises(ActValueError, match="adapter: exists, expected a new folder"):
+        fitted.to_adapter({"q_proj": [0]}, tmp_path / "adapter")
+    with pytest.raises(ActValueError, match="lora: exists, expected a new folder"):
+        fitted.to_lora(2, tmp_path / "lora")
+
+
+def test_a_model_that_went_away_is_no_base(llama, tmp_path) -> None:
+    base, donor = relatives("llama", dtype=torch.float32)
+    fitted = fit(base, donor, ABILITY, KEEP)
+    del base
+    gc.collect()
+    fitted.to_adapter({"q_proj": [0]}, tmp_path / "adapter")
+    records = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["adapted_modules"]
+    assert [entry["base"] for entry in records.values()] == [None, None]
