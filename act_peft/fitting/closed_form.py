@@ -120,8 +120,8 @@ def fit(
     num_tokens: tuple[int, ...] = ()
     for part in inputs.parts(max_memory):
         moments = inputs.collect(part)
-        modules |= inputs.solve(part, moments, settings, max_rank=max_rank)
         num_tokens = moments.num_tokens
+        modules |= inputs.solve(part, moments, settings, max_rank=max_rank, release=True)
         del moments
     if not any(bool(module.delta.any()) for module in modules.values()):
         warnings.warn(

@@ -41,7 +41,7 @@ class Moments:
         num_tokens: counted tokens of every donor's data, and last of the data to keep.
     """
 
-    linear: Mapping[str, InputMoments]
+    linear: dict[str, InputMoments]
     elements: Mapping[str, ElementMoments]
     tokens: Mapping[str, TokenCounts]
     num_tokens: tuple[int, ...]

@@ -138,14 +138,27 @@ class PairInputs:
         return FittedTransfer(marked, record, weakref.ref(live_base))
 
     def solve(
-        self, pairs: Sequence[FittedPair], moments: Moments, settings: FitSettings, *, max_rank: int
+        self,
+        pairs: Sequence[FittedPair],
+        moments: Moments,
+        settings: FitSettings,
+        *,
+        max_rank: int,
+        release: bool = False,
     ) -> dict[str, FittedModule]:
         """Module name -> its change, by one setting; no model runs.
+
+        Args:
+            pairs: the modules.
+            moments: of their inputs.
+            settings: μ, ε and λ.
+            max_rank: as in `fit`.
+            release: whether the inputs of a module are forgotten as soon as it is solved.
 
         Raises:
             ActValueError: as `fit`.
         """
-        solver = _Solver(moments, settings, max_rank)
+        solver = _Solver(moments, settings, max_rank, release=release)
         hidden = None if self._show_progress else True
         return {
             pair.name: solver.solve(pair)
@@ -162,8 +175,10 @@ class PairInputs:
 class _Solver:
     """Solves module after module; the metric of an input that several modules share is made once."""
 
-    def __init__(self, moments: Moments, settings: FitSettings, max_rank: int) -> None:
+    def __init__(self, moments: Moments, settings: FitSettings, max_rank: int, *, release: bool) -> None:
         self._moments, self._settings, self._max_rank = moments, settings, max_rank
+        self._linear = moments.linear if release else dict(moments.linear)
+        self._release = release
         self._latest: tuple[InputMoments, Metric] | None = None
 
     def solve(self, pair: FittedPair) -> FittedModule:
@@ -215,7 +230,9 @@ class _Solver:
         )
 
     def _metric(self, name: str) -> Metric:
-        moments = self._moments.linear[name]
+        moments = self._linear[name]
+        if self._release:
+            del self._linear[name]
         if self._latest is None or self._latest[0] is not moments:
             self._latest = None  # before the next is made
             self._latest = (moments, moments.metric(self._settings))

@@ -55,7 +55,11 @@ def write_lora(
     base: Parameters | None,
     overwrite: bool,
 ) -> FittedLora:
-    """Write a LoRA adapter; arguments as `FittedTransfer.to_lora`, `base` and `tokens` as in `write_act`."""
+    """Write a LoRA adapter; arguments as `FittedTransfer.to_lora`, `base` and `tokens` as in `write_act`.
+
+    Raises:
+        ActValueError: as `FittedTransfer.to_lora`.
+    """
     check_output(output, [], overwrite=overwrite)
     factored = {name: module for name, module in modules.items() if module.is_linear}
     if not factored:
@@ -101,7 +105,11 @@ def write_lora(
 
 
 def embedding_factors(module: FittedModule, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """B `[V, r]` and A `[r, H]` with B A the best change of rank r of an embedding, and the gain that it loses."""
+    """B `[V, r]` and A `[r, H]` with B A the best change of rank r of an embedding, and the gain that it loses.
+
+    Raises:
+        ActValueError: the module has no metric of its tokens.
+    """
     if module.token_metric is None or module.token_weights is None:
         raise ActValueError(
             f"{module.names[0]}: has no metric of its tokens, expected one (the file is damaged; fit again)"

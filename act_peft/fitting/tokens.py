@@ -27,7 +27,7 @@ from act_peft.errors import ActValueError
 from act_peft.fitting.metric import Metric
 from act_peft.fitting.settings import FitSettings
 
-_BLOCK = 1 << 23
+_BLOCK = 1 << 21
 
 
 @dataclass(frozen=True)
