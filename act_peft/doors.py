@@ -12,6 +12,8 @@ from types import SimpleNamespace
 import huggingface_hub.constants as hub_constants  # HF_HUB_OFFLINE: the variable is read at import only
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING  # a second registration has to remove the entry of the first
 from peft.tuners._buffer_dict import BufferDict  # a tensor for each adapter that PEFT saves, moves and deletes
+from peft.tuners.lora import LoraLayer  # the factors of an adapter in a layer, for what fills them
+from peft.tuners.trainable_tokens import TrainableTokensLayer  # the rows of tokens, for what fills them
 from peft.tuners.tuners_utils import (
     _check_lora_target_modules_mamba,  # the only place where PEFT lists the models with fused Mamba kernels
     check_adapters_to_merge,  # the names to merge, with PEFT's own warnings
@@ -40,6 +42,8 @@ __all__ = [
     "POLICY",
     "REFERENCE",
     "BufferDict",
+    "LoraLayer",
+    "TrainableTokensLayer",
     "check_adapters_to_merge",
     "check_target_module_exists",
     "dequantize_bnb_weight",

@@ -10,6 +10,7 @@ from act_peft.channels.scores import ChannelScores
 from act_peft.combination.combine import combine, find_conflicts
 from act_peft.errors import ActError, ActLoadError, ActTypeError, ActValueError, ActWarning
 from act_peft.export import export_lora
+from act_peft.fitting import FittedTransfer, fit
 from act_peft.localization import localize
 from act_peft.merge import merge_checkpoint
 from act_peft.sweeps.sweep import sweep
@@ -31,6 +32,7 @@ __all__ = [
     "ActWarning",
     "ChannelMask",
     "ChannelScores",
+    "FittedTransfer",
     "KeepCallback",
     "ScaleSparsityCallback",
     "__version__",
@@ -38,6 +40,7 @@ __all__ = [
     "create_adapter",
     "export_lora",
     "find_conflicts",
+    "fit",
     "initialize_from_donor",
     "localize",
     "merge_checkpoint",

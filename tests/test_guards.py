@@ -26,6 +26,7 @@ ORDER = [
     "localization",
     "layers",
     "transfer",
+    "fitting",
     "combination",
     "training",
     "export",

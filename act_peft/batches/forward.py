@@ -20,7 +20,12 @@ _LOSS_KEYS = frozenset({"labels", "num_items_in_batch"})
 
 
 def over_batches(
-    dataloader: Iterable[Batch], work: Callable[[Batch], None], *, argument: str, show_progress: bool
+    dataloader: Iterable[Batch],
+    work: Callable[[Batch], None],
+    *,
+    argument: str,
+    show_progress: bool,
+    description: str = "localize",
 ) -> None:
     """Call `work` on every batch.
 
@@ -29,13 +34,14 @@ def over_batches(
         work: called with each batch.
         argument: name of the argument with the batches, for messages.
         show_progress: show a progress bar if the error stream is a terminal.
+        description: what stands beside the bar.
 
     Raises:
         ActError: the error of `work`, with the number of the batch in its message.
         ActValueError: there is no batch.
     """
     number = -1
-    with tqdm(dataloader, desc="localize", unit="batch", disable=None if show_progress else True) as batches:
+    with tqdm(dataloader, desc=description, unit="batch", disable=None if show_progress else True) as batches:
         for number, batch in enumerate(batches):
             try:
                 work(batch)

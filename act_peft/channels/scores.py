@@ -28,6 +28,12 @@ class ScoreKind(Enum):
     ACTIVATION = "activation"
     WEIGHT = "weight"
     ATTRIBUTION = "attribution"
+    GAIN = "gain"
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether the scores are means over tokens, so that two runs can be pooled."""
+        return self not in (ScoreKind.WEIGHT, ScoreKind.GAIN)
 
 
 class Scope(Enum):
@@ -62,8 +68,8 @@ class ChannelScores(Mapping[str, torch.Tensor]):
 
     Args:
         sums: module name -> sum of the scores over the tokens, floating `[C]`. Only attributions may be negative.
-        num_tokens: number of tokens |T| in the sums, at least 1; 0 for scores by weights, which need no tokens. There
-            the sums are the scores.
+        num_tokens: number of tokens |T| in the sums, at least 1; 0 for scores by weight and gains, which are no
+            means over tokens. There the sums are the scores.
         kind: a `ScoreKind` or its value.
         num_comparable: module name -> number of its first channels that are comparable, from 1 to C. In modules
             without an entry all channels are comparable.
@@ -96,9 +102,9 @@ class ChannelScores(Mapping[str, torch.Tensor]):
         num_comparable: Mapping[str, int] | None = None,
     ) -> None:
         kind = member_of(ScoreKind, kind, "kind")
-        num_tokens = whole_number(num_tokens, "num_tokens", least=0 if kind is ScoreKind.WEIGHT else 1)
-        if kind is ScoreKind.WEIGHT and num_tokens != 0:
-            raise ActValueError(f"num_tokens: got {num_tokens}, expected 0 (scores by weights see no tokens)")
+        num_tokens = whole_number(num_tokens, "num_tokens", least=1 if kind.is_mean else 0)
+        if not kind.is_mean and num_tokens != 0:
+            raise ActValueError(f"num_tokens: got {num_tokens}, expected 0 (scores by {kind.value} are no mean)")
         if not sums:
             raise ActValueError("sums: got no module, expected at least one")
         checked = {name: _checked_sums(name, values, kind) for name, values in sums.items()}
@@ -137,10 +143,10 @@ class ChannelScores(Mapping[str, torch.Tensor]):
     def __add__(self, other: ChannelScores) -> ChannelScores:
         if not isinstance(other, ChannelScores):
             return NotImplemented
-        if self._kind is not other._kind or self._kind is ScoreKind.WEIGHT:
+        if self._kind is not other._kind or not self._kind.is_mean:
             raise ActValueError(
                 f"got scores by {self._kind.value} on the left and by {other._kind.value} on the right, expected two "
-                "runs over data with the same kind of score (scores by weights do not depend on data)"
+                "runs over data with the same kind of score (scores by weight and gains are no means over tokens)"
             )
         left, right = self.num_comparable, other.num_comparable
         differing = [name for name in {**left, **right} if left.get(name) != right.get(name)]
@@ -224,7 +230,7 @@ class ChannelScores(Mapping[str, torch.Tensor]):
 
         Layout: one float64 tensor `[C]` per module under the module's name, the sum over the tokens, and in the
         metadata `modules: [name, ...]` in order and `num_tokens`. Version 2, which is written only if needed, has
-        also `score: "activation" | "weight" | "attribution"` and `num_comparable: {name: count}` with the
+        also `score: "activation" | "weight" | "attribution" | "gain"` and `num_comparable: {name: count}` with the
         modules that have fewer comparable channels than channels.
 
         Raises:

@@ -29,6 +29,7 @@ from act_peft.errors import ActError
 COMMANDS = {
     "demo": "act_peft.cli.demo",
     "localize": "act_peft.cli.localize",
+    "fit": "act_peft.cli.fit",
     "select": "act_peft.cli.select",
     "sweep": "act_peft.cli.sweep",
     "transfer": "act_peft.cli.transfer",

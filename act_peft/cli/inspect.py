@@ -1,4 +1,4 @@
-"""`act-peft inspect`: the content of a file of scores, a mask or an adapter."""
+"""`act-peft inspect`: the content of a file of scores, a mask, a fitted transfer or an adapter."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from act_peft.cli.imports import importing
 from act_peft.errors import ActValueError
 from act_peft.tables import aligned
 
-SUMMARY = "Show the content of a file of scores, a mask or an adapter."
+SUMMARY = "Show the content of a file of scores, a mask, a fitted transfer or an adapter."
 EXAMPLE = "act-peft inspect ability --json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
-    parser.add_argument("path", type=Path, help="file of scores or of a mask, or folder of an adapter")
+    parser.add_argument(
+        "path", type=Path, help="file of scores, of a mask or of a fitted transfer, or folder of an adapter"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -42,7 +44,7 @@ def describe(path: Path) -> dict[str, Any]:
         ActValueError: the file was not written by act_peft, or is damaged.
     """
     with importing():
-        from act_peft import ActConfig, ChannelMask, ChannelScores
+        from act_peft import ActConfig, ChannelMask, ChannelScores, FittedTransfer
         from act_peft.disk import tensorfile
 
     if path.is_dir():
@@ -70,6 +72,8 @@ def describe(path: Path) -> dict[str, Any]:
                 for name, values in scores.items()
             },
         }
+    if kind == "fitted transfer":
+        return _describe_fitted(FittedTransfer.load(path))
     mask = ChannelMask.load(path)
     return {
         "kind": kind,
@@ -77,6 +81,28 @@ def describe(path: Path) -> dict[str, Any]:
         "density": mask.density,
         "modules": {
             name: {"selected": index.numel(), "channels": mask.num_channels[name]} for name, index in mask.items()
+        },
+    }
+
+
+def _describe_fitted(fitted: Any) -> dict[str, Any]:
+    record = fitted.record
+    return {
+        "kind": "fitted transfer",
+        "base": record.base,
+        "donors": list(record.donors),
+        "keep_weight": record.settings.keep_weight,
+        "ridge": record.settings.ridge,
+        "prior_scale": record.settings.prior_scale,
+        "tokens": list(record.num_tokens),
+        "modules": {
+            name: {
+                "kind": module.kind.value,
+                "rows": len(module.delta),
+                "gain": float(module.gains.sum()),
+                "directions": 0 if module.directions is None else module.directions.shape[1],
+            }
+            for name, module in fitted.modules.items()
         },
     }
 

@@ -15,7 +15,9 @@ EXAMPLE = "act-peft select scores.safetensors --density 0.05 --output mask.safet
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
-    parser.add_argument("scores", type=Path, help="file of scores, from `act-peft localize`")
+    parser.add_argument(
+        "scores", type=Path, help="file of scores, from `act-peft localize`, or of a fitted transfer (its gains)"
+    )
     parser.add_argument("--density", type=float, required=True, help="share of the channels to select, from 0 to 1")
     parser.add_argument("--scope", choices=("global", "module"), default="global", help=SCOPE)
     parser.add_argument("--normalize", choices=("none", "rms"), default="none", help=NORMALIZE)
@@ -30,9 +32,12 @@ def run(arguments: argparse.Namespace) -> None:
     """
     check_output_file(arguments.output, overwrite=arguments.overwrite)
     with importing():
-        from act_peft import ChannelScores
+        from act_peft import ChannelScores, FittedTransfer
+        from act_peft.disk import tensorfile
+        from act_peft.fitting.storage import KIND
 
-    scores = ChannelScores.load(arguments.scores)
+    is_fitted = tensorfile.kind_of(arguments.scores) == KIND
+    scores = FittedTransfer.load(arguments.scores).gains if is_fitted else ChannelScores.load(arguments.scores)
     mask = scores.top(arguments.density, scope=arguments.scope, normalize=arguments.normalize)
     if not mask.num_selected:
         raise ActValueError(

@@ -36,9 +36,7 @@ _OLD = ".old.tmp"  # suffix of a folder that is moved away temporarily
 
 
 def write_file(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file whole or not at all, over an older file if there is one, and flush it to the disk.
-
-    The permissions follow the umask. After an error, or Ctrl-C, the older file is unchanged.
+    """Write a file whole or not at all, as `new_file` does.
 
     Args:
         path: the file, in an existing folder.
@@ -47,12 +45,28 @@ def write_file(path: str | os.PathLike[str], data: bytes) -> None:
     Raises:
         OSError: if the system refuses.
     """
+    with new_file(path) as beside, open(beside, "xb") as file:
+        file.write(data)
+
+
+@contextmanager
+def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """The path of a file to create that becomes `path` when the block ends, over an older file if there is one.
+
+    It is flushed to the disk. The permissions follow the umask. After an error, or Ctrl-C, the older file is
+    unchanged.
+
+    Args:
+        path: the file, in an existing folder.
+
+    Raises:
+        OSError: if the system refuses.
+    """
     path = Path(path)
     beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with open(beside, "xb") as file:
-            file.write(data)
-            file.flush()
+        yield beside
+        with open(beside, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
     except BaseException:

@@ -18,7 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 
-from act_peft.disk.atomic import write_file
+from act_peft.disk.atomic import new_file, write_file
+from act_peft.disk.writing import write_tensors
 from act_peft.errors import ActValueError
 
 _METADATA_KEY = "act_peft"
@@ -43,20 +44,32 @@ def write(
     Raises:
         ActValueError: if `path` is a folder, or its folder does not exist.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise ActValueError(f"{path}: got a folder, expected the name of a file to write (append a file name)")
-    if not path.parent.is_dir():
-        raise ActValueError(f"{path}: folder {path.parent} does not exist, expected an existing one (create it first)")
-    header = json.dumps(
-        {"kind": kind, "version": version, "metadata": metadata},
-        sort_keys=True,
-        separators=(",", ":"),
-        allow_nan=False,
-    )
+    header = _checked_header(Path(path), kind, version, metadata)
     # safetensors refuses tensors that share memory.
     copies = {name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)}
     write_file(path, serialize(copies, metadata={_METADATA_KEY: header}))
+
+
+def write_large(
+    path: str | os.PathLike[str],
+    kind: str,
+    version: int,
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, Any],
+) -> None:
+    """As `write`, but tensor by tensor: what is written is not in memory a second time.
+
+    Raises:
+        ActValueError: if `path` is a folder, or its folder does not exist.
+    """
+    header = _checked_header(Path(path), kind, version, metadata)
+    # Wide dtypes first, so that every tensor begins at a multiple of its item size.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    infos = {name: (tensors[name].dtype, tuple(tensors[name].shape)) for name in names}
+    with new_file(path) as beside:
+        write_tensors(
+            beside, infos, (tensors[name].detach().cpu() for name in names), metadata={_METADATA_KEY: header}
+        )
 
 
 def read(path: str | os.PathLike[str], kind: str, version: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -78,6 +91,20 @@ def read(path: str | os.PathLike[str], kind: str, version: int) -> tuple[dict[st
         _check_header(Path(path), header, kind, version)
         tensors = {name: file.get_tensor(name).clone() for name in sorted(file.keys())}
     return tensors, header["metadata"]
+
+
+def _checked_header(path: Path, kind: str, version: int, metadata: Mapping[str, Any]) -> str:
+    """The text of the metadata, after a look at where the file is to be written."""
+    if path.is_dir():
+        raise ActValueError(f"{path}: got a folder, expected the name of a file to write (append a file name)")
+    if not path.parent.is_dir():
+        raise ActValueError(f"{path}: folder {path.parent} does not exist, expected an existing one (create it first)")
+    return json.dumps(
+        {"kind": kind, "version": version, "metadata": metadata},
+        sort_keys=True,
+        separators=(",", ":"),
+        allow_nan=False,
+    )
 
 
 def kind_of(path: str | os.PathLike[str]) -> str:

@@ -128,7 +128,13 @@ def size_of(infos: TensorInfos) -> int:
     return sum(dtype.itemsize * math.prod(shape) for dtype, shape in infos.values())
 
 
-def write_tensors(path: Path, infos: TensorInfos, tensors: Iterable[torch.Tensor]) -> None:
+def write_tensors(
+    path: Path,
+    infos: TensorInfos,
+    tensors: Iterable[torch.Tensor],
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write a new file.
 
     Args:
@@ -136,13 +142,14 @@ def write_tensors(path: Path, infos: TensorInfos, tensors: Iterable[torch.Tensor
         infos: the entries of the header. Wide dtypes come first, so that every tensor begins at a multiple of its
             item size.
         tensors: the tensors in this order, on the CPU. Each is written before the next is asked for.
+        metadata: of the header; by default that of torch's files.
     """
     places, end = {}, 0
     for key, (dtype, shape) in infos.items():
         start, end = end, end + size_of({key: (dtype, shape)})
         places[key] = TensorInfo(_NAMES[dtype], shape, start, end)
     with open(path, "xb") as file:
-        file.write(_header(places, {"format": "pt"}, data_start=0))
+        file.write(_header(places, metadata or {"format": "pt"}, data_start=0))
         for tensor in tensors:
             # A single element counts as contiguous whatever its stride; only stride 1 can be viewed as bytes.
             flat = tensor.contiguous().as_strided((tensor.numel(),), (1,))

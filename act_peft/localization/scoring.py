@@ -111,6 +111,8 @@ def localize(
 
 def _check_settings(kind: ScoreKind, *, dataloader: object, keep_dataloader: object, points: object) -> None:
     """Refuse missing arguments, and arguments that the score would ignore."""
+    if kind is ScoreKind.GAIN:
+        raise ActValueError("score: got 'gain', expected another kind (gains come from fit: fit(...).gains)")
     if kind is ScoreKind.WEIGHT and dataloader is not None:
         raise ActValueError(
             "dataloader: got one with score='weight', expected none (weights are compared without data)"

@@ -261,7 +261,7 @@ class TestKinds:
         assert scores.num_tokens == 0
         assert scores["m"].tolist() == [2, 1]
         assert repr(scores) == "ChannelScores(2 channels in 1 modules, 0 tokens, by weight)"
-        with pytest.raises(ActValueError, match=r"num_tokens: got 3, expected 0 \(scores by weights see no tokens\)"):
+        with pytest.raises(ActValueError, match=r"num_tokens: got 3, expected 0 \(scores by weight are no mean\)"):
             ChannelScores(SUMS, 3, kind="weight")
 
     def test_attributions_may_be_negative(self):
@@ -286,7 +286,9 @@ class TestKinds:
         with pytest.raises(ActValueError, match=r"got scores by activation on the left and by attribution on the rig"):
             scores + attributions
         weights = ChannelScores(SUMS, 0, kind="weight")
-        with pytest.raises(ActValueError, match=r"got scores by weight on the left and by weight .* do not depend on"):
+        with pytest.raises(
+            ActValueError, match=r"got scores by weight on the left and by weight .* are no means over tokens"
+        ):
             weights + weights
 
 

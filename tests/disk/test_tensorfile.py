@@ -43,6 +43,23 @@ def test_bytes_are_pinned(tmp_path):
     assert hashlib.sha256(data).hexdigest() == "bc7bf71b08714ab7451220fdbe07a8bbf89b857e7ad977d2dc83996d7c8b045b"
 
 
+def test_large_files_are_written_tensor_by_tensor(tmp_path):
+    tensors = {"b": torch.arange(3, dtype=torch.bfloat16), "a": torch.ones(2, 3).T, "c": torch.tensor(2.0).double()}
+    tensorfile.write_large(tmp_path / "f", "thing", 2, tensors, METADATA)
+    found, metadata = tensorfile.read(tmp_path / "f", "thing", 2)
+    assert metadata == METADATA
+    assert sorted(found) == sorted(tensors)
+    assert all(
+        torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in tensors.items()
+    )
+    again = tmp_path / "again"
+    tensorfile.write_large(again, "thing", 2, dict(sorted(tensors.items())), METADATA)
+    assert again.read_bytes() == (tmp_path / "f").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "f"]
+    with pytest.raises(ActValueError, match="got a folder"):
+        tensorfile.write_large(tmp_path, "thing", 2, tensors, METADATA)
+
+
 def test_bytes_do_not_depend_on_order(tmp_path):
     one = write(tmp_path / "one")
     other = write(
