@@ -11,7 +11,7 @@ from act_peft.batches.predictions import Predictions
 from act_peft.errors import ActValueError
 from act_peft.training.answer_cache import AnswerCache, sample_keys
 from act_peft.training.answer_logits import AnswerLogits
-from act_peft.training.headonly import HeadOnly, find_head_only
+from act_peft.training.head_only import HeadOnly, find_head_only
 
 
 class Teacher:
