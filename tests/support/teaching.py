@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from trl import SFTTrainer
 
 from act_peft import ActConfig, initialize_from_donor
@@ -43,7 +43,7 @@ class Gradients(TrainerCallback):
         self.seen.append({n: p.grad.clone() for n, p in found if p.grad is not None})
 
 
-def train(model, folder, *callbacks, steps=1, **changes):
+def train(model, folder, *callbacks, steps=1, with_trl=True, **changes):
     settings = {
         "max_steps": steps,
         "logging_strategy": "steps",
@@ -53,13 +53,18 @@ def train(model, folder, *callbacks, steps=1, **changes):
         "max_grad_norm": 0.0,
         **changes,
     }
-    trainer = SFTTrainer(
-        model,
-        args=training_settings(folder, **settings),
-        train_dataset=prompt_completion(8),
-        processing_class=build_tokenizer(),
-        callbacks=list(callbacks),
-    )
+    arguments = training_settings(folder, **settings)
+    if with_trl:
+        trainer = SFTTrainer(
+            model,
+            args=arguments,
+            train_dataset=prompt_completion(8),
+            processing_class=build_tokenizer(),
+            callbacks=list(callbacks),
+        )
+    else:
+        samples = [{"input_ids": row, "labels": row.clone()} for row in batch(rows=8)]
+        trainer = Trainer(model, arguments, train_dataset=samples, callbacks=list(callbacks))
     trainer.train()
     return trainer
 

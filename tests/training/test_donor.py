@@ -1,4 +1,4 @@
-"""The donor as teacher of its ability: in every method of training, from memory or from an adapter, kept or released."""
+"""The donor as teacher of its ability: in every method of training, from memory or an adapter, kept or released."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import weakref
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch.nn import functional as F
 from trl import SFTTrainer
 
 from act_peft import ActConfig, ActTypeError, ActValueError, ActWarning, DonorCallback, KeepCallback
@@ -44,10 +43,11 @@ def student(method):
 def adapter_folder(path, kind="LoRA"):
     """An adapter of the base of `student`, and the model with it."""
     base, _ = build_relatives("llama")
-    settings = {"init_lora_weights": False} if kind == "LoRA" else {"init_weights": False}
-    config = LoraConfig(**LORA, **settings)
-    if kind == "ACT":
-        config = ActConfig(channels={"up_proj": [1, 2], "lm_head": [3]}, task_type="CAUSAL_LM", **settings)
+    if kind == "LoRA":
+        config = LoraConfig(**LORA, init_lora_weights=False)
+    else:
+        channels = {"up_proj": [1, 2], "lm_head": [3]}
+        config = ActConfig(channels=channels, init_weights=False, task_type="CAUSAL_LM")
     model = get_peft_model(base, config)
     model.save_pretrained(path)
     return str(path), model.eval()
@@ -57,7 +57,7 @@ def logged(trainer, figure="donor_divergence"):
     return [entry[figure] for entry in trainer.state.log_history if "loss" in entry]
 
 
-# -------------------------------------------------------------------------------------------------- the gradient ---
+# ---------------------------------------------------------------------------------------------------- the gradient ---
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -106,18 +106,15 @@ def test_both_teachers_at_once(tmp_path):
     model, donor = adapted(), build_relatives("llama")[1]
     inputs, other = keep_batch(5), keep_batch(6)
     model.eval()
-    with torch.no_grad(), model.disable_adapter():
-        base = copy.deepcopy(model.get_base_model())
-    plain = build_relatives("llama")[0]
-    kept, brought = (float(distance(t, model, i).detach()) for t, i in ((plain, inputs), (donor, other)))
-    del base
+    base = build_relatives("llama")[0]
+    kept, brought = (float(distance(t, model, i).detach()) for t, i in ((base, inputs), (donor, other)))
     callbacks = [KeepCallback([inputs]), DonorCallback(donor, [other])]
     trainer = train(model, tmp_path, *callbacks, steps=3, learning_rate=0.0)
     assert logged(trainer, "keep_divergence") == pytest.approx([kept] * 3, rel=1e-3)
     assert logged(trainer) == pytest.approx([brought] * 3, rel=1e-3)
 
 
-# ------------------------------------------------------------------------------------------------ adapters as donor ---
+# ----------------------------------------------------------------------------------------------- adapters as donor ---
 
 
 @pytest.mark.parametrize("kind", ["LoRA", "ACT"])
@@ -166,7 +163,7 @@ def test_the_model_does_not_teach_itself(tmp_path):
         train(model, tmp_path, DonorCallback(model, [keep_batch()]))
 
 
-# --------------------------------------------------------------------------------------------------- released donors ---
+# ------------------------------------------------------------------------------------------------- released donors ---
 
 
 def test_a_released_donor_is_gone_before_the_first_step(tmp_path):
@@ -207,7 +204,7 @@ def test_answers_that_do_not_fit_are_refused(tmp_path, tokens):
         train(student("ACT"), tmp_path, callback)
 
 
-# -------------------------------------------------------------------------------------------------------- vocabulary ---
+# ------------------------------------------------------------------------------------------------------ vocabulary ---
 
 
 @pytest.mark.parametrize("tokens", [44, 56])
@@ -226,11 +223,11 @@ def test_common_tokens_are_compared(tmp_path, tokens):
 @pytest.mark.filterwarnings("ignore:.*of them are left out")
 def test_tokens_that_the_donor_does_not_know_are_refused(tmp_path):
     donor = build("llama", vocab_size=20)
-    with pytest.raises(ActValueError, match="ability_dataloader: batch 0: input_ids: got token .*, expected tokens be"):
+    with pytest.raises(ActValueError, match=r"ability_dataloader: batch 0: input_ids: got token .*, expected"):
         train(student("ACT"), tmp_path, DonorCallback(donor, [keep_batch()]))
 
 
-# ---------------------------------------------------------------------------------------------------------- refusals ---
+# -------------------------------------------------------------------------------------------------------- refusals ---
 
 
 @pytest.mark.parametrize("donor", [None, 3, {"model": 1}])
@@ -290,4 +287,4 @@ def test_samples_come_back_in_other_batches_of_a_shuffling_dataloader(tmp_path):
     callback = DonorCallback(donor, tokenising.get_train_dataloader())
     trainer = train(student("ACT"), tmp_path, passes, callback, steps=6)
     assert [sum(step) > 0 for step in passes.steps] == [True, True, False, False, False, False]
-    assert all(F.relu(torch.tensor(value)) > 0 for value in logged(trainer))
+    assert all(value > 0 for value in logged(trainer))
