@@ -55,9 +55,9 @@ class AdaptedHead(nn.Module):
 def seen_from_outside(head: nn.Module | None) -> nn.Module | None:
     """What other libraries get when they ask a PEFT model for its output layer.
 
-    A quantised weight cannot be read with its deltas. The adapted layer itself is returned then: trainers that read
+    A quantized weight cannot be read with its deltas. The adapted layer itself is returned then: trainers that read
     the weight refuse it.
     """
-    if isinstance(head, Linear) and head.is_output_head and not head.is_quantised:
+    if isinstance(head, Linear) and head.is_output_head and not head.is_quantized:
         return AdaptedHead(head)
     return head

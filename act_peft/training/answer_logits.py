@@ -11,8 +11,8 @@ from torch import nn
 from act_peft.batches.evaluation import evaluation
 from act_peft.batches.forward import forward
 from act_peft.batches.predictions import Predictions, logits_of
+from act_peft.layers.lookup import output_head
 from act_peft.peft_modules import without_wrapper
-from act_peft.transfer.parameters import output_head
 
 # Matrix products of other sizes round in another order: a few units in the last place of the greatest logit.
 _UNITS = 4

@@ -57,9 +57,9 @@ def test_other_output_layers_are_as_they_are():
     assert seen_from_outside(None) is None
 
 
-def test_a_quantised_one_is_seen_with_its_adapter_and_refused_by_trainers():
+def test_a_quantized_one_is_seen_with_its_adapter_and_refused_by_trainers():
     model = adapted()
-    model.get_base_model().lm_head.is_quantised = True
+    model.get_base_model().lm_head.is_quantized = True
     assert isinstance(model.get_output_embeddings(), BaseTunerLayer)
 
 

@@ -1,4 +1,4 @@
-"""On-policy distillation through TRL: the donor grades what the model itself writes, and rows on `lm_head` train too."""
+"""On-policy distillation through TRL: the donor grades what the model writes, and rows on `lm_head` train too."""
 
 from __future__ import annotations
 
