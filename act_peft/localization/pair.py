@@ -91,23 +91,9 @@ def beside(model: nn.Module, location: str | os.PathLike[str]) -> nn.Module:
         raise ActValueError(
             "the model has merged adapters, expected none (call unmerge_adapter(), then the base can be read)"
         )
-    base = _without_adapters(shallow(without_wrapper(model)))
+    base = _without_adapters(without_wrapper(model))
     vars(base).pop("peft_config", None)  # PEFT would take it for an adapted model
     return _load_adapter(base, os.fspath(location))
-
-
-def shallow(module: nn.Module) -> nn.Module:
-    """The same module once more, with a table of children of its own.
-
-    A `forward` that somebody has put on the module (TRL's trainers and accelerate do that) is bound to the original,
-    so the copy has the class's own.
-    """
-    copied = object.__new__(type(module))
-    vars(copied).update(vars(module))
-    vars(copied)["_modules"] = dict(module._modules)
-    for name in ("forward", "_original_forward"):
-        vars(copied).pop(name, None)
-    return copied
 
 
 def twin(model: nn.Module, *, own: Container[str] = ()) -> nn.Module:

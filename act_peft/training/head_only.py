@@ -15,7 +15,6 @@ from act_peft.batches.evaluation import evaluation
 from act_peft.batches.forward import forward
 from act_peft.batches.predictions import Predictions, logits_of
 from act_peft.layers.lookup import output_head
-from act_peft.localization.pair import shallow
 from act_peft.peft_modules import _WRAPPERS, plain_layer, without_wrapper
 from act_peft.training.answer_logits import only_at, same_logits
 
@@ -146,17 +145,31 @@ def _backbones(root: nn.Module, shape: tuple[int, int]) -> Iterator[list[tuple[s
         yield seen
 
 
+def _shallow(module: nn.Module) -> nn.Module:
+    """The same module once more, with a table of children of its own.
+
+    A `forward` that somebody has put on the module (TRL's trainers and accelerate do that) is bound to the original,
+    so the copy has the class's own.
+    """
+    copied = object.__new__(type(module))
+    vars(copied).update(vars(module))
+    vars(copied)["_modules"] = dict(module._modules)
+    for name in ("forward", "_original_forward"):
+        vars(copied).pop(name, None)
+    return copied
+
+
 def _without_backbone(
     root: nn.Module, path: str, output_class: type[ModelOutput]
 ) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     given: dict[str, torch.Tensor] = {}
-    copied = parent = shallow(root)
+    copied = parent = _shallow(root)
     *outer, last = path.split(".")
     for part in outer:
-        child = shallow(parent.get_submodule(part))
+        child = _shallow(parent.get_submodule(part))
         parent._modules[part] = child
         parent = child
-    stub = shallow(parent.get_submodule(last))
+    stub = _shallow(parent.get_submodule(last))
     for table in ("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks"):
         vars(stub)[table] = {}
     vars(stub)["forward"] = lambda *args, **kwargs: output_class(last_hidden_state=given["hidden"])
