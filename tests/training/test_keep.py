@@ -200,16 +200,28 @@ def test_dropout_is_the_model_s_alone(tmp_path):
     assert model.training
 
 
-def test_a_tracker_sees_the_divergence_if_it_is_called_later(tmp_path):
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_tracker_sees_the_divergence_if_it_is_called_later(tmp_path, moved):
     class Tracker(TrainerCallback):
         seen = ()
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             self.seen = (*self.seen, dict(logs))
 
-    tracker = Tracker()
-    train(adapted(), tmp_path, KeepCallback([keep_batch()]), tracker)
-    assert tracker.seen[0]["keep_divergence"] > 0
+    keep, tracker = KeepCallback([keep_batch()]), Tracker()
+    trainer = SFTTrainer(
+        adapted(),
+        args=training_settings(tmp_path, max_steps=1, logging_strategy="steps", logging_steps=1),
+        train_dataset=prompt_completion(8),
+        processing_class=build_tokenizer(),
+        callbacks=[tracker, keep],
+    )
+    if moved:  # as examples/README.md says
+        handler = trainer.callback_handler
+        handler.callbacks.insert(0, handler.pop_callback(keep))
+    trainer.train()
+    assert ("keep_divergence" in tracker.seen[0]) == moved
+    assert trainer.state.log_history[0]["keep_divergence"] > 0
 
 
 @pytest.mark.parametrize("again", ["another model", "the same model"])
