@@ -12,10 +12,10 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
-from act_peft import ActConfig, ActTypeError, ActValueError, KeepCallback, ScaleSparsityCallback
+from act_peft import ActConfig, ActTypeError, ActValueError, KeepCallback, ScaleSparsityCallback, fit
 from tests.support.teaching import Gradients, Passes, adapted, divergence, keep_batch, train
 from tests.support.tiny_data import build_tokenizer, prompt_completion, training_settings
-from tests.support.tiny_models import build, random_mask, state_bytes
+from tests.support.tiny_models import build, build_relatives, random_mask, state_bytes
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of the libraries below TRL
@@ -222,6 +222,28 @@ def test_a_tracker_sees_the_divergence_if_it_is_called_later(tmp_path, moved):
     trainer.train()
     assert ("keep_divergence" in tracker.seen[0]) == moved
     assert trainer.state.log_history[0]["keep_divergence"] > 0
+
+
+@pytest.mark.parametrize("method", ["ACT", "LoRA"])
+def test_after_a_fitted_transfer_the_base_is_still_the_teacher(tmp_path, method):
+    base, donor = build_relatives("llama")
+    original = copy.deepcopy(base)
+    modules = ["q_proj", "down_proj"]
+    fitted = fit(base, donor, [keep_batch(7)], [keep_batch(8)], target_modules=modules, show_progress=False)
+    channels = {name: list(range(0, 16, 2)) for name in modules}
+    lora = LoraConfig(target_modules=modules, r=4, task_type="CAUSAL_LM")
+    model = get_peft_model(base, lora if method == "LoRA" else ActConfig(channels=channels, task_type="CAUSAL_LM"))
+    fitted.apply_to(model)
+    inputs = keep_batch()
+    with torch.no_grad():
+        expected = float(divergence(model.eval(), inputs))
+        target = original(input_ids=inputs["input_ids"]).logits
+        with model.disable_adapter():
+            torch.testing.assert_close(model(input_ids=inputs["input_ids"]).logits, target)
+    trainer = train(model, tmp_path, KeepCallback([inputs]), steps=2, learning_rate=0.0)
+    found = [entry["keep_divergence"] for entry in trainer.state.log_history if "loss" in entry]
+    assert expected > 1e-5
+    assert found == pytest.approx([expected] * 2, rel=1e-3)
 
 
 @pytest.mark.parametrize("again", ["another model", "the same model"])
