@@ -14,6 +14,7 @@ from act_peft.fitting import FittedTransfer, fit
 from act_peft.localization import localize
 from act_peft.merge import merge_checkpoint
 from act_peft.sweeps.sweep import sweep
+from act_peft.training.donor import DonorCallback
 from act_peft.training.keep import KeepCallback
 from act_peft.training.prune import prune_channels
 from act_peft.training.scales import ScaleSparsityCallback
@@ -32,6 +33,7 @@ __all__ = [
     "ActWarning",
     "ChannelMask",
     "ChannelScores",
+    "DonorCallback",
     "FittedTransfer",
     "KeepCallback",
     "ScaleSparsityCallback",

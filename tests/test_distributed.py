@@ -17,7 +17,7 @@ from peft import get_peft_model
 from tests.support.tiny_data import build_tokenizer, prompt_completion
 from tests.support.tiny_models import batch, build_relatives, random_mask, state_bytes
 from trl import SFTConfig, SFTTrainer
-from act_peft import ActConfig, KeepCallback, ScaleSparsityCallback, initialize_from_donor
+from act_peft import ActConfig, DonorCallback, KeepCallback, ScaleSparsityCallback, initialize_from_donor
 
 torch.set_num_threads(1)
 base, donor = build_relatives("llama")
@@ -33,6 +33,8 @@ if config.trainable == "scales":
     world, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
     part = batch(rows=4).chunk(world)[rank]  # each process keeps answers of its own
     callbacks.append(KeepCallback([{{"input_ids": part, "labels": part}}], weight=50.0))
+    shown = batch(rows=4, seed=1).chunk(world)[rank]  # and is shown answers of its own
+    callbacks.append(DonorCallback(donor, [{{"input_ids": shown, "labels": shown}}], weight=5.0))
 args = SFTConfig(
     output_dir={folder!r}, max_steps=2, per_device_train_batch_size=4 // int(os.environ.get("WORLD_SIZE", 1)),
     learning_rate=1e-2, lr_scheduler_type="constant", report_to="none", save_strategy="no", use_cpu=True, bf16=False,

@@ -45,7 +45,7 @@ PUBLIC: dict[str, set[str] | None] = {
     "peft.utils": set(peft.utils.__all__),
     "safetensors.torch": None,
     "torchao.quantization": {"Int8WeightOnlyConfig", "quantize_"},
-    "transformers.utils": {"logging"},
+    "transformers.utils": {"ModelOutput", "logging"},
 }
 # The methods that PEFT calls on these classes, and that they override.
 HOOKS = {

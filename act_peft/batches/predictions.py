@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,29 @@ class Predictions:
         labels = torch.full((self.shape[0] * self.shape[1],), IGNORED_LABEL)
         labels[self.positions if self.encoder_decoder else self.positions + 1] = self.targets
         return labels.view(self.shape)
+
+    def of_rows(self, rows: torch.Tensor) -> Predictions:
+        """Those of some samples, for batches of `[B, T]` tensors alone.
+
+        Args:
+            rows: numbers of the samples, int64, ascending.
+        """
+        inputs = {n: v.index_select(0, rows.to(v.device)) if _is_tensor(v) else v for n, v in self.inputs.items()}
+        length = self.shape[1]
+        number = torch.full((self.shape[0],), -1).index_copy(0, rows, torch.arange(len(rows)))
+        new = number[self.positions // length]
+        kept = new >= 0
+        return replace(
+            self,
+            inputs=inputs,
+            shape=(len(rows), length),
+            positions=(new * length + self.positions % length)[kept],
+            targets=self.targets[kept],
+        )
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() > 0
 
 
 def find_predictions(batch: Mapping[str, Any]) -> Predictions:

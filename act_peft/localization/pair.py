@@ -74,6 +74,28 @@ def open_pair(base: nn.Module, donor: Donor, *, merged: bool) -> tuple[nn.Module
     return (_merged(base), _merged(donor)) if merged else (base, donor)
 
 
+def beside(model: nn.Module, location: str | os.PathLike[str]) -> nn.Module:
+    """The base of a model with another adapter on it.
+
+    Args:
+        model: a model, with adapters of its own or without.
+        location: folder or Hub id of a PEFT adapter of the model's base.
+
+    Returns:
+        A model of its own that shares the base's tensors.
+
+    Raises:
+        ActValueError: an adapter that cannot be loaded; the model has merged adapters.
+    """
+    if any(getattr(module, "merged", False) for module in model.modules() if isinstance(module, _WRAPPERS)):
+        raise ActValueError(
+            "the model has merged adapters, expected none (call unmerge_adapter(), then the base can be read)"
+        )
+    base = _without_adapters(without_wrapper(model))
+    vars(base).pop("peft_config", None)  # PEFT would take it for an adapted model
+    return _load_adapter(base, os.fspath(location))
+
+
 def twin(model: nn.Module, *, own: Container[str] = ()) -> nn.Module:
     """A second tree of modules over the same tensors, with parameters and attributes of its own. It shares the hooks.
 

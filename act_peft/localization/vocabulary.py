@@ -26,6 +26,14 @@ class CommonVocabulary:
     def __init__(self, base: nn.Module, donor: nn.Module) -> None:
         self._sizes = (_num_tokens(base), _num_tokens(donor))
 
+    @property
+    def left_out(self) -> str | None:
+        """Which tokens only one of the models knows, in words."""
+        base, donor = self._sizes
+        if base is None or donor is None or base == donor:
+            return None
+        return f"the base has {base} tokens, the donor {donor}: {abs(base - donor)} of them are left out"
+
     def check(self, batch: Batch) -> None:
         """Check that a batch holds only common tokens, if the models differ.
 

@@ -18,6 +18,7 @@ from act_peft.errors import ActLoadError, ActValueError
 from act_peft.layers import ActLayer
 from act_peft.layers.deltas import PREFIX
 from act_peft.layers.lookup import act_layers, output_head, record, shared_weights
+from act_peft.layers.output_head import seen_from_outside
 from act_peft.layers.state import check_adapter_state
 from act_peft.layers.targets import Targets, find_targets, read_mask, target_answers
 from act_peft.peft_modules import same_gradients
@@ -206,16 +207,15 @@ class ActModel(BaseTuner):
 
     @property
     def get_output_embeddings(self) -> Callable[[], nn.Module | None]:
-        """The base model's method. It returns the plain output layer, also if an adapter wraps it.
+        """The base model's method. It returns an adapted output layer in a form that other libraries can read.
 
-        TRL refuses adapters on the output layer because it reads `lm_head.weight` instead of calling `lm_head`. The
-        deltas of ACT are part of that weight (see `layers.Linear.weight`), so TRL need not refuse them.
+        TRL refuses PEFT's layers there because it reads `lm_head.weight` instead of calling `lm_head`, and in theirs
+        the deltas are no part of that weight. In ours they are (see `layers.output_head`).
         """
         original = self.model.get_output_embeddings
 
         def get_output_embeddings() -> nn.Module | None:
-            head = original()
-            return head.get_base_layer() if isinstance(head, ActLayer) else head
+            return seen_from_outside(original())
 
         return get_output_embeddings
 

@@ -52,9 +52,11 @@ def build(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **c
     return model.to(dtype).eval()
 
 
-def build_relatives(family: str, *, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module]:
+def build_relatives(
+    family: str, *, dtype: torch.dtype = torch.float32, **changes: object
+) -> tuple[nn.Module, nn.Module]:
     """A base and a donor: the same ancestor, a tenth of noise apart."""
-    base, donor = build(family, dtype=dtype), build(family, dtype=dtype)
+    base, donor = build(family, dtype=dtype, **changes), build(family, dtype=dtype, **changes)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in donor.parameters():

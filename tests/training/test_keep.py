@@ -12,75 +12,16 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
-from act_peft import ActConfig, ActTypeError, ActValueError, KeepCallback, ScaleSparsityCallback, initialize_from_donor
+from act_peft import ActConfig, ActTypeError, ActValueError, KeepCallback, ScaleSparsityCallback, fit
+from tests.support.teaching import Gradients, Passes, adapted, divergence, keep_batch, train
 from tests.support.tiny_data import build_tokenizer, prompt_completion, training_settings
-from tests.support.tiny_models import batch, build, build_relatives, random_mask, state_bytes
+from tests.support.tiny_models import build, build_relatives, random_mask, state_bytes
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of the libraries below TRL
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),  # no accelerator
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),  # the older name
 ]
-
-
-def keep_batch(seed=5):
-    """Four samples of which the last three tokens are answers."""
-    ids = batch(rows=4, length=8, seed=seed)
-    labels = ids.clone()
-    labels[:, :5] = -100
-    return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
-
-
-def adapted(config=None, *, family="llama", **settings):
-    """A model whose adapter changes its answers already."""
-    base, donor = build_relatives(family)
-    if config is None:
-        config = ActConfig(channels=random_mask(base, 0.3), transfer_scale=1.0, task_type="CAUSAL_LM", **settings)
-    model = get_peft_model(base, config)
-    if isinstance(config, ActConfig):
-        initialize_from_donor(model, donor)
-    return model
-
-
-class Gradients(TrainerCallback):
-    """Notes the gradients with which the optimizer steps."""
-
-    def __init__(self):
-        self.seen = []
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        found = kwargs["model"].named_parameters()
-        self.seen.append({n: p.grad.clone() for n, p in found if p.grad is not None})
-
-
-def train(model, folder, *callbacks, steps=1, **changes):
-    settings = {
-        "max_steps": steps,
-        "logging_strategy": "steps",
-        "logging_steps": 1,
-        "optim": "sgd",
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        **changes,
-    }
-    trainer = SFTTrainer(
-        model,
-        args=training_settings(folder, **settings),
-        train_dataset=prompt_completion(8),
-        processing_class=build_tokenizer(),
-        callbacks=list(callbacks),
-    )
-    trainer.train()
-    return trainer
-
-
-def divergence(model, inputs):
-    """KL(base || model) over the answers' tokens, from its definition, in float64."""
-    with torch.no_grad(), model.disable_adapter():
-        base = model(input_ids=inputs["input_ids"]).logits.double().softmax(-1)
-    mine = model(input_ids=inputs["input_ids"]).logits.double().softmax(-1)
-    terms = (base * (base.log() - mine.log())).sum(-1)[:, :-1]
-    return terms[inputs["labels"][:, 1:] != -100].mean()
 
 
 # -------------------------------------------------------------------------------------------------- the gradient ---
@@ -103,6 +44,59 @@ def test_its_gradient_joins_that_of_the_trainer_s_loss_once_a_step(tmp_path, acc
     for name, gradient in together.seen[0].items():
         torch.testing.assert_close(gradient, alone.seen[0][name] + 3 * expected[name], rtol=1e-3, atol=1e-5)
     assert max(float(gradient.abs().max()) for gradient in expected.values()) > 1e-3
+
+
+CASES = {
+    "ACT": ("llama", None),
+    "ACT, biases": ("qwen2", None),
+    "ACT, tied": ("gpt2", None),
+    "ACT, tied, soft-capped": ("gemma", None),
+    "LoRA": ("llama", {"target_modules": ["q_proj", "down_proj"]}),
+    "LoRA on the output layer": ("llama", {"target_modules": ["q_proj", "lm_head"]}),
+    "a saved output layer": ("qwen2", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+}
+
+
+class FromTheDefinition(TrainerCallback):
+    """Notes the divergence at the start of each step."""
+
+    def __init__(self, batches):
+        self.batches, self.seen = batches, []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        with torch.no_grad():
+            self.seen.append(float(divergence(kwargs["model"].eval(), self.batches[len(self.seen) % 2])))
+
+
+@pytest.mark.filterwarnings("ignore:.*`(forward|loss)`.*output layer.*:UserWarning")
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_the_divergence_from_its_definition_in_every_round(tmp_path, case, accumulate):
+    family, lora = CASES[case]
+    settings = {
+        "gemma": {"final_logit_softcapping": 3.0},
+        "gpt2": {"resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0},  # the definition has no dropout
+    }.get(family, {})
+    ends = []
+    for cached in (0, 100):
+        torch.manual_seed(0)
+        config = None if lora is None else LoraConfig(init_lora_weights=False, task_type="CAUSAL_LM", **lora)
+        model, batches = adapted(config, family=family, base_settings=settings), [keep_batch(5), keep_batch(6)]
+        exact = FromTheDefinition(batches)
+        passes = Passes(model.get_base_model().base_model)
+        keep = KeepCallback(batches, weight=5.0, max_cached_tokens=cached)
+        changes = {"gradient_accumulation_steps": accumulate, "optim": "adamw_torch", "learning_rate": 3e-3}
+        changes["per_device_train_batch_size"] = 4 // accumulate
+        changes["with_trl"] = lora is None or "lm_head" not in lora["target_modules"]  # TRL refuses those
+        trainer = train(model, tmp_path / f"{cached}", passes, exact, keep, steps=5, **changes)
+        found = [entry["keep_divergence"] for entry in trainer.state.log_history if "loss" in entry]
+        assert found == pytest.approx(exact.seen, rel=1e-3, abs=1e-6)
+        assert len({round(value, 4) for value in found}) > 3
+        # The definition's two, the model's on the batch to keep, the Trainer's own; and the base's, if not cached.
+        assert [len(step) for step in passes.steps[2:]] == [accumulate + (3 if cached else 4)] * 3
+        ends.append({name: p.detach() for name, p in model.named_parameters() if p.requires_grad})
+    for name, tensor in ends[0].items():
+        torch.testing.assert_close(ends[1][name], tensor, rtol=1e-2, atol=1e-4)
 
 
 def test_several_batches_a_step_are_averaged(tmp_path):
@@ -189,6 +183,83 @@ def test_what_does_not_train_still_does_not(tmp_path):
     assert all(torch.equal(now[n], tensor) and not now[n].requires_grad for n, tensor in before.items())
 
 
+def test_a_base_whose_output_layer_trains_is_asked_each_time(tmp_path):
+    model = get_peft_model(build("llama"), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model.get_base_model().lm_head.weight.requires_grad_(True)
+    passes = Passes(model.get_base_model().model)
+    train(model, tmp_path, passes, KeepCallback([keep_batch()]), steps=3)
+    assert [len(step) for step in passes.steps[1:]] == [3, 3]
+
+
+def test_dropout_is_the_model_s_alone(tmp_path):
+    config = LoraConfig(target_modules=["q_proj"], lora_dropout=0.5, init_lora_weights=False, task_type="CAUSAL_LM")
+    model = adapted(config)
+    trainer = train(model, tmp_path, KeepCallback([keep_batch()]), steps=4, learning_rate=0.0)
+    found = [entry["keep_divergence"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(set(found)) == 4
+    assert model.training
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_tracker_sees_the_divergence_if_it_is_called_later(tmp_path, moved):
+    class Tracker(TrainerCallback):
+        seen = ()
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            self.seen = (*self.seen, dict(logs))
+
+    keep, tracker = KeepCallback([keep_batch()]), Tracker()
+    trainer = SFTTrainer(
+        adapted(),
+        args=training_settings(tmp_path, max_steps=1, logging_strategy="steps", logging_steps=1),
+        train_dataset=prompt_completion(8),
+        processing_class=build_tokenizer(),
+        callbacks=[tracker, keep],
+    )
+    if moved:  # as examples/README.md says
+        handler = trainer.callback_handler
+        handler.callbacks.insert(0, handler.pop_callback(keep))
+    trainer.train()
+    assert ("keep_divergence" in tracker.seen[0]) == moved
+    assert trainer.state.log_history[0]["keep_divergence"] > 0
+
+
+@pytest.mark.parametrize("method", ["ACT", "LoRA"])
+def test_after_a_fitted_transfer_the_base_is_still_the_teacher(tmp_path, method):
+    base, donor = build_relatives("llama")
+    original = copy.deepcopy(base)
+    modules = ["q_proj", "down_proj"]
+    fitted = fit(base, donor, [keep_batch(7)], [keep_batch(8)], target_modules=modules, show_progress=False)
+    channels = {name: list(range(0, 16, 2)) for name in modules}
+    lora = LoraConfig(target_modules=modules, r=4, task_type="CAUSAL_LM")
+    model = get_peft_model(base, lora if method == "LoRA" else ActConfig(channels=channels, task_type="CAUSAL_LM"))
+    fitted.apply_to(model)
+    inputs = keep_batch()
+    with torch.no_grad():
+        expected = float(divergence(model.eval(), inputs))
+        target = original(input_ids=inputs["input_ids"]).logits
+        with model.disable_adapter():
+            torch.testing.assert_close(model(input_ids=inputs["input_ids"]).logits, target)
+    trainer = train(model, tmp_path, KeepCallback([inputs]), steps=2, learning_rate=0.0)
+    found = [entry["keep_divergence"] for entry in trainer.state.log_history if "loss" in entry]
+    assert expected > 1e-5
+    assert found == pytest.approx([expected] * 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("again", ["another model", "the same model"])
+def test_a_second_training_asks_its_own_base(tmp_path, again):
+    keep, first = KeepCallback([keep_batch()]), adapted()
+    train(first, tmp_path / "1", keep, learning_rate=0.0)
+    second = first if again == "the same model" else adapted(family="qwen2")
+    if second is first:
+        with torch.no_grad():
+            first.get_base_model().model.norm.base_layer.weight.mul_(2)
+    trainer = train(second, tmp_path / "2", keep, learning_rate=0.0)
+    with torch.no_grad():
+        expected = float(divergence(second.eval(), keep_batch()))
+    assert trainer.state.log_history[0]["keep_divergence"] == pytest.approx(expected, rel=1e-3)
+
+
 # ------------------------------------------------------------------------------------------------------- refusals ---
 
 
@@ -236,6 +307,13 @@ def test_less_than_a_batch_is_refused(batches):
     error = ActValueError if type(batches) is int else ActTypeError
     with pytest.raises(error, match=f"batches_per_step: got {batches}, expected an integer of at least 1"):
         KeepCallback([keep_batch()], batches_per_step=batches)
+
+
+@pytest.mark.parametrize("tokens", [-1, 1.5, True])
+def test_a_number_of_cached_tokens_that_is_none_is_refused(tokens):
+    error = ActValueError if type(tokens) is int else ActTypeError
+    with pytest.raises(error, match=f"max_cached_tokens: got {tokens}, expected an integer of at least 0"):
+        KeepCallback([keep_batch()], max_cached_tokens=tokens)
 
 
 @pytest.mark.parametrize("given", [3, keep_batch()])
