@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from act_peft.channels.scores import ChannelScores, Scope
+from act_peft.channels.names import last_part
+from act_peft.channels.scores import ChannelScores
+from act_peft.channels.selection import Scope
 from act_peft.checks import finite_number, member_of
 from act_peft.disk.atomic import write_file
 from act_peft.errors import ActError, ActValueError
@@ -176,16 +178,12 @@ def group_scores(scores: ChannelScores, group_by: str | Grouping = Grouping.KIND
     return {name: torch.cat(parts) for name, parts in groups.items()}
 
 
-def _kind_of(name: str) -> str:
-    return name.rpartition(".")[2]
-
-
 def _layer_of(name: str) -> str:
     number = re.search(r"\.(\d+)\.", name)
-    return f"layer {number[1]}" if number else _kind_of(name)
+    return f"layer {number[1]}" if number else last_part(name)
 
 
-_GROUP_NAMES = {Grouping.KIND: _kind_of, Grouping.LAYER: _layer_of}
+_GROUP_NAMES = {Grouping.KIND: last_part, Grouping.LAYER: _layer_of}
 
 
 def _figure(width: float, height: float) -> Figure:

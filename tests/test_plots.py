@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from act_peft import ActError, ActValueError, ChannelMask, ChannelScores, plots
-from act_peft.channels.scores import Normalization, Scope
+from act_peft.channels.selection import Normalization, Scope
 from act_peft.plots import check_matplotlib, group_scores, plot_accuracies, plot_demo, plot_scores, plot_sweep
 from act_peft.sweeps.heldout import SkillResult
 from act_peft.sweeps.result import Measurement, SweepResult, SweepRow

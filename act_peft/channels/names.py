@@ -44,3 +44,8 @@ def suffixes(name: str) -> Iterator[str]:
     while name:
         yield name
         name = name.partition(".")[2]
+
+
+def last_part(name: str) -> str:
+    """The kind of a module as its name says it: `down_proj` of `layers.3.mlp.down_proj`."""
+    return name.rpartition(".")[2]

@@ -1,10 +1,10 @@
-"""One score for every channel, and the selection of the channels with the highest scores."""
+"""One score for every channel, with its meaning, its arithmetic and its file."""
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from types import MappingProxyType
@@ -12,14 +12,17 @@ from typing import Any
 
 import torch
 
+from act_peft.channels.contrast import contrast, mean_of_all
 from act_peft.channels.masks import ChannelMask
-from act_peft.checks import finite_number, member_of, module_name, whole_number
+from act_peft.channels.selection import Normalization, Scope, dominance_text, select_channels
+from act_peft.checks import member_of, module_name, whole_number
 from act_peft.disk import tensorfile
-from act_peft.errors import ActError, ActTypeError, ActValueError
+from act_peft.errors import ActError, ActTypeError, ActValueError, ActWarning
 
 _KIND = "channel scores"
-# Version 2 has more metadata. Scores by activations over one vocabulary do not need it and are written as version 1.
-_PLAIN_VERSION, _VERSION = 1, 2
+# Version 2 has more metadata, version 3 has two rows a module (contrast). Scores by activations over one vocabulary
+# need neither and are written as version 1.
+_PLAIN_VERSION, _SCORE_VERSION, _VERSION = 1, 2, 3
 
 
 class ScoreKind(Enum):
@@ -29,25 +32,12 @@ class ScoreKind(Enum):
     WEIGHT = "weight"
     ATTRIBUTION = "attribution"
     GAIN = "gain"
+    CONTRAST = "contrast"
 
     @property
     def is_mean(self) -> bool:
         """Whether the scores are means over tokens, so that two runs can be pooled."""
         return self not in (ScoreKind.WEIGHT, ScoreKind.GAIN)
-
-
-class Scope(Enum):
-    """The channels that `ChannelScores.top` ranks together: those of all modules (the paper), or of one module."""
-
-    GLOBAL = "global"
-    MODULE = "module"
-
-
-class Normalization(Enum):
-    """The rescaling of the scores of a module before `ChannelScores.top` ranks them."""
-
-    NONE = "none"
-    RMS = "rms"
 
 
 @dataclass(frozen=True, init=False, eq=False, repr=False)
@@ -63,6 +53,9 @@ class ChannelScores(Mapping[str, torch.Tensor]):
     equals one run over the data of both: sums and numbers are added, then divided once. Modules are in the model's
     order. The object is immutable; every access returns a new tensor.
 
+    Scores by contrast hold the sums on the ability and, as `keep`, the scores by activation on the data to keep. They
+    are divided when a score is read. So `a + b` pools both sides honestly.
+
     The channels of an output layer are tokens. If one model has more tokens than the other, only the first ones, which
     both have, are comparable. The rest have the score 0, and `top` never selects them.
 
@@ -73,11 +66,13 @@ class ChannelScores(Mapping[str, torch.Tensor]):
         kind: a `ScoreKind` or its value.
         num_comparable: module name -> number of its first channels that are comparable, from 1 to C. In modules
             without an entry all channels are comparable.
+        keep: for scores by contrast, the scores by activation of the same channels on the data to keep.
 
     Raises:
         ActTypeError: a sum that is no floating 1-D tensor, a name that is no str, a count that is no int.
         ActValueError: no module, a number of tokens that does not fit the kind, a sum that is not finite, a negative
-            sum that is no attribution, a sum other than 0 for a channel that is not comparable.
+            sum that is no attribution, a sum other than 0 for a channel that is not comparable; `keep` is missing,
+            not wanted, of another kind or of other channels, or 0 everywhere.
 
     Example:
         >>> sums = {"q_proj": torch.tensor([6.0, 2.0]), "up_proj": torch.tensor([4.0, 0.0])}
@@ -92,6 +87,7 @@ class ChannelScores(Mapping[str, torch.Tensor]):
     _num_tokens: int
     _kind: ScoreKind
     _num_comparable: dict[str, int]  # of the modules that have fewer than C
+    _keep: ChannelScores | None
 
     def __init__(
         self,
@@ -100,6 +96,7 @@ class ChannelScores(Mapping[str, torch.Tensor]):
         *,
         kind: str | ScoreKind = ScoreKind.ACTIVATION,
         num_comparable: Mapping[str, int] | None = None,
+        keep: ChannelScores | None = None,
     ) -> None:
         kind = member_of(ScoreKind, kind, "kind")
         num_tokens = whole_number(num_tokens, "num_tokens", least=1 if kind.is_mean else 0)
@@ -112,9 +109,16 @@ class ChannelScores(Mapping[str, torch.Tensor]):
         object.__setattr__(self, "_num_tokens", num_tokens)
         object.__setattr__(self, "_kind", kind)
         object.__setattr__(self, "_num_comparable", _checked_comparable(checked, num_comparable or {}))
+        object.__setattr__(self, "_keep", keep)
+        self._check_keep()
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._sums[name] / max(self._num_tokens, 1)
+        means = self._sums[name] / max(self._num_tokens, 1)
+        if self._keep is None:
+            return means
+        keep, comparable = self._keep[name], self.num_comparable
+        typical = float(keep[: comparable[name]].mean()) or mean_of_all(self._keep, comparable)
+        return contrast(means, keep, typical=typical)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sums)
@@ -134,8 +138,8 @@ class ChannelScores(Mapping[str, torch.Tensor]):
         if not isinstance(other, ChannelScores):
             return NotImplemented
         return (
-            (self._num_tokens, self._kind, self._num_comparable)
-            == (other._num_tokens, other._kind, other._num_comparable)
+            (self._num_tokens, self._kind, self._num_comparable, self._keep)
+            == (other._num_tokens, other._kind, other._num_comparable, other._keep)
             and self._sums.keys() == other._sums.keys()
             and all(torch.equal(values, other._sums[name]) for name, values in self._sums.items())
         )
@@ -159,8 +163,43 @@ class ChannelScores(Mapping[str, torch.Tensor]):
             )
         sums = {name: values + other._sums[name] for name, values in self._sums.items()}
         return ChannelScores(
-            sums, self._num_tokens + other._num_tokens, kind=self._kind, num_comparable=self._num_comparable
+            sums,
+            self._num_tokens + other._num_tokens,
+            kind=self._kind,
+            num_comparable=self._num_comparable,
+            keep=None if self._keep is None or other._keep is None else self._keep + other._keep,
         )
+
+    def _check_keep(self) -> None:
+        """Refuse data to keep that do not belong to these scores.
+
+        Raises:
+            ActTypeError: `keep` is no `ChannelScores`.
+            ActValueError: it is missing, not wanted, of another kind or of other channels, or 0 everywhere.
+        """
+        keep, by_contrast = self._keep, self._kind is ScoreKind.CONTRAST
+        if keep is not None and not isinstance(keep, ChannelScores):
+            raise ActTypeError(f"keep: got {type(keep).__name__}, expected ChannelScores (of the data to keep)")
+        if by_contrast != (keep is not None):
+            raise ActValueError(
+                f"keep: got {'None' if keep is None else 'scores'} for scores by {self._kind.value}, expected "
+                f"{'scores by activation on the data to keep' if by_contrast else 'None'} (scores by contrast need "
+                "them, others have no place for them)"
+            )
+        if keep is None:
+            return
+        if keep._kind is not ScoreKind.ACTIVATION:
+            raise ActValueError(f"keep: got scores by {keep._kind.value}, expected scores by activation")
+        if self.num_comparable != keep.num_comparable or self.num_channels != keep.num_channels:
+            raise ActValueError(
+                "keep: got scores of other channels, expected those of the same modules (use the same pair of models, "
+                "target_modules and exclude_modules)"
+            )
+        if any(values.any() for values in self._sums.values()) and not any(v.any() for v in keep._sums.values()):
+            raise ActValueError(
+                "keep: got 0 for every channel, expected differences to divide by (base and donor answer alike on the "
+                "data to keep; take other data, or score='activation')"
+            )
 
     @property
     def num_tokens(self) -> int:
@@ -171,6 +210,11 @@ class ChannelScores(Mapping[str, torch.Tensor]):
     def kind(self) -> ScoreKind:
         """The meaning of the scores."""
         return self._kind
+
+    @property
+    def keep(self) -> ChannelScores | None:
+        """The scores by activation on the data to keep; None unless the scores are by contrast."""
+        return self._keep
 
     @property
     def num_channels(self) -> Mapping[str, int]:
@@ -188,6 +232,7 @@ class ChannelScores(Mapping[str, torch.Tensor]):
         *,
         scope: str | Scope = Scope.GLOBAL,
         normalize: str | Normalization = Normalization.NONE,
+        max_channels: int | None = None,
     ) -> ChannelMask:
         """Select the channels with the highest scores.
 
@@ -202,13 +247,20 @@ class ChannelScores(Mapping[str, torch.Tensor]):
             normalize: `"none"` ranks the scores themselves (the paper). `"rms"` first divides the scores of a module
                 by their root mean square, so that modules with large activations do not take all the places. The
                 order within a module stays the same, so with `scope="module"` this has no effect.
+            max_channels: the most channels to select of one module, a whole number from 1. With `scope="global"` the
+                places that become free go to the next best channels of other modules; with `scope="module"` they stay
+                empty. Default: no limit.
 
         Returns:
             A mask over all modules of the scores.
 
         Raises:
-            ActTypeError: `density` is not a number.
-            ActValueError: `density` is outside 0 to 1, or an unknown `scope` or `normalize`.
+            ActTypeError: `density` is not a number, `max_channels` not an integer.
+            ActValueError: `density` is outside 0 to 1, `max_channels` below 1, or an unknown `scope` or `normalize`.
+
+        Warns:
+            ActWarning: with `scope="global"`, if one kind of module (the last part of the name, such as `down_proj`)
+                holds more than half of a mask of at least ten channels, and at least twice its share of all channels.
 
         Example:
             >>> sums = {"q_proj": torch.tensor([6.0, 5.0]), "up_proj": torch.tensor([4.0, 0.0])}
@@ -218,12 +270,13 @@ class ChannelScores(Mapping[str, torch.Tensor]):
             >>> scores.top(0.5, scope="module")["up_proj"]
             tensor([0])
         """
-        density = finite_number(density, "density", least=0, most=1)
-        select = _SELECTIONS[member_of(Scope, scope, "scope")]
-        rescale = _NORMALIZATIONS[member_of(Normalization, normalize, "normalize")]
+        scope = member_of(Scope, scope, "scope")
         comparable = self.num_comparable
-        ranked = {name: rescale(scores[: comparable[name]]) for name, scores in self.items()}
-        return ChannelMask(select(ranked, density), self.num_channels)
+        mask = select_channels(self, comparable, density, scope=scope, normalize=normalize, max_channels=max_channels)
+        text = dominance_text(mask, comparable) if scope is Scope.GLOBAL else None
+        if text is not None:
+            warnings.warn(f"top: {text}", ActWarning, stacklevel=2)
+        return mask
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the scores to one safetensors file, whole or not at all.
@@ -231,7 +284,8 @@ class ChannelScores(Mapping[str, torch.Tensor]):
         Layout: one float64 tensor `[C]` per module under the module's name, the sum over the tokens, and in the
         metadata `modules: [name, ...]` in order and `num_tokens`. Version 2, which is written only if needed, has
         also `score: "activation" | "weight" | "attribution" | "gain"` and `num_comparable: {name: count}` with the
-        modules that have fewer comparable channels than channels.
+        modules that have fewer comparable channels than channels. Version 3, only for `score: "contrast"`, has
+        tensors `[2, C]` (sums on the ability, sums on the data to keep) and also `num_keep_tokens`.
 
         Raises:
             ActValueError: `path` is a folder or lies in a folder that does not exist.
@@ -239,9 +293,14 @@ class ChannelScores(Mapping[str, torch.Tensor]):
         metadata: dict[str, Any] = {"modules": list(self._sums), "num_tokens": self._num_tokens}
         version = _PLAIN_VERSION
         if self._kind is not ScoreKind.ACTIVATION or self._num_comparable:
-            version = _VERSION
+            version = _SCORE_VERSION
             metadata |= {"score": self._kind.value, "num_comparable": self._num_comparable}
-        tensorfile.write(path, _KIND, version, self._sums, metadata)
+        tensors = self._sums
+        if self._keep is not None:
+            version = _VERSION
+            metadata |= {"num_keep_tokens": self._keep.num_tokens}
+            tensors = {name: torch.stack([sums, self._keep._sums[name]]) for name, sums in self._sums.items()}
+        tensorfile.write(path, _KIND, version, tensors, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ChannelScores:
@@ -260,15 +319,29 @@ class ChannelScores(Mapping[str, torch.Tensor]):
         comparable = metadata.get("num_comparable", {})
         if not isinstance(comparable, dict):
             raise ActValueError(f"{path}: num_comparable: got {comparable!r:.100}, expected an object of counts")
+        sums = {name: tensors[name] for name in modules}
+        keep = None
         try:
+            if metadata.get("score") == ScoreKind.CONTRAST.value:
+                sums, kept = _two_rows(sums)
+                keep = cls(kept, metadata.get("num_keep_tokens"), num_comparable=comparable)  # type: ignore[arg-type]
             return cls(
-                {name: tensors[name] for name in modules},
+                sums,
                 metadata.get("num_tokens"),  # type: ignore[arg-type]
                 kind=metadata.get("score", ScoreKind.ACTIVATION),
                 num_comparable=comparable,
+                keep=keep,
             )
         except ActError as error:
             raise ActValueError(f"{path}: {error}") from error
+
+
+def _two_rows(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The two rows of every tensor of a file of scores by contrast."""
+    for name, values in tensors.items():
+        if values.dim() != 2 or values.shape[0] != 2:
+            raise ActValueError(f"{name}: got sums of shape {list(values.shape)}, expected [2, C] (save them again)")
+    return {name: values[0] for name, values in tensors.items()}, {name: v[1] for name, v in tensors.items()}
 
 
 def _checked_sums(name: str, values: torch.Tensor, kind: ScoreKind) -> torch.Tensor:
@@ -309,39 +382,3 @@ def _checked_comparable(sums: Mapping[str, torch.Tensor], counts: Mapping[str, i
 
 def _count_text(count: int | None) -> str:
     return "no such module" if count is None else f"{count} channels"
-
-
-def _top_indices(values: torch.Tensor, density: float) -> torch.Tensor:
-    """Indices `[K]` of the highest values; the sort is stable, so the lower index wins among equals."""
-    return values.sort(descending=True, stable=True).indices[: round(density * values.numel())]
-
-
-def _select_global(scores: Mapping[str, torch.Tensor], density: float) -> dict[str, torch.Tensor]:
-    everything = torch.cat(list(scores.values()))
-    selected = torch.zeros(everything.numel(), dtype=torch.bool)
-    selected[_top_indices(everything, density)] = True
-    parts = selected.split([values.numel() for values in scores.values()])
-    return {name: part.nonzero().flatten() for name, part in zip(scores, parts, strict=True)}
-
-
-def _select_per_module(scores: Mapping[str, torch.Tensor], density: float) -> dict[str, torch.Tensor]:
-    return {name: _top_indices(values, density) for name, values in scores.items()}
-
-
-def _divide_by_rms(scores: torch.Tensor) -> torch.Tensor:
-    largest = float(scores.abs().max())
-    if largest == 0:
-        return scores
-    scores = scores / largest  # before squaring, so that neither huge nor tiny scores leave the range of float64
-    return scores / math.sqrt(float(scores.square().mean()))
-
-
-_SELECTIONS: dict[Scope, Callable[[Mapping[str, torch.Tensor], float], dict[str, torch.Tensor]]] = {
-    Scope.GLOBAL: _select_global,
-    Scope.MODULE: _select_per_module,
-}
-
-_NORMALIZATIONS: dict[Normalization, Callable[[torch.Tensor], torch.Tensor]] = {
-    Normalization.NONE: lambda scores: scores,
-    Normalization.RMS: _divide_by_rms,
-}

@@ -14,6 +14,7 @@ from act_peft.errors import ActValueError
 from act_peft.peft_modules import NamedModule, named_modules, without_wrapper
 
 ALL_LINEAR = "all-linear"
+_LINEAR = (ChannelKind.LINEAR, ChannelKind.CONV1D)
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def find_candidates(
         base: the base.
         donor: the donor.
         target_modules: regular expression for the whole name, names or dotted suffixes, or `"all-linear"` (every
-            linear and Conv1D module except the output layer); None selects every module with channels.
+            linear and Conv1D module except the output layer); None selects every module with channels except those
+            that `left_out_by_default` names.
         exclude_modules: regular expression, names or dotted suffixes to leave out.
 
     Raises:
@@ -89,28 +91,65 @@ def find_candidates(
     )
 
 
+def left_out_by_default(model: nn.Module) -> list[str]:
+    """The modules with channels that are candidates only if `target_modules` names them, in the model's order.
+
+    These are the output layer and every `nn.Embedding` (tokens, positions, types). The output layer is what the
+    model's `get_output_embeddings` returns. For a model without this method it is the linear module that shares its
+    weight with an embedding, or else the last linear module if it has as many channels as the first embedding has
+    rows; or else there is none.
+    """
+    modules = _with_channels(model)
+    head = _output_layer(model)
+    return [
+        name
+        for name, module in modules.items()
+        if channel_kind(module.layer) is ChannelKind.EMBEDDING or module.called is head
+    ]
+
+
 def unmatched_names(model: nn.Module, patterns: Patterns) -> list[str]:
     """The names in a list that match no module with channels (misspelt ones); empty for a regular expression."""
     if patterns is None or isinstance(patterns, str):
         return []
-    names = [name for name, module in named_modules(model) if channel_kind(module.layer) is not None]
+    names = list(_with_channels(model))
     return sorted(pattern for pattern in patterns if not any(matches(name, [pattern]) for name in names))
 
 
+def _with_channels(model: nn.Module) -> dict[str, NamedModule]:
+    return {name: module for name, module in named_modules(model) if channel_kind(module.layer) is not None}
+
+
 def _select(model: nn.Module, targets: Patterns, excluded: Patterns) -> dict[str, NamedModule]:
-    modules = {name: module for name, module in named_modules(model) if channel_kind(module.layer) is not None}
-    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        linear = (ChannelKind.LINEAR, ChannelKind.CONV1D)
-        head = _output_layer(model)
-        modules = {n: m for n, m in modules.items() if channel_kind(m.layer) in linear and m.called is not head}
-    elif targets is not None:
+    modules = _with_channels(model)
+    if targets is None or (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
+        unasked = set(left_out_by_default(model))
+        modules = {name: module for name, module in modules.items() if name not in unasked}
+        if targets is not None:
+            modules = {name: module for name, module in modules.items() if channel_kind(module.layer) in _LINEAR}
+    else:
         modules = {name: module for name, module in modules.items() if matches(name, targets)}
     return {name: module for name, module in modules.items() if not matches(name, excluded)}
 
 
 def _output_layer(model: nn.Module) -> nn.Module | None:
-    getter = getattr(without_wrapper(model), "get_output_embeddings", None)
-    return getter() if callable(getter) else None
+    """The output layer, as `left_out_by_default` defines it."""
+    plain = without_wrapper(model)
+    getter = getattr(plain, "get_output_embeddings", None)
+    if callable(getter):
+        try:
+            return getter()
+        except NotImplementedError:
+            return None
+    modules = list(_with_channels(plain).values())
+    embeddings = [weight_of(m.layer) for m in modules if channel_kind(m.layer) is ChannelKind.EMBEDDING]
+    linear = [module for module in modules if channel_kind(module.layer) in _LINEAR]
+    for module in reversed(linear):
+        if any(weight_of(module.layer) is weight for weight in embeddings):
+            return module.called
+    if embeddings and linear and num_channels(linear[-1].layer) == embeddings[0].shape[0]:
+        return linear[-1].called
+    return None
 
 
 def _agree(
@@ -129,5 +168,5 @@ def _shape_text(module: NamedModule | None) -> str:
 
 
 def _some_names(model: nn.Module) -> str:
-    names = [name for name, module in named_modules(model) if channel_kind(module.layer) is not None]
+    names = list(_with_channels(model))
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "none"

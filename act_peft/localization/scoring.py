@@ -12,7 +12,7 @@ from act_peft.channels.names import Patterns
 from act_peft.channels.scores import ChannelScores, ScoreKind
 from act_peft.checks import member_of
 from act_peft.errors import ActValueError, ActWarning
-from act_peft.localization.activations import score_activations
+from act_peft.localization.activations import score_activations, score_contrasts
 from act_peft.localization.attribution import POINTS, score_attributions
 from act_peft.localization.candidates import find_candidates, unmatched_names
 from act_peft.localization.pair import Donor, open_pair
@@ -39,6 +39,10 @@ def localize(
         "activation"   score_i = (1 / |T|) * sum over t in T of | a_donor[i, t] - a_base[i, t] |
         "weight"       score_i = || theta_donor,i - theta_base,i ||              over all parameters of channel i
         "attribution"  score_i = -dL/dtheta_i * (theta_donor,i - theta_base,i)   averaged between the models
+        "contrast"     score_i = A_i / max(K_i, 0.1 * mean of K)                 no labels needed
+
+    For the contrast, A_i is the activation score on the ability, K_i the same on the data to keep. The mean of K is
+    over the channels of the module. It keeps the divisor away from 0.
 
     The answer tokens are those with `labels != -100`; without labels, all unmasked tokens. Both models run in
     evaluation mode and are not changed. An adapter as donor needs no second model in memory. If the vocabularies
@@ -52,11 +56,16 @@ def localize(
             of a PEFT adapter for `base`.
         dataloader: batches for the models: dicts with `input_ids` `[B, T]` or `inputs_embeds` `[B, T, C]`. Not for
             scores by weights.
-        score: `"activation"` (the paper), `"weight"` or `"attribution"`.
-        keep_dataloader: for attributions, batches of a skill to keep. A channel that harms it gets a lower score.
+        score: `"activation"` (the paper), `"weight"`, `"attribution"` or `"contrast"`.
+        keep_dataloader: batches of a skill to keep; needed for contrasts, possible for attributions. A channel that
+            harms it gets a lower score.
         points: for attributions, number of points between the models (4).
         target_modules: candidate modules as in PEFT: a regular expression for the whole name, names or dotted
-            suffixes, or `"all-linear"`. Default: every linear, Conv1D, embedding and norm module.
+            suffixes, or `"all-linear"`. Default: every linear, Conv1D and norm module, without the output layer and
+            embeddings (`nn.Embedding`: tokens, positions). Name these to get them too; `".*"` takes every module, as
+            the paper does. Which module is the output layer, the model's `get_output_embeddings` says; without this
+            method it is a linear module that shares its weight with an embedding, or the last one if it has a channel
+            for every row of the first embedding.
         exclude_modules: modules to leave out: a regular expression for the whole name, names or dotted suffixes.
         show_progress: show a progress bar if the error stream is a terminal.
 
@@ -75,13 +84,13 @@ def localize(
             matches no module.
 
     Example:
-        >>> scores = localize(base, donor, batches, exclude_modules=["lm_head"], show_progress=False)
-        >>> mask = scores.top(0.05, scope="module")
+        >>> scores = localize(base, donor, batches, show_progress=False)
+        >>> mask = scores.top(0.2, scope="module")
         >>> mask.save("mask.safetensors")
     """
     kind = member_of(ScoreKind, score, "score")
     _check_settings(kind, dataloader=dataloader, keep_dataloader=keep_dataloader, points=points)
-    base, donor = open_pair(base, donor, merged=kind is not ScoreKind.ACTIVATION)
+    base, donor = open_pair(base, donor, merged=kind not in (ScoreKind.ACTIVATION, ScoreKind.CONTRAST))
     candidates = find_candidates(base, donor, target_modules=target_modules, exclude_modules=exclude_modules)
     warn_left_out(candidates, stacklevel=2)
     for argument, patterns in (("target_modules", target_modules), ("exclude_modules", exclude_modules)):
@@ -92,6 +101,10 @@ def localize(
         scores = score_weights(candidates)
     elif kind is ScoreKind.ACTIVATION:
         scores = score_activations(base, donor, candidates, dataloader, show_progress=show_progress)
+    elif kind is ScoreKind.CONTRAST and keep_dataloader is not None:
+        scores = score_contrasts(
+            base, donor, candidates, dataloader, keep_dataloader=keep_dataloader, show_progress=show_progress
+        )
     else:
         scores = score_attributions(
             base,
@@ -119,8 +132,14 @@ def _check_settings(kind: ScoreKind, *, dataloader: object, keep_dataloader: obj
         )
     if kind is not ScoreKind.WEIGHT and dataloader is None:
         raise ActValueError(f"dataloader: got None, expected batches (score={kind.value!r} needs examples)")
-    for name, value in (("keep_dataloader", keep_dataloader), ("points", points)):
-        if value is not None and kind is not ScoreKind.ATTRIBUTION:
-            raise ActValueError(
-                f"{name}: got one with score={kind.value!r}, expected none (only score='attribution' uses it)"
-            )
+    if kind is ScoreKind.CONTRAST and keep_dataloader is None:
+        raise ActValueError("keep_dataloader: got None, expected batches (score='contrast' divides by them)")
+    if keep_dataloader is not None and kind not in (ScoreKind.ATTRIBUTION, ScoreKind.CONTRAST):
+        raise ActValueError(
+            f"keep_dataloader: got one with score={kind.value!r}, expected none (only score='attribution' and "
+            "score='contrast' use it)"
+        )
+    if points is not None and kind is not ScoreKind.ATTRIBUTION:
+        raise ActValueError(
+            f"points: got one with score={kind.value!r}, expected none (only score='attribution' uses it)"
+        )

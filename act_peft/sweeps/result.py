@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from act_peft.channels.masks import ChannelMask
-from act_peft.channels.scores import Normalization, Scope
+from act_peft.channels.selection import Normalization, Scope
 from act_peft.errors import ActValueError
 from act_peft.sweeps.heldout import SkillResult
 from act_peft.tables import aligned

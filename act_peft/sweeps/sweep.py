@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,9 +13,11 @@ from tqdm import tqdm
 
 from act_peft.batches.evaluation import evaluation
 from act_peft.channels.kinds import channel_kind, num_channels, weight_of
-from act_peft.channels.scores import ChannelScores, Normalization, Scope
+from act_peft.channels.masks import ChannelMask
+from act_peft.channels.scores import ChannelScores
+from act_peft.channels.selection import Normalization, Scope, dominance_text, select_channels
 from act_peft.checks import ascending, finite_number, member_of
-from act_peft.errors import ActTypeError, ActValueError
+from act_peft.errors import ActTypeError, ActValueError, ActWarning
 from act_peft.peft_modules import has_adapters
 from act_peft.sweeps.heldout import HeldOutData
 from act_peft.sweeps.result import Measurement, SweepResult, SweepRow
@@ -92,7 +95,8 @@ def sweep(
             modules; weights that are not finite; a model without logits. Then the base is unchanged.
 
     Warns:
-        ActWarning: once, as `initialize_from_donor`.
+        ActWarning: once, as `initialize_from_donor`; once, as `ChannelScores.top`, for the lowest density for which it
+            warns.
 
     Example:
         >>> result = sweep(base, donor, scores, batches, {"english": batches}, scales=[0.5, 1.0], show_progress=False)
@@ -106,12 +110,18 @@ def sweep(
     scales = ascending(scales, "scales", nonzero=True)
     densities = ascending(densities, "densities", above=0, most=1)
     max_drop = finite_number(max_drop, "max_drop", least=0)
-    masks = {density: scores.top(density, scope=scope, normalize=normalize) for density in densities}
+    comparable = scores.num_comparable
+    masks = {
+        density: select_channels(scores, comparable, density, scope=scope, normalize=normalize)
+        for density in densities
+    }
     if not masks[densities[0]].num_selected:
         raise ActValueError(
             f"densities: {densities[0]} selects none of {sum(scores.num_channels.values())} channels, expected at "
             "least one"
         )
+    if scope is Scope.GLOBAL:
+        _warn_of_one_kind(masks, comparable, stacklevel=3)
     moving = [name for name, channels in masks[densities[-1]].items() if channels.numel()]
     with evaluation(base, *((donor,) if isinstance(donor, nn.Module) else ())):
         data = _read(ability_dataloader, keep_dataloader)
@@ -140,6 +150,14 @@ def sweep(
         normalize=normalize,
         masks=masks,
     )
+
+
+def _warn_of_one_kind(masks: Mapping[float, ChannelMask], comparable: Mapping[str, int], *, stacklevel: int) -> None:
+    for density, mask in masks.items():
+        text = dominance_text(mask, comparable)
+        if text is not None:
+            warnings.warn(f"density {density}: {text}", ActWarning, stacklevel=stacklevel)
+            return
 
 
 def _check_base(base: nn.Module) -> None:

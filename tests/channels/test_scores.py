@@ -2,11 +2,13 @@ import copy
 import dataclasses
 import hashlib
 import pickle
+import struct
 
 import pytest
 import torch
 
-from act_peft.channels.scores import ChannelScores, Normalization, Scope, ScoreKind
+from act_peft.channels.scores import ChannelScores, ScoreKind
+from act_peft.channels.selection import Normalization, Scope
 from act_peft.disk import tensorfile
 from act_peft.errors import ActTypeError, ActValueError
 
@@ -229,6 +231,21 @@ def test_the_file_is_pinned(scores, tmp_path):
     assert {name: (v.dtype, v.tolist()) for name, v in tensors.items()} == {
         name: (torch.float64, v.tolist()) for name, v in SUMS.items()
     }
+
+
+def test_a_file_of_version_0_1_loads(tmp_path):
+    """Byte for byte what `save` of that version wrote."""
+    header = (
+        rb'{"__metadata__":{"act_peft":"{\"kind\":\"channel scores\",\"metadata\":{\"modules\":[\"m\"],'
+        rb'\"num_tokens\":2},\"version\":1}"},"m":{"dtype":"F64","shape":[2],"data_offsets":[0,16]}}   '
+    )
+    data = struct.pack("<2d", 6, 1)
+    (tmp_path / "f").write_bytes(struct.pack("<Q", len(header)) + header + data)
+    scores = ChannelScores.load(tmp_path / "f")
+    assert scores == ChannelScores({"m": torch.tensor([6.0, 1.0])}, 2)
+    assert scores["m"].tolist() == [3, 0.5]
+    scores.save(tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "f").read_bytes()
 
 
 @pytest.mark.parametrize("modules", [None, "m", [], ["m", "n"], ["m", "m"], [["m"]]])

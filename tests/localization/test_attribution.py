@@ -11,7 +11,7 @@ from torch import nn
 
 from act_peft.channels.kinds import channel_kind
 from act_peft.errors import ActValueError
-from act_peft.localization import localize
+from tests.support.pairs import localize_every
 
 FAMILIES = ["llama", "qwen2", "gpt2", "gemma3"]
 # transformers computes the loss of a float64 model in float32.
@@ -91,7 +91,7 @@ def assert_close(got, expected, **tolerance):
 def test_gradient_times_difference(family, points, doubles, batches):
     base, donor = doubles(family)
     expected, count = oracle(base, donor, batches, points)
-    scores = localize(base, donor, batches, score="attribution", points=points)
+    scores = localize_every(base, donor, batches, score="attribution", points=points)
     assert scores.num_tokens == count
     assert_close(scores, expected, **ROUNDED)
     assert any((values < 0).any() for values in scores.values())
@@ -99,7 +99,7 @@ def test_gradient_times_difference(family, points, doubles, batches):
 
 def test_finite_differences(doubles, batches):
     base, donor = doubles("gpt2")  # computes in float64 throughout, unlike the others' norms
-    scores = localize(base, donor, batches, score="attribution", points=1)
+    scores = localize_every(base, donor, batches, score="attribution", points=1)
     for name, channel in (("lm_head", 3), ("transformer.h.1.attn.c_attn", 5), ("transformer.wte", 2)):
         losses = []
         for step in (-1e-5, 1e-5):
@@ -125,7 +125,7 @@ def test_all_channels_add_up_to_the_fall_of_the_loss(doubles, batches):
         fall = float(mean_loss(base, batches)[0] - mean_loss(donor, batches)[0])
     sums = {}
     for points in (20, 40):
-        scores = localize(base, donor, batches, score="attribution", points=points)
+        scores = localize_every(base, donor, batches, score="attribution", points=points)
         sums[points] = sum(float(values.sum()) for values in scores.values())
     # The error of a sum over the left ends of steps is proportional to the step.
     assert 2 * sums[40] - sums[20] == pytest.approx(fall, abs=0.01 * abs(sums[20] - fall))
@@ -153,7 +153,7 @@ class Linear(nn.Module):
 def test_the_linear_case_is_exact(points):
     base, donor = Linear(torch.zeros(3, 2)), Linear(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]))
     batch = {"input_ids": torch.tensor([[1, 2, 3]]), "labels": torch.tensor([[1, -100, 3]])}
-    scores = localize(base, donor, [batch], score="attribution", target_modules=["head"], points=points)
+    scores = localize_every(base, donor, [batch], score="attribution", target_modules=["head"], points=points)
     assert scores.num_tokens == 1
     # token 3 is embedded as (6, 7): the outputs change by 6, 7 and 13, the loss by 6, -14 and 52
     assert scores["head"].tolist() == [-6, 14, -52]
@@ -161,19 +161,19 @@ def test_the_linear_case_is_exact(points):
 
 def test_the_loss_on_data_to_keep_counts_as_much(doubles, batches):
     base, donor = doubles()
-    ability = localize(base, donor, batches[:1], score="attribution")
-    keep = localize(base, donor, batches[1:], score="attribution")
-    both = localize(base, donor, batches[:1], score="attribution", keep_dataloader=batches[1:])
+    ability = localize_every(base, donor, batches[:1], score="attribution")
+    keep = localize_every(base, donor, batches[1:], score="attribution")
+    both = localize_every(base, donor, batches[:1], score="attribution", keep_dataloader=batches[1:])
     assert both.num_tokens == ability.num_tokens
     assert_close(both, {name: ability[name] + keep[name] for name in ability}, **ROUNDED)
 
 
 def test_halves_add_up_and_batches_do_not_matter(doubles, samples, collate):
     base, donor = doubles()
-    whole = localize(base, donor, [collate(samples)], score="attribution")
-    alone = localize(base, donor, [collate([sample]) for sample in reversed(samples)], score="attribution")
-    left = localize(base, donor, [collate(samples[i : i + 2], "left") for i in (0, 2, 4)], score="attribution")
-    halves = [localize(base, donor, [collate(half)], score="attribution") for half in (samples[:2], samples[2:])]
+    whole = localize_every(base, donor, [collate(samples)], score="attribution")
+    alone = localize_every(base, donor, [collate([sample]) for sample in reversed(samples)], score="attribution")
+    left = localize_every(base, donor, [collate(samples[i : i + 2], "left") for i in (0, 2, 4)], score="attribution")
+    halves = [localize_every(base, donor, [collate(half)], score="attribution") for half in (samples[:2], samples[2:])]
     for other in (alone, left, halves[0] + halves[1]):
         assert other.num_tokens == whole.num_tokens
         assert_close(other, whole, **ROUNDED)
@@ -182,7 +182,9 @@ def test_halves_add_up_and_batches_do_not_matter(doubles, samples, collate):
 def test_the_first_token_of_a_text_counts_on_neither_side_of_the_padding(doubles, samples, collate):
     base, donor = doubles()
     texts = [(ids, ids.clone()) for ids, _ in samples]  # nothing is a prompt
-    right, left = (localize(base, donor, [collate(texts, side)], score="attribution") for side in ("right", "left"))
+    right, left = (
+        localize_every(base, donor, [collate(texts, side)], score="attribution") for side in ("right", "left")
+    )
     assert left.num_tokens == right.num_tokens == sum(len(ids) - 1 for ids, _ in texts)
     assert_close(left, right, **ROUNDED)
 
@@ -191,10 +193,10 @@ def test_without_labels_the_tokens_are_the_labels(pair, batches):
     base, donor = pair()
     plain = {name: batches[0][name] for name in ("input_ids", "attention_mask")}
     labels = plain["input_ids"].masked_fill(plain["attention_mask"] == 0, -100)
-    expected = localize(base, donor, [{**plain, "labels": labels}], score="attribution")
-    assert localize(base, donor, [plain], score="attribution") == expected
+    expected = localize_every(base, donor, [{**plain, "labels": labels}], score="attribution")
+    assert localize_every(base, donor, [plain], score="attribution") == expected
     padded = {**plain, "labels": plain["input_ids"]}  # padding never counts, whatever the labels say
-    assert localize(base, donor, [padded], score="attribution") == expected
+    assert localize_every(base, donor, [padded], score="attribution") == expected
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError("broken"), KeyboardInterrupt()])
@@ -220,31 +222,31 @@ def test_models_come_back_as_they_were(error, pair, batches):
 
     before, rng = state(), torch.get_rng_state()
     if error is None:
-        scores = localize(*models, read(), score="attribution")
+        scores = localize_every(*models, read(), score="attribution")
         for model in models:
             model.eval()
-        assert scores == localize(*models, batches[:2], score="attribution")  # dropout was off
+        assert scores == localize_every(*models, batches[:2], score="attribution")  # dropout was off
         for model in models:
             model.train()
     else:
         with pytest.raises(type(error)):
-            localize(*models, read(), score="attribution")
+            localize_every(*models, read(), score="attribution")
     assert state() == before
     assert torch.equal(torch.get_rng_state(), rng)
 
 
 def test_it_works_where_gradients_are_off(pair, batches):
     base, donor = pair()
-    expected = localize(base, donor, batches, score="attribution")
+    expected = localize_every(base, donor, batches, score="attribution")
     with torch.no_grad():
-        assert localize(base, donor, batches, score="attribution") == expected
+        assert localize_every(base, donor, batches, score="attribution") == expected
     base.requires_grad_(False)
-    assert localize(base, donor, batches, score="attribution") == expected
+    assert localize_every(base, donor, batches, score="attribution") == expected
 
 
 def test_only_candidates_move(doubles, batches):
     base, donor = doubles()
-    scores = localize(base, donor, batches, score="attribution", target_modules=["lm_head"], points=2)
+    scores = localize_every(base, donor, batches, score="attribution", target_modules=["lm_head"], points=2)
     mixed = copy.deepcopy(base)
     mixed.lm_head.load_state_dict(donor.lm_head.state_dict())
     torch.testing.assert_close(scores["lm_head"], oracle(base, mixed, batches, 2)[0]["lm_head"], **ROUNDED)
@@ -253,30 +255,30 @@ def test_only_candidates_move(doubles, batches):
 class TestRefused:
     def test_a_model_without_loss(self, toy, batches):
         with pytest.raises(ActValueError, match=r"batch 0: Toy: returned no loss for labels, expected a model with"):
-            localize(*toy(), batches, score="attribution")
+            localize_every(*toy(), batches, score="attribution")
 
     def test_a_model_without_gradients_inside(self, pair, batches, monkeypatch):
         base, donor = pair()
         monkeypatch.setattr(type(base), "forward", torch.no_grad()(type(base).forward))
         with pytest.raises(ActValueError, match=r"batch 0: LlamaForCausalLM: the loss does not depend on the candid"):
-            localize(base, donor, batches, score="attribution")
+            localize_every(base, donor, batches, score="attribution")
 
     def test_embeddings_without_labels(self, pair):
         with pytest.raises(ActValueError, match=r"batch 0: got inputs_embeds without labels, expected labels"):
-            localize(*pair(), [{"inputs_embeds": torch.ones(1, 3, 16)}], score="attribution")
+            localize_every(*pair(), [{"inputs_embeds": torch.ones(1, 3, 16)}], score="attribution")
 
     def test_nothing_that_the_loss_counts(self, pair):
         batch = {"input_ids": torch.tensor([[3, 4]]), "labels": torch.tensor([[3, -100]])}
         with pytest.raises(ActValueError, match=r"batch 0: got answer tokens at the first position of samples only"):
-            localize(*pair(), [batch], score="attribution")
+            localize_every(*pair(), [batch], score="attribution")
 
     def test_gradients_that_are_not_finite(self, pair, batches):
         base, donor = pair()
         with torch.no_grad():
             base.lm_head.weight[2, 2] = float("inf")
         with pytest.raises(ActValueError, match=r"batch 0: .*: got gradients that are not finite"):
-            localize(base, donor, batches, score="attribution")
+            localize_every(base, donor, batches, score="attribution")
 
     def test_no_data_to_keep(self, pair, batches):
         with pytest.raises(ActValueError, match=r"keep_dataloader: got no batch, expected at least one"):
-            localize(*pair(), batches, score="attribution", keep_dataloader=[])
+            localize_every(*pair(), batches, score="attribution", keep_dataloader=[])

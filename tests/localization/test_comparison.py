@@ -11,7 +11,7 @@ BATCH = {"input_ids": torch.tensor([[1, 2, 3], [4, 5, 6]]), "labels": torch.tens
 
 
 def compare(base, donor):
-    comparison = BatchComparison(find_candidates(base, donor), find_answer_tokens(BATCH))
+    comparison = BatchComparison(find_candidates(base, donor, target_modules=".*"), find_answer_tokens(BATCH))
     with torch.no_grad():
         with comparison.reading_base():
             base(**BATCH)
@@ -30,7 +30,7 @@ def test_sums_over_answer_tokens(toy):
 
 def test_nothing_is_kept_of_the_base(toy):
     base, donor = toy()
-    comparison = BatchComparison(find_candidates(base, donor), find_answer_tokens(BATCH))
+    comparison = BatchComparison(find_candidates(base, donor, target_modules=".*"), find_answer_tokens(BATCH))
     with torch.no_grad(), comparison.reading_base():
         base(**BATCH)
     assert {name: [tuple(rows.shape) for rows in calls] for name, calls in comparison._kept.items()} == {

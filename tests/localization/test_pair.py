@@ -14,9 +14,9 @@ from torch import nn
 
 from act_peft import ActConfig, ActTypeError, ActValueError
 from act_peft.channels.kinds import channel_kind
-from act_peft.localization import localize
 from act_peft.localization.pair import open_pair, twin
 from act_peft.peft_modules import named_modules
+from tests.support.pairs import localize_every
 
 # An adapter beside its layer against the same adapter merged into the weight: sums round in another order.
 MERGED = {"rtol": 1e-4, "atol": 1e-6}
@@ -114,10 +114,10 @@ def test_a_folder_equals_two_models(name, base, saved, batches):
     base.model.norm.register_forward_hook(lambda *_: None)
     base.lm_head.weight.grad = torch.ones_like(base.lm_head.weight)
     before = everything(base)
-    scores = localize(base, folder, batches)
+    scores = localize_every(base, folder, batches)
     assert_same(base, before)
     assert not hasattr(base, "peft_config")
-    expected = localize(base, merged_donor(base, folder), batches)
+    expected = localize_every(base, merged_donor(base, folder), batches)
     assert max(float(values.max()) for values in expected.values()) > 1e-3
     assert_close(scores, expected)
     assert set(scores) == {name for name, module in base.named_modules() if channel_kind(module) is not None}
@@ -129,16 +129,16 @@ def test_off_against_on_equals_two_models(name, form, base, adapted, batches):
     model = adapted(name)
     before = everything(model)
     passed = {"same": (model, model), "base model": (model.get_base_model(), model)}
-    scores = localize(*passed.get(form, (model, model.get_base_model())), batches)
+    scores = localize_every(*passed.get(form, (model, model.get_base_model())), batches)
     assert_same(model, before)
-    assert_close(scores, localize(base, copy.deepcopy(model).merge_and_unload(), batches))
+    assert_close(scores, localize_every(base, copy.deepcopy(model).merge_and_unload(), batches))
 
 
 def test_frozen_adapters_stay_frozen(adapted, batches):
     model = adapted()
     model.requires_grad_(False)
     before = everything(model)
-    localize(model, model, batches)
+    localize_every(model, model, batches)
     assert_same(model, before)
 
 
@@ -151,7 +151,7 @@ def test_the_base_comes_back_after_a_failure(error, base, saved, batches):
     folder = saved("modules_to_save")
     before = everything(base)
     with pytest.raises(type(error)):
-        localize(base, folder, fail())
+        localize_every(base, folder, fail())
     assert_same(base, before)
 
 
@@ -170,24 +170,24 @@ def test_a_peft_model_with_another_model(who, pair, batches):
     for role in ("base", "donor") if who == "both" else (who,):
         models[role] = perturb(get_peft_model(copy.deepcopy(plain[role]), copy.deepcopy(CONFIGS["lora"])))
         plain[role] = copy.deepcopy(models[role]).merge_and_unload()
-    scores = localize(models["base"], models["donor"], batches)
-    assert_close(scores, localize(plain["base"], plain["donor"], batches))
+    scores = localize_every(models["base"], models["donor"], batches)
+    assert_close(scores, localize_every(plain["base"], plain["donor"], batches))
     for name, module in base.named_modules():
         if channel_kind(module) is not None:
             assert name in scores
 
 
 def test_masks_fit_the_base(base, saved, batches):
-    mask = localize(base, saved("act"), batches).top(0.2)
+    mask = localize_every(base, saved("act"), batches).top(0.2)
     model = get_peft_model(base, ActConfig(channels=mask, task_type="CAUSAL_LM"))
     assert isinstance(model, PeftModel)
 
 
 def test_names_are_narrowed_without_prefix(adapted, batches):
     model = adapted("modules_to_save")
-    scores = localize(model, model, batches, target_modules=r"model\.layers\.0\.self_attn\.q_proj|lm_head")
+    scores = localize_every(model, model, batches, target_modules=r"model\.layers\.0\.self_attn\.q_proj|lm_head")
     assert list(scores) == ["model.layers.0.self_attn.q_proj", "lm_head"]
-    assert "lm_head" not in localize(model, model, batches, target_modules="all-linear")
+    assert "lm_head" not in localize_every(model, model, batches, target_modules="all-linear")
 
 
 @pytest.mark.parametrize("score", ["weight", "attribution"])
@@ -195,13 +195,13 @@ def test_names_are_narrowed_without_prefix(adapted, batches):
 def test_other_scores_merge_the_adapter(score, name, base, saved, adapted, batches):
     folder, data = saved(name), () if score == "weight" else (batches[:1],)
     before = everything(base)
-    got = localize(base, folder, *data, score=score)
+    got = localize_every(base, folder, *data, score=score)
     assert_same(base, before)
-    expected = localize(base, merged_donor(base, folder), *data, score=score)
+    expected = localize_every(base, merged_donor(base, folder), *data, score=score)
     assert_close(got, expected)
     model = adapted(name)
     before = everything(model)
-    assert_close(localize(model, model, *data, score=score), expected)
+    assert_close(localize_every(model, model, *data, score=score), expected)
     assert_same(model, before)
 
 
@@ -226,19 +226,19 @@ def bind_forward(model):
 @pytest.mark.parametrize("inner", [False, True])
 def test_a_forward_that_is_bound_to_the_model(inner, base, saved, adapted, batches):
     folder = saved()
-    expected = localize(base, folder, batches)
+    expected = localize_every(base, folder, batches)
     model = adapted()
     for whole in (base, model.get_base_model()):
         bind_forward(whole.model.layers[1] if inner else whole)
     before = everything(model)
-    assert_close(localize(model, model, batches), expected)
+    assert_close(localize_every(model, model, batches), expected)
     assert_same(model, before)
     where = r"model\.layers\.1" if inner else "Qwen2ForCausalLM"
     message = rf"{where}: its forward was replaced .* expected a model as it was loaded, .*\(load it anew"
     for arguments in ((base, folder), (base, folder, "attribution"), (base, copy.deepcopy(base), "attribution")):
         before = everything(base)
         with pytest.raises(ActValueError, match=message):
-            localize(*arguments[:2], batches, score=arguments[2] if len(arguments) > 2 else "activation")
+            localize_every(*arguments[:2], batches, score=arguments[2] if len(arguments) > 2 else "activation")
         assert_same(base, before)
 
 
@@ -253,11 +253,11 @@ def test_a_forward_that_is_a_method_follows_the_copy(inner, base, saved, batches
     folder, donor = saved(), copy.deepcopy(base)
     with torch.no_grad():
         donor.model.layers[1].mlp.up_proj.weight.add_(0.1)
-    expected = localize(base, folder, batches), localize(base, donor, batches, score="attribution")
+    expected = localize_every(base, folder, batches), localize_every(base, donor, batches, score="attribution")
     method_forward(base.model.layers[1] if inner else base)
     before = everything(base)
-    assert_close(localize(base, folder, batches), expected[0])
-    assert_close(localize(base, donor, batches, score="attribution"), expected[1])
+    assert_close(localize_every(base, folder, batches), expected[0])
+    assert_close(localize_every(base, donor, batches, score="attribution"), expected[1])
     assert_same(base, before)
 
 
@@ -277,7 +277,7 @@ def test_layers_that_were_off_stay_off(adapted, batches):
     layer = model.get_base_model().model.layers[0].self_attn.q_proj
     layer.enable_adapters(False)
     before = everything(model)
-    scores = localize(model, model, batches)
+    scores = localize_every(model, model, batches)
     assert_same(model, before)
     assert layer.disable_adapters
     assert not scores["model.layers.0.self_attn.q_proj"].any()
@@ -292,26 +292,26 @@ def test_shared_modules_have_their_first_name():
 class TestRefused:
     def test_no_model(self, base):
         with pytest.raises(ActTypeError, match=r"base: got str, expected a torch.nn.Module \(load the model first\)"):
-            localize("base", base, [])
+            localize_every("base", base, [])
         with pytest.raises(ActTypeError, match=r"donor: got int, expected a torch.nn.Module, or the folder or Hub id"):
-            localize(base, 3, [])
+            localize_every(base, 3, [])
 
     def test_a_whole_model(self, base, tmp_path):
         base.save_pretrained(tmp_path)
         with pytest.raises(ActValueError, match=r"donor: .* has no adapter_config.json, .* pass the model\)"):
-            localize(base, tmp_path, [])
+            localize_every(base, tmp_path, [])
 
     def test_pickled_weights(self, base, saved):
         folder = saved()
         (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
         with pytest.raises(ActValueError, match=r"adapter_model.safetensors: no such file"):
-            localize(base, folder, [])
+            localize_every(base, folder, [])
 
     def test_an_adapted_base(self, adapted, saved):
         model = adapted()
         for passed in (model, model.get_base_model()):
             with pytest.raises(ActValueError, match=r"donor: .* is an adapter, but the base has adapters of its own"):
-                localize(passed, saved(), [])
+                localize_every(passed, saved(), [])
 
     @pytest.mark.parametrize(
         ("changes", "message"),
@@ -328,16 +328,16 @@ class TestRefused:
         (folder / "adapter_config.json").write_text(json.dumps({**config, **changes}))
         before = everything(base)
         with pytest.raises(ActValueError, match=message):
-            localize(base, folder, [])
+            localize_every(base, folder, [])
         assert_same(base, before)
 
     def test_prompts(self, base, tmp_path):
         model = get_peft_model(copy.deepcopy(base), PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
         model.save_pretrained(tmp_path)
         with pytest.raises(ActValueError, match=r"adapter of type PROMPT_TUNING, expected one that changes modules"):
-            localize(base, tmp_path, [])
+            localize_every(base, tmp_path, [])
         with pytest.raises(ActValueError, match=r"the PEFT model is of a type that changes no modules"):
-            localize(model, model, [])
+            localize_every(model, model, [])
 
     def test_adapters_that_are_off(self, adapted):
         model = adapted()
@@ -345,20 +345,20 @@ class TestRefused:
             model.disable_adapter(),
             pytest.raises(ActValueError, match=r"has no active adapter, expected one \(call set_adapter"),
         ):
-            localize(model, model, [])
+            localize_every(model, model, [])
 
     def test_merged_adapters(self, adapted):
         model = adapted()
         model.merge_adapter()
         with pytest.raises(ActValueError, match=r"has merged adapters, expected none \(call unmerge_adapter\(\)"):
-            localize(model, model, [])
+            localize_every(model, model, [])
 
     def test_biases_that_cannot_be_switched_off(self, adapted):
         model = adapted("biases")
         with pytest.raises(ActValueError, match=r"has trained biases in adapter 'default', expected bias='none'"):
-            localize(model, model, [])
+            localize_every(model, model, [])
 
     def test_adapters_without_their_peft_model(self, adapted, pair):
         inner = adapted().get_base_model()
         with pytest.raises(ActValueError, match=re.escape("Qwen2ForCausalLM: has adapters that cannot be merged")):
-            localize(pair("qwen2")[0], inner, score="weight")
+            localize_every(pair("qwen2")[0], inner, score="weight")

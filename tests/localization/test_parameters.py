@@ -9,7 +9,7 @@ from act_peft.localization.weights import parameter_pairs
 
 def test_pairs(pair):
     base, donor = pair("qwen2")
-    pairs = parameter_pairs(find_candidates(base, donor))
+    pairs = parameter_pairs(find_candidates(base, donor, target_modules=".*"))
     query = pairs["model.layers.0.self_attn.q_proj"]
     assert [(p.part, p.channel_dim) for p in query] == [("weight", 0), ("bias", 0)]
     assert query[0].base.data_ptr() == base.model.layers[0].self_attn.q_proj.weight.data_ptr()
@@ -21,7 +21,7 @@ def test_pairs(pair):
 def test_embeddings_of_other_vocabularies(toy):
     base, donor = toy()
     donor.embed = nn.Embedding(33, 6)
-    (embedding,) = parameter_pairs(find_candidates(base, donor))["embed"]
+    (embedding,) = parameter_pairs(find_candidates(base, donor, target_modules=".*"))["embed"]
     assert torch.equal(embedding.base, base.embed.weight[:33])
     assert torch.equal(embedding.donor, donor.embed.weight)
 
@@ -32,4 +32,4 @@ def test_other_inputs(toy):
     with pytest.raises(
         ActValueError, match=r"head: donor has weight \[5, 7\], the base has weight \[5, 6\], expected the same"
     ):
-        parameter_pairs(find_candidates(base, donor))
+        parameter_pairs(find_candidates(base, donor, target_modules=".*"))

@@ -27,6 +27,15 @@ def test_the_scores_know_their_kind(kind, pair, batches):
         ({"score": "attribution"}, r"dataloader: got None, expected batches \(score='attribution'"),
         ({"dataloader": [1], "keep_dataloader": [1]}, r"keep_dataloader: got one with score='activation', expected n"),
         ({"score": "weight", "keep_dataloader": [1]}, r"keep_dataloader: got one with score='weight', expected none"),
+        ({"score": "contrast", "keep_dataloader": [1]}, r"dataloader: got None, expected batches \(score='contrast'"),
+        (
+            {"score": "contrast", "dataloader": [1]},
+            r"keep_dataloader: got None, expected batches \(score='contrast' divides by them\)",
+        ),
+        (
+            {"score": "contrast", "dataloader": [1], "keep_dataloader": [1], "points": 3},
+            r"points: got one with score='contrast', expected none",
+        ),
         ({"dataloader": [1], "points": 3}, r"points: got one with score='activation', expected none"),
         (
             {"dataloader": [1], "points": 0, "score": "attribution"},

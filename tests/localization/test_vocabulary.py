@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from act_peft.errors import ActValueError, ActWarning
-from act_peft.localization import localize
+from tests.support.pairs import localize_every
 
 SCORES = ["activation", "weight", "attribution"]
 
@@ -18,7 +18,7 @@ def resized(model, tokens):
 
 
 def run(base, donor, batches, score, **options):
-    return localize(base, donor, *([] if score == "weight" else [batches]), score=score, **options)
+    return localize_every(base, donor, *([] if score == "weight" else [batches]), score=score, **options)
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -53,9 +53,9 @@ def test_attribution_over_the_common_rows(pair, batches):
     with torch.no_grad():
         for ours, theirs in ((filled.lm_head, base.lm_head), (filled.model.embed_tokens, base.model.embed_tokens)):
             ours.weight[40:] = theirs.weight[40:]
-    expected = localize(base, filled, batches, score="attribution")
+    expected = localize_every(base, filled, batches, score="attribution")
     with pytest.warns(ActWarning, match="7 rows"):
-        scores = localize(base, donor, batches, score="attribution")
+        scores = localize_every(base, donor, batches, score="attribution")
     for name in scores:
         torch.testing.assert_close(scores[name], expected[name], rtol=1e-9, atol=1e-12)
 
@@ -68,14 +68,14 @@ def test_tokens_that_one_model_does_not_know(larger, pair, batches):
     message = r"batch 1: input_ids: got token 43, expected tokens below 40, which both .*the base has 4. tokens, the "
     for score in ("activation", "attribution"):
         with pytest.warns(ActWarning), pytest.raises(ActValueError, match=message):
-            localize(*models.values(), batches, score=score)
+            localize_every(*models.values(), batches, score=score)
 
 
 def test_other_modules_may_not_differ(pair, batches):
     base, donor = pair()
     donor.model.layers[0].mlp.down_proj = nn.Linear(24, 17, bias=False)
     with pytest.raises(ActValueError, match=r"layers.0.mlp.down_proj: donor has 17 channels"):
-        localize(base, donor, batches)
+        localize_every(base, donor, batches)
 
 
 def test_a_model_without_known_embeddings(pair, batches, monkeypatch):
@@ -84,6 +84,6 @@ def test_a_model_without_known_embeddings(pair, batches, monkeypatch):
     def unknown():
         raise NotImplementedError("no embeddings")  # what transformers raises for a model that it finds none in
 
-    expected = localize(base, donor, batches)
+    expected = localize_every(base, donor, batches)
     monkeypatch.setattr(base, "get_input_embeddings", unknown)
-    assert localize(base, donor, batches) == expected
+    assert localize_every(base, donor, batches) == expected

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -11,6 +13,8 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+
+from act_peft.localization import localize
 
 VOCAB = 40
 SHAPE = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "pad_token_id": 0}
@@ -33,6 +37,9 @@ def _gemma3():
     """Tied embeddings, norms that multiply by 1 + weight, query and key norms over heads."""
     return Gemma3ForCausalLM(Gemma3TextConfig(**SHAPE, **HEADS, head_dim=4, layer_types=["full_attention"] * 2))
 
+
+# The paper's candidates: with the output layer and the embeddings.
+localize_every = partial(localize, target_modules=".*")
 
 BUILDERS = {"llama": _llama, "qwen2": _qwen2, "gpt2": _gpt2, "gemma3": _gemma3}
 

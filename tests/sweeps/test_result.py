@@ -7,7 +7,7 @@ import random
 import pytest
 
 from act_peft import ActValueError, ChannelMask
-from act_peft.channels.scores import Normalization, Scope
+from act_peft.channels.selection import Normalization, Scope
 from act_peft.sweeps.heldout import SkillResult
 from act_peft.sweeps.result import Measurement, SweepResult, SweepRow, pareto_front, recommend
 
