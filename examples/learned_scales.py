@@ -4,7 +4,8 @@
         --dataset ability.jsonl --keep-dataset keep.jsonl --output ability
 
     1. localize     which channels answer differently on the ability
-    2. learn        one scale in [0, 1] for each of them, on examples of the ability; many become zero
+    2. learn        one scale in [0, 1] for each of them, on examples of the ability; many become zero. So all channels
+                    are selected first, and the scales start at 0.2: they find the density and λ by themselves
     3. prune        drop those; an ordinary adapter is left, in float32 and with every channel that is not zero
     4. fine-tune    its rows, briefly
 
@@ -35,8 +36,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--split", default="train", help="split of both datasets (train)")
     parser.add_argument("--samples", type=int, default=300, help="how many examples of each, drawn at random (300)")
     parser.add_argument("--output", type=Path, required=True, help="folder for the adapter")
-    parser.add_argument("--density", type=float, default=1.0, help="share of the channels that get a scale (1: all)")
-    parser.add_argument("--exclude-modules", nargs="*", help="modules to leave out, for example embed_tokens")
+    parser.add_argument("--density", type=float, default=1.0, help="share of every module that gets scales (1: all)")
+    parser.add_argument("--target-modules", help="regular expression for the modules (all but output and embeddings)")
+    parser.add_argument("--exclude-modules", nargs="*", help="modules to leave out, for example down_proj")
     parser.add_argument("--transfer-scale", type=float, default=0.2, help="where the scales start (0.2)")
     parser.add_argument("--l1", type=float, default=0.1, help="weight of the penalty that makes scales zero (0.1)")
     parser.add_argument("--keep-weight", type=float, default=3.0, help="of the kept answers in the loss (3)")
@@ -102,12 +104,18 @@ def main() -> None:
 
     # 1. Localize.
     donor = AutoModelForCausalLM.from_pretrained(arguments.donor, dtype=dtype).to(base.device)
-    scores = localize(base, donor, ability_dataloader, exclude_modules=arguments.exclude_modules)
+    scores = localize(
+        base,
+        donor,
+        ability_dataloader,
+        target_modules=arguments.target_modules,
+        exclude_modules=arguments.exclude_modules,
+    )
     del donor
 
     # 2. Learn one scale per channel.
     config = ActConfig(
-        channels=scores.top(arguments.density),
+        channels=scores.top(arguments.density, scope="module"),
         donor=arguments.donor,
         transfer_scale=arguments.transfer_scale,
         trainable="scales",

@@ -4,7 +4,12 @@
         --dataset ability.jsonl --output ability
 
 The dataset is what TRL's SFTTrainer takes (`prompt` and `completion`, `messages`, or `text`): a local JSON or JSONL
-file, a local folder, or a dataset on the Hub. The defaults are the paper's settings with fine-tuning.
+file, a local folder, or a dataset on the Hub.
+
+The default is the recipe of the README: a fifth of the channels of every module, 0.3 of the donor's difference. The
+paper ranks the channels of all modules together, with the output layer and the embeddings. Its settings are
+--target-modules ".*" --scope global --density 0.09 --transfer-scale 0.7. On real models such a mask is mostly output
+layer; then a warning says so.
 """
 
 import argparse
@@ -29,9 +34,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=1500, help="how many examples, drawn at random (1500)")
     parser.add_argument("--output", type=Path, required=True, help="folder for the adapter")
     parser.add_argument("--merged-output", type=Path, help="folder for the merged model, if you want one")
-    parser.add_argument("--density", type=float, default=0.09, help="selected share of the channels (0.09)")
-    parser.add_argument("--transfer-scale", type=float, default=0.7, help="λ, share of the difference (0.7)")
-    parser.add_argument("--exclude-modules", nargs="*", help="modules to leave out, for example embed_tokens")
+    parser.add_argument("--density", type=float, default=0.2, help="selected share of the channels (0.2)")
+    parser.add_argument("--scope", choices=["module", "global"], default="module", help="of every module, or of all")
+    parser.add_argument("--transfer-scale", type=float, default=0.3, help="λ, share of the difference (0.3)")
+    parser.add_argument("--target-modules", help="regular expression for the modules (all but output and embeddings)")
+    parser.add_argument("--exclude-modules", nargs="*", help="modules to leave out, for example down_proj")
     parser.add_argument("--learning-rate", type=float, default=2e-5, help="of Adam (2e-5)")
     parser.add_argument("--epochs", type=float, default=1, help="(1)")
     parser.add_argument("--batch-size", type=int, default=16, help="examples an update (16)")
@@ -81,11 +88,17 @@ def main() -> None:
     donor = AutoModelForCausalLM.from_pretrained(arguments.donor, dtype=dtype)
     trainer = SFTTrainer(base, args=settings, train_dataset=dataset, processing_class=tokenizer)
     donor.to(base.device)
-    scores = localize(base, donor, trainer.get_train_dataloader(), exclude_modules=arguments.exclude_modules)
+    scores = localize(
+        base,
+        donor,
+        trainer.get_train_dataloader(),
+        target_modules=arguments.target_modules,
+        exclude_modules=arguments.exclude_modules,
+    )
     del donor, trainer
 
     # 2. Select. 3. Transfer.
-    mask = scores.top(arguments.density)
+    mask = scores.top(arguments.density, scope=arguments.scope)
     config = ActConfig(
         channels=mask, donor=arguments.donor, transfer_scale=arguments.transfer_scale, task_type="CAUSAL_LM"
     )

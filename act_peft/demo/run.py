@@ -204,7 +204,7 @@ class _Demo:
     def _localize(self) -> None:
         base = self._model("base")
         trainer = self._trainer(base, rows(ABILITY, Split.TRAIN, count=self.settings.examples))  # only to tokenise
-        scores = localize(base, self._model("donor"), trainer.get_train_dataloader(), exclude_modules=["embed_tokens"])
+        scores = localize(base, self._model("donor"), trainer.get_train_dataloader())
         scores.save(self.output / "scores.safetensors")
 
     def _adapted(self, mask: ChannelMask, transfer_scale: float) -> PeftModel:

@@ -99,7 +99,8 @@ def sweep(
             warns.
 
     Example:
-        >>> result = sweep(base, donor, scores, batches, {"english": batches}, scales=[0.5, 1.0], show_progress=False)
+        >>> keep = {"english": batches}
+        >>> result = sweep(base, donor, scores, batches, keep, scales=[0.5, 1.0], scope="module", show_progress=False)
         >>> len(result.rows)
         12
         >>> print(result)

@@ -34,7 +34,7 @@ def test_writes_a_pruned_adapter(tmp_path):
         (tmp_path / f"{language.value}.jsonl").write_text("".join(lines))
     done = start(
         *("--base", BASE, "--donor", DONOR, "--dataset", "es.jsonl", "--keep-dataset", "de.jsonl"),
-        *("--output", tmp_path / "ability", "--exclude-modules", "embed_tokens", "--l1", 0.5, "--scale-steps", 15),
+        *("--output", tmp_path / "ability", "--l1", 0.5, "--scale-steps", 15),
         *("--row-steps", 3, "--samples", 20, "--batch-size", 8, "--keep-batch-size", 8),
         folder=tmp_path,
     )

@@ -39,8 +39,7 @@ def test_writes_an_adapter_and_a_merged_model(tmp_path):
     examples.write_text("".join(json.dumps(row) + "\n" for row in rows(Language.SPANISH, Split.TRAIN, count=24)))
     done = start(
         *("--base", BASE, "--donor", DONOR, "--dataset", examples, "--output", tmp_path / "ability"),
-        *("--merged-output", tmp_path / "merged", "--density", 0.2, "--transfer-scale", 0.3, "--samples", 20),
-        *("--batch-size", 8, "--exclude-modules", "embed_tokens"),
+        *("--merged-output", tmp_path / "merged", "--samples", 20, "--batch-size", 8),
         folder=tmp_path,
     )
     assert done.returncode == 0, done.stderr
@@ -58,10 +57,10 @@ def test_writes_an_adapter_and_a_merged_model(tmp_path):
     torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-4)  # the merged weights are rounded once more
     config = json.loads((tmp_path / "ability" / "adapter_config.json").read_text())
     scores = ChannelScores.load(tmp_path / "ability" / "scores.safetensors")
-    selected = scores.top(0.2).num_selected
+    selected = scores.top(0.2, scope="module").num_selected
     assert config["transfer_scale"] == 0.3
     assert sum(entry["selected"] for entry in config["adapted_modules"].values()) == selected
-    assert "model.embed_tokens" not in scores
+    assert not {"model.embed_tokens", "lm_head"} & set(scores)
     assert set(load_file(tmp_path / "merged" / "model.safetensors")) == set(load_file(BASE / "model.safetensors"))
 
 
