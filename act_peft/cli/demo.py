@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from act_peft.demo.run import DemoResult
 
 SUMMARY = "Recover a forgotten language in a tiny model, in about a minute and without a network."
-EXAMPLE = "act-peft demo --output act-peft-demo --density 0.2 --transfer-scale 0.3"
+EXAMPLE = "act-peft demo --output act-peft-demo --density 0.5 --keep-weight 3"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,9 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, default=Path("act-peft-demo"), metavar="DIR", help="folder to write (act-peft-demo)"
     )
     parser.add_argument("--seed", type=int, help="seed of the order of the examples and of the random channels (0)")
-    parser.add_argument("--density", type=float, help="share of the channels that is selected (0.2)")
+    parser.add_argument("--density", type=float, help="share of the channels that is selected (0.5)")
     parser.add_argument(
-        "--transfer-scale", type=float, metavar="SCALE", help="share of the donor's difference that is added (0.3)"
+        "--keep-weight", type=float, metavar="MU", help="how much a change on the skill to keep counts in the fit (3)"
     )
     parser.add_argument("--overwrite", action="store_true", help="run every step again")
 
@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
     with importing():
         from act_peft.demo.run import DemoSettings, run_demo
 
-    given = {name: getattr(arguments, name) for name in ("seed", "density", "transfer_scale")}
+    given = {name: getattr(arguments, name) for name in ("seed", "density", "keep_weight")}
     settings = DemoSettings(**{name: value for name, value in given.items() if value is not None})
     result = run_demo(
         arguments.output, settings, report=lambda line: print(line, flush=True), overwrite=arguments.overwrite
@@ -50,9 +50,10 @@ def _summary(result: DemoResult) -> str:
         lines.append(name.ljust(width) + "".join(f"{value:<11.3f}" for value in row.values()).rstrip())
     lines += [
         "",
-        "Controls: the same fine-tune without the transfer, and on randomly drawn channels.",
-        "Learned scales: one scale per channel, then the rows of the channels that are left.",
-        "English is in no fine-tune, only in the donor.",
+        "Fitted: the donor's difference in closed form, without labels or training. Then the best channels are",
+        "fine-tuned briefly, with the base as teacher of German.",
+        "Controls: the same fine-tune without the fit, and on randomly drawn channels.",
+        "English is in no data, only in the donor.",
         f"Sizes: adapter {result.adapter_bytes / 1000:.0f} kB, checkpoint {result.checkpoint_bytes / 1000:.0f} kB.",
         "",
     ]

@@ -1,8 +1,8 @@
 """The demo: a base that forgot Spanish gets it back from a donor, on ordinary checkpoint folders.
 
-Everything goes through the public interface, as in a user's script: localize, select, transfer, fine-tune, save, load,
-merge. Two controls do the same fine-tune without the transfer, and on random channels. Last, the transfer is learned:
-one scale per channel, then the rows of the channels that are left.
+Everything goes through the public interface, as in a user's script: fit, select, fine-tune with the base as teacher,
+save, load, merge. Two controls do the same fine-tune without the fit, and on random channels. Interpolation of all
+weights and the paper's own recipe stand beside it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ from trl import SFTConfig, SFTTrainer
 
 from act_peft.adapter.config import ActConfig
 from act_peft.channels.masks import ChannelMask
-from act_peft.channels.scores import ChannelScores
 from act_peft.checks import finite_number, whole_number
 from act_peft.demo.family import BASE, DONOR, encode
 from act_peft.demo.steps import RECORD, Report, Steps
@@ -35,11 +35,10 @@ from act_peft.demo.task import Row, Split, accuracy, rows
 from act_peft.demo.words import Language
 from act_peft.disk.atomic import new_folder
 from act_peft.errors import ActError, ActValueError
+from act_peft.fitting import FittedTransfer, fit
 from act_peft.localization import localize
 from act_peft.plots import check_matplotlib, plot_demo
 from act_peft.training.keep import KeepCallback
-from act_peft.training.prune import prune_channels
-from act_peft.training.scales import ScaleSparsityCallback
 
 ABILITY, KEPT, UNTOUCHED = Language.SPANISH, Language.GERMAN, Language.ENGLISH
 _LABELS = {
@@ -59,38 +58,36 @@ class DemoSettings:
     Attributes:
         seed: order of the examples, and the random channels of a control.
         density: share of the channels of every module that is selected, above 0 and at most 1.
-        transfer_scale: λ, the share of the donor's difference that is added to the base.
-        examples: training problems in each of the two languages of the fine-tune, at most 4,050.
+        keep_weight: μ of the fit, how much a change on the skill to keep counts.
+        examples: training problems in each of the two languages, at most 4,050.
         steps: optimizer steps of a fine-tune.
         batch_size: examples in a step.
+        keep_share: share of the examples of the skill to keep, with the base as teacher, in each step.
         learning_rate: the first learning rate; it falls linearly to zero.
-        scale_start: first value of the learned scales.
-        scale_learning_rate: the first learning rate of the scales, which train for `steps` steps.
-        l1: weight of the penalty that makes scales zero.
-        keep_share: share of the examples of the skill to keep, with the base as teacher, in each step of the scales
-            and of the rows that are trained after them.
-        row_steps: optimizer steps of the rows that are left after pruning.
-        row_learning_rate: the first learning rate of these rows.
+        interpolation_scale: the share of the donor's difference that interpolation adds to all weights.
+        paper_density: share of the channels of every module that the paper's recipe selects.
+        transfer_scale: λ of the paper's recipe.
+        paper_learning_rate: the first learning rate of the paper's fine-tune.
         problems: test problems in each language, at most 500.
     """
 
     seed: int = 0
-    density: float = 0.2
-    transfer_scale: float = 0.3
+    density: float = 0.5
+    keep_weight: float = 3.0
     examples: int = 300
-    steps: int = 100
+    steps: int = 75
     batch_size: int = 64
-    learning_rate: float = 2e-3
-    scale_start: float = 0.2
-    scale_learning_rate: float = 0.05
-    l1: float = 0.05
     keep_share: float = 0.75
-    row_steps: int = 50
-    row_learning_rate: float = 5e-4
+    learning_rate: float = 5e-4
+    interpolation_scale: float = 0.2
+    paper_density: float = 0.2
+    transfer_scale: float = 0.3
+    paper_learning_rate: float = 2e-3
     problems: int = 500
 
     def __post_init__(self) -> None:
         finite_number(self.density, "density", above=0, most=1)
+        finite_number(self.keep_weight, "keep_weight", least=0)
         finite_number(self.transfer_scale, "transfer_scale")
         whole_number(self.seed, "seed", least=0, most=2**32 - 1)
 
@@ -157,37 +154,34 @@ class _Demo:
         run_step("copy the two models", {}, ("base", "donor"), self._copy_models)
         problems = {"problems": s.problems}
         accuracies = dict(run_step("measure base and donor", problems, (), self._measure_originals))
-        localized = {"examples": s.examples, "batch_size": s.batch_size, "seed": s.seed}
-        run_step("localize the ability", localized, ("scores.safetensors",), self._localize)
-        scores = ChannelScores.load(self.output / "scores.safetensors")
-        mask = scores.top(s.density, scope="module")
+        data = {"examples": s.examples, "batch_size": s.batch_size, "seed": s.seed}
+        fitted = {**data, **problems, "keep_weight": s.keep_weight}
+        accuracies["fitted"] = run_step("fit", fitted, ("fitted.safetensors",), self._fit)
+        gains = FittedTransfer.load(self.output / "fitted.safetensors").gains
+        mask = gains.top(s.density, scope="module")
         if not mask.num_selected:
             raise ActValueError(f"density: got {s.density}, expected a share that selects at least one channel")
         mask.save(self.output / "mask.safetensors")
         self.report(f"select the channels: {mask}")
-        transferred = {**localized, **problems, "density": s.density, "transfer_scale": s.transfer_scale}
-        accuracies["after transfer"] = run_step(
-            "transfer", transferred, (), lambda: _measure(self._adapted(mask, s.transfer_scale), self.tokenizer, s)
-        )
-        tuned = {**transferred, "steps": s.steps, "learning_rate": s.learning_rate}
-        accuracies["after fine-tune"] = run_step(
+        tuned = {**fitted, "density": s.density, "steps": s.steps, "learning_rate": s.learning_rate}
+        tuned |= {"keep_share": s.keep_share}
+        accuracies["fitted, then fine-tuned"] = run_step(
             "fine-tune, save and reload", tuned, ("adapter",), lambda: self._fine_tune(mask)
         )
         run_step("merge, save and reload", tuned, ("merged",), self._merge)
         controls = {
-            "no transfer": lambda: self._control(mask, 0.0),
-            "random channels": lambda: self._control(_random_like(mask, s.seed), s.transfer_scale),
+            "control: no fit": lambda: self._tuned(get_peft_model(self._model("base"), _trainable(mask))),
+            "control: random channels": lambda: self._tuned(self._fitted_adapter(_random_like(mask, s.seed))),
         }
         for name, control in controls.items():
-            accuracies[f"control: {name}"] = run_step(f"control: {name}", tuned, (), control)
-        learned = {**localized, **problems, "steps": s.steps, "start": s.scale_start, "rate": s.scale_learning_rate}
-        learned |= {"l1": s.l1, "row_steps": s.row_steps, "row_rate": s.row_learning_rate}
-        learned |= {"keep_share": s.keep_share}
-        accuracies["learned scales"] = run_step(
-            "learned scales, pruned, fine-tuned", learned, ("learned",), lambda: self._learn(scores)
-        )
+            accuracies[name] = run_step(name, tuned, (), partial(self._measure_made, control))
+        interpolated = {**problems, "scale": s.interpolation_scale}
+        accuracies["interpolation"] = run_step("interpolation", interpolated, (), self._interpolate)
+        paper = {**data, **problems, "steps": s.steps, "density": s.paper_density, "transfer_scale": s.transfer_scale}
+        paper |= {"learning_rate": s.paper_learning_rate}
+        accuracies["ACT as in the paper"] = run_step("ACT as in the paper", paper, (), self._paper)
         labelled = {name: {_LABELS[skill]: row[skill.value] for skill in _LABELS} for name, row in accuracies.items()}
-        plot_demo(scores, labelled, self.output / "demo.png", density=s.density, scope="module")
+        plot_demo(gains, labelled, self.output / "demo.png", density=s.density, scope="module")
         self.report(f"done in {time.perf_counter() - started:.0f} s")
         return self._result(accuracies)
 
@@ -199,62 +193,70 @@ class _Demo:
                 shutil.copytree(source, folder, dirs_exist_ok=True, copy_function=shutil.copyfile)
 
     def _measure_originals(self) -> dict[str, Accuracies]:
-        return {name: _measure(self._model(name), self.tokenizer, self.settings) for name in ("base", "donor")}
+        return {name: self._measure(self._model(name)) for name in ("base", "donor")}
 
-    def _localize(self) -> None:
+    def _measure(self, model: nn.Module) -> Accuracies:
+        return _measure(model.eval(), self.tokenizer, self.settings)
+
+    def _measure_made(self, make: Callable[[], nn.Module]) -> Accuracies:
+        return self._measure(make())
+
+    def _fit(self) -> Accuracies:
         base = self._model("base")
-        trainer = self._trainer(base, rows(ABILITY, Split.TRAIN, count=self.settings.examples))  # only to tokenise
-        scores = localize(base, self._model("donor"), trainer.get_train_dataloader())
-        scores.save(self.output / "scores.safetensors")
+        ability, kept = (self._batches(skill) for skill in (ABILITY, KEPT))
+        fitted = fit(base, self._model("donor"), ability, kept, keep_weight=self.settings.keep_weight)
+        fitted.save(self.output / "fitted.safetensors")
+        fitted.add_to_(base)
+        return self._measure(base)
 
-    def _adapted(self, mask: ChannelMask, transfer_scale: float) -> PeftModel:
-        donor = str(self.output / "donor") if transfer_scale else None
-        config = ActConfig(channels=mask, donor=donor, transfer_scale=transfer_scale, task_type="CAUSAL_LM")
-        return get_peft_model(self._model("base"), config)
+    def _fitted_adapter(self, mask: ChannelMask) -> PeftModel:
+        """The base with an adapter that holds the fitted rows of some channels."""
+        fitted = FittedTransfer.load(self.output / "fitted.safetensors")
+        with tempfile.TemporaryDirectory() as folder:
+            fitted.to_adapter(mask, os.path.join(folder, "adapter"), base=self.output / "base")
+            return PeftModel.from_pretrained(self._model("base"), os.path.join(folder, "adapter"), is_trainable=True)
 
-    def _tuned(self, mask: ChannelMask, transfer_scale: float) -> PeftModel:
-        model = self._adapted(mask, transfer_scale)
-        self._trainer(model, self._examples()).train()
+    def _tuned(self, model: PeftModel) -> PeftModel:
+        """The model after a fine-tune of its adapter, with the base as teacher of what is kept."""
+        s = self.settings
+        many = round(s.keep_share * s.batch_size)
+        few = s.batch_size - many
+        trainer = self._trainer(model, rows(ABILITY, Split.TRAIN, count=s.examples), batch_size=few)
+        # Every example counts the same.
+        trainer.add_callback(KeepCallback(self._batches(KEPT, batch_size=many), weight=many / few))
+        trainer.train()
         return model.eval()
 
-    def _examples(self) -> list[Row]:
-        return [row for skill in (ABILITY, KEPT) for row in rows(skill, Split.TRAIN, count=self.settings.examples)]
+    def _interpolate(self) -> Accuracies:
+        base, donor = self._model("base"), self._model("donor")
+        with torch.no_grad():
+            for parameter, other in zip(base.parameters(), donor.parameters(), strict=True):
+                parameter.lerp_(other, self.settings.interpolation_scale)
+        return self._measure(base)
 
-    def _learn(self, scores: ChannelScores) -> Accuracies:
+    def _paper(self) -> Accuracies:
+        """Channels by activation, a fixed share of the donor's difference, a fine-tune on labels of both skills."""
         s = self.settings
+        scores = localize(self._model("base"), self._model("donor"), self._batches(ABILITY))
         config = ActConfig(
-            channels=scores.top(1.0),
+            channels=scores.top(s.paper_density, scope="module"),
             donor=str(self.output / "donor"),
-            transfer_scale=s.scale_start,
-            trainable="scales",
+            transfer_scale=s.transfer_scale,
             task_type="CAUSAL_LM",
         )
         model = get_peft_model(self._model("base"), config)
-        ability, kept = (rows(skill, Split.TRAIN, count=s.examples) for skill in (ABILITY, KEPT))
-        many = round(s.keep_share * s.batch_size)
-        few = s.batch_size - many
-        keep_dataloader = self._trainer(self._model("base"), kept, batch_size=many).get_train_dataloader()
-        keeping = KeepCallback(keep_dataloader, weight=many / few)  # every example counts the same
-        scaling = self._trainer(model, ability, batch_size=few, learning_rate=s.scale_learning_rate)
-        scaling.add_callback(keeping)
-        scaling.add_callback(ScaleSparsityCallback(s.l1))
-        scaling.train()
-        prune_channels(model)
-        tuning = self._trainer(model, ability, batch_size=few, steps=s.row_steps, learning_rate=s.row_learning_rate)
-        tuning.add_callback(keeping)
-        tuning.train()
-        with new_folder(self.output / "learned") as folder:
-            model.save_pretrained(folder)
-        return _measure(model.eval(), self.tokenizer, s)
+        examples = [row for skill in (ABILITY, KEPT) for row in rows(skill, Split.TRAIN, count=s.examples)]
+        self._trainer(model, examples, learning_rate=s.paper_learning_rate).train()
+        return self._measure(model)
 
     def _fine_tune(self, mask: ChannelMask) -> Accuracies:
-        model = self._tuned(mask, self.settings.transfer_scale)
+        model = self._tuned(self._fitted_adapter(mask))
         with new_folder(self.output / "adapter") as folder:
             model.save_pretrained(folder)
         reloaded = self._reloaded_adapter()
         if not torch.equal(self._logits(reloaded), self._logits(model)):
             raise ActError(f"{self.output / 'adapter'}: answers differ after reloading, expected equal logits")
-        return _measure(reloaded, self.tokenizer, self.settings)
+        return self._measure(reloaded)
 
     def _merge(self) -> dict[str, float]:
         expected = self._logits(self._reloaded_adapter())
@@ -269,9 +271,6 @@ class _Demo:
                 f"expected at most {MERGED_TOLERANCE:.0e}"
             )
         return {"largest logit difference": difference}
-
-    def _control(self, mask: ChannelMask, transfer_scale: float) -> Accuracies:
-        return _measure(self._tuned(mask, transfer_scale), self.tokenizer, self.settings)
 
     # -------------------------------------------------------------------------------------------------- helpers ---
 
@@ -292,13 +291,17 @@ class _Demo:
         with torch.inference_mode():
             return model(input_ids=ids).logits
 
+    def _batches(self, skill: Language, *, batch_size: int | None = None) -> Any:
+        """Batches of training problems of a skill, tokenized and masked as for training."""
+        problems = rows(skill, Split.TRAIN, count=self.settings.examples)
+        return self._trainer(self._model("base"), problems, batch_size=batch_size).get_train_dataloader()
+
     def _trainer(
         self,
         model: nn.Module,
         examples: list[Row],
         *,
         batch_size: int | None = None,
-        steps: int | None = None,
         learning_rate: float | None = None,
     ) -> SFTTrainer:
         s = self.settings
@@ -306,7 +309,7 @@ class _Demo:
             arguments = SFTConfig(
                 output_dir=unused,
                 per_device_train_batch_size=s.batch_size if batch_size is None else batch_size,
-                max_steps=s.steps if steps is None else steps,
+                max_steps=s.steps,
                 learning_rate=s.learning_rate if learning_rate is None else learning_rate,
                 lr_scheduler_type="linear",
                 seed=s.seed,
@@ -329,11 +332,10 @@ class _Demo:
     def _result(self, accuracies: dict[str, Accuracies]) -> DemoResult:
         columns = (ABILITY, KEPT, UNTOUCHED)
         names = {
-            "scores": "scores.safetensors",
+            "fitted": "fitted.safetensors",
             "mask": "mask.safetensors",
             "adapter": "adapter",
             "merged": "merged",
-            "learned": "learned",
             "figures": "demo.png",
             "results": RECORD,
         }
@@ -361,6 +363,10 @@ def _random_like(mask: ChannelMask, seed: int) -> ChannelMask:
         for name, count in mask.num_channels.items()
     }
     return ChannelMask.from_dict(channels, mask.num_channels)
+
+
+def _trainable(mask: ChannelMask) -> ActConfig:
+    return ActConfig(channels=mask, task_type="CAUSAL_LM")
 
 
 class _ProgressBar(TrainerCallback):

@@ -17,32 +17,33 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from act_peft import ActError, ActValueError, ChannelMask, ChannelScores
+from act_peft import ActError, ActValueError, ChannelMask, FittedTransfer
 from act_peft.cli import main
 from act_peft.demo import run as demo
 from act_peft.demo.family import BASE
 from act_peft.demo.run import DemoSettings, run_demo
 
-BRIEF = DemoSettings(examples=16, steps=2, batch_size=8, problems=8, row_steps=2)
+BRIEF = DemoSettings(examples=16, steps=2, batch_size=8, problems=8)
 ROWS = [
     "base",
     "donor",
-    "after transfer",
-    "after fine-tune",
-    "control: no transfer",
+    "fitted",
+    "fitted, then fine-tuned",
+    "control: no fit",
     "control: random channels",
-    "learned scales",
+    "interpolation",
+    "ACT as in the paper",
 ]
 STEPS = [
     "copy the two models",
     "measure base and donor",
-    "localize the ability",
-    "transfer",
+    "fit",
     "fine-tune, save and reload",
     "merge, save and reload",
-    "control: no transfer",
+    "control: no fit",
     "control: random channels",
-    "learned scales, pruned, fine-tuned",
+    "interpolation",
+    "ACT as in the paper",
 ]
 
 
@@ -81,14 +82,13 @@ class TestRun:
             "base",
             "demo.png",
             "donor",
-            "learned",
+            "fitted.safetensors",
             "mask.safetensors",
             "merged",
             "results.json",
-            "scores.safetensors",
         ]
         mask = ChannelMask.load(result.paths["mask"])
-        assert mask == ChannelScores.load(result.paths["scores"]).top(0.2, scope="module")
+        assert mask == FittedTransfer.load(result.paths["fitted"]).gains.top(0.5, scope="module")
 
     def test_adapter_and_merged_model_are_ordinary_and_agree(self, first):
         _, _, folder = first
@@ -122,9 +122,9 @@ class TestReuse:
         assert [line for line in lines if line.endswith("reused")] == [f"{step}: reused" for step in STEPS]
         assert result.accuracies == first[0].accuracies
 
-    def test_another_density_localizes_no_more(self, finished):
-        settings = DemoSettings(examples=16, steps=2, batch_size=8, problems=8, row_steps=2, density=0.1)
-        assert list(run_demo(finished, settings).reused) == [*STEPS[:3], STEPS[-1]]
+    def test_another_density_fits_no_more(self, finished):
+        settings = DemoSettings(examples=16, steps=2, batch_size=8, problems=8, density=0.1)
+        assert list(run_demo(finished, settings).reused) == [*STEPS[:3], *STEPS[-2:]]
 
     @pytest.mark.parametrize("damage", ["lost", "changed", "more"])
     def test_damaged_files_are_made_again(self, first, finished, damage):
@@ -152,7 +152,7 @@ class TestReuse:
             patch.setattr(demo._Demo, "_fine_tune", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 run_demo(tmp_path, BRIEF)
-        assert list(run_demo(tmp_path, BRIEF).reused) == STEPS[:4]
+        assert list(run_demo(tmp_path, BRIEF).reused) == STEPS[:3]
 
 
 class TestRefusals:
@@ -162,6 +162,7 @@ class TestRefusals:
             ({"density": 0}, r"density: got 0, expected a number above 0 and at most 1"),
             ({"density": 1.5}, r"density: got 1.5, expected"),
             ({"transfer_scale": float("inf")}, r"transfer_scale: got inf, expected a finite number"),
+            ({"keep_weight": -1}, r"keep_weight: got -1, expected"),
             ({"seed": -1}, r"seed: got -1, expected"),
         ],
     )
@@ -196,7 +197,7 @@ class TestRefusals:
         assert list(tmp_path.iterdir()) == []
 
     def test_density_that_selects_nothing(self, tmp_path):
-        settings = DemoSettings(examples=16, steps=2, batch_size=8, problems=8, row_steps=2, density=0.001)
+        settings = DemoSettings(examples=16, steps=2, batch_size=8, problems=8, density=0.001)
         with pytest.raises(ActValueError, match=r"density: got 0.001, expected a share that selects at least one"):
             run_demo(tmp_path, settings)
 
@@ -253,15 +254,15 @@ class TestCommand:
             return run_demo(output, BRIEF, **options)
 
         monkeypatch.setattr(demo, "run_demo", brief)
-        arguments = ["demo", "--output", str(finished), "--seed", "3", "--density", "0.5", "--transfer-scale", "0.1"]
+        arguments = ["demo", "--output", str(finished), "--seed", "3", "--density", "0.5", "--keep-weight", "2"]
         assert main(arguments) == 0
-        assert calls == [(DemoSettings(seed=3, density=0.5, transfer_scale=0.1), False)]
+        assert calls == [(DemoSettings(seed=3, density=0.5, keep_weight=2.0), False)]
         out, err = capsys.readouterr()
         assert err == ""
         assert f"{STEPS[0]}: reused" in out
         record = json.loads((finished / "results.json").read_text())
-        line = next(line for line in out.splitlines() if line.startswith("after transfer"))
-        assert line.split()[2:] == [f"{value:.3f}" for value in record["transfer"]["result"].values()]
+        line = next(line for line in out.splitlines() if line.startswith("fitted "))
+        assert line.split()[1:] == [f"{value:.3f}" for value in record["fit"]["result"].values()]
         assert all(name in out for name in ROWS)
         assert str(finished / "adapter") in out
         assert f"checkpoint {(BASE / 'model.safetensors').stat().st_size / 1000:.0f} kB" in out
@@ -279,7 +280,9 @@ def test_the_whole_demo_recovers_spanish_and_keeps_german(tmp_path, capsys):
     lines = []
     result = run_demo(tmp_path, report=lines.append)
     assert list(result.reused) == STEPS
-    base, tuned = (result.accuracies[name] for name in ("base", "after fine-tune"))
+    base, fitted, tuned = (result.accuracies[name] for name in ("base", "fitted", "fitted, then fine-tuned"))
+    assert fitted["es"] > base["es"] + 0.5
+    assert fitted["de"] >= base["de"] - 0.1
     assert tuned["es"] > base["es"] + 0.5
     assert tuned["de"] >= base["de"] - 0.05
     assert tuned["en"] > base["en"]
