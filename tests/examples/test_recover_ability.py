@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from act_peft import ChannelScores
 from act_peft.demo.family import BASE, DONOR
-from act_peft.demo.task import Split, rows
+from act_peft.demo.task import Split, accuracy, rows
 from act_peft.demo.words import Language
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "recover_ability.py"
@@ -33,13 +33,20 @@ def start(*arguments, folder):
     )
 
 
+def examples_of(folder, language, count=24):
+    file = folder / f"{language.value}.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows(language, Split.TRAIN, count=count)))
+    return file
+
+
 @pytest.mark.slow
-def test_writes_an_adapter_and_a_merged_model(tmp_path):
-    examples = tmp_path / "spanish.jsonl"
-    examples.write_text("".join(json.dumps(row) + "\n" for row in rows(Language.SPANISH, Split.TRAIN, count=24)))
+@pytest.mark.parametrize("method", ["fitted", "paper"])
+def test_writes_an_adapter_and_a_merged_model(tmp_path, method):
+    ability, keep = (examples_of(tmp_path, language) for language in (Language.SPANISH, Language.GERMAN))
+    data = ["--dataset", ability, *(["--keep-dataset", keep] if method == "fitted" else [])]
     done = start(
-        *("--base", BASE, "--donor", DONOR, "--dataset", examples, "--output", tmp_path / "ability"),
-        *("--merged-output", tmp_path / "merged", "--samples", 20, "--batch-size", 8),
+        *("--method", method, "--base", BASE, "--donor", DONOR, *data, "--output", tmp_path / "ability"),
+        *("--merged-output", tmp_path / "merged", "--samples", 20, "--batch-size", 8, "--seed", 1),
         folder=tmp_path,
     )
     assert done.returncode == 0, done.stderr
@@ -56,12 +63,43 @@ def test_writes_an_adapter_and_a_merged_model(tmp_path):
     assert not torch.equal(adapted, before)
     torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-4)  # the merged weights are rounded once more
     config = json.loads((tmp_path / "ability" / "adapter_config.json").read_text())
-    scores = ChannelScores.load(tmp_path / "ability" / "scores.safetensors")
-    selected = scores.top(0.2, scope="module").num_selected
-    assert config["transfer_scale"] == 0.3
-    assert sum(entry["selected"] for entry in config["adapted_modules"].values()) == selected
-    assert not {"model.embed_tokens", "lm_head"} & set(scores)
+    selected = sum(entry["selected"] for entry in config["adapted_modules"].values())
+    if method == "paper":
+        scores = ChannelScores.load(tmp_path / "ability" / "scores.safetensors")
+        assert selected == scores.top(0.2, scope="module").num_selected
+        assert config["transfer_scale"] == 0.3
+        assert not {"model.embed_tokens", "lm_head"} & set(scores)
+    else:
+        channels = sum(entry["channels"] for entry in config["adapted_modules"].values())
+        assert selected == pytest.approx(channels / 2, abs=len(config["adapted_modules"]))
+        assert config["trainable_token_indices"]  # half of the tokens of the embedding
     assert set(load_file(tmp_path / "merged" / "model.safetensors")) == set(load_file(BASE / "model.safetensors"))
+
+
+@pytest.mark.slow
+def test_the_fit_alone_recovers(tmp_path):
+    ability, keep = (examples_of(tmp_path, language, count=200) for language in (Language.SPANISH, Language.GERMAN))
+    done = start(
+        *("--base", BASE, "--donor", DONOR, "--dataset", ability, "--keep-dataset", keep, "--steps", 0),
+        *("--density", 1, "--output", tmp_path / "ability"),
+        folder=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), tmp_path / "ability").eval()
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    spanish, german = (
+        accuracy(model, tokenizer, rows(language, Split.TEST, count=100))
+        for language in (Language.SPANISH, Language.GERMAN)
+    )
+    assert spanish > 0.7  # the base: 0.06
+    assert german > 0.8
+
+
+@pytest.mark.slow
+def test_the_fit_needs_data_to_keep(tmp_path):
+    done = start("--base", BASE, "--donor", DONOR, "--dataset", "none", "--output", tmp_path, folder=tmp_path)
+    assert done.returncode == 2
+    assert "--method fitted needs --keep-dataset" in done.stderr
 
 
 @pytest.mark.slow
