@@ -10,7 +10,7 @@ from act_peft.cli.imports import importing
 from act_peft.errors import ActValueError
 
 SUMMARY = "Select the channels with the highest scores."
-EXAMPLE = "act-peft select scores.safetensors --density 0.05 --output mask.safetensors"
+EXAMPLE = "act-peft select scores.safetensors --density 0.2 --scope module --output mask.safetensors"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--density", type=float, required=True, help="share of the channels to select, from 0 to 1")
     parser.add_argument("--scope", choices=("global", "module"), default="global", help=SCOPE)
     parser.add_argument("--normalize", choices=("none", "rms"), default="none", help=NORMALIZE)
+    parser.add_argument(
+        "--max-channels", type=int, metavar="N", help="at most N channels of each module, from 1 on (no limit)"
+    )
     add_output(parser, what="file of the mask")
 
 
@@ -38,7 +41,12 @@ def run(arguments: argparse.Namespace) -> None:
 
     is_fitted = tensorfile.kind_of(arguments.scores) == KIND
     scores = FittedTransfer.load(arguments.scores).gains if is_fitted else ChannelScores.load(arguments.scores)
-    mask = scores.top(arguments.density, scope=arguments.scope, normalize=arguments.normalize)
+    mask = scores.top(
+        arguments.density,
+        scope=arguments.scope,
+        normalize=arguments.normalize,
+        max_channels=arguments.max_channels,
+    )
     if not mask.num_selected:
         raise ActValueError(
             f"density: got {arguments.density}, which selects none of {sum(mask.num_channels.values())} channels, "

@@ -116,7 +116,7 @@ class FittedTransfer:
         It is an adapter like any other: loaded with `PeftModel.from_pretrained`, trained, stacked, merged.
 
         Args:
-            mask: the channels, for example `fitted.gains.top(0.2)`; or the path of a saved mask; or
+            mask: the channels, for example `fitted.gains.top(0.2, scope="module")`; or the path of a saved mask; or
                 names (or their ends) -> channels.
             output_dir: the folder to write. It appears whole or not at all.
             tokens: rows of the token embedding that move too, as PEFT's `trainable_token_indices`: a share (a float

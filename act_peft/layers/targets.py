@@ -57,7 +57,7 @@ def find_targets(config: ActConfig, model: nn.Module, state_dict: Mapping[str, t
     if config.channels is None and config.adapted_modules is None:
         raise ActValueError(
             "channels: got none, expected a ChannelMask, a dict of lists or a saved mask "
-            "(for example ActConfig(channels=localize(base, donor, dataloader).top(0.05)))"
+            "(for example ActConfig(channels=localize(base, donor, dataloader).top(0.2, scope='module')))"
         )
     channels = given_channels(config)
     if config.chosen_targets is None:

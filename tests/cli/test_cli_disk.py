@@ -34,9 +34,12 @@ def folder(tmp_path_factory):
     way = [
         [
             *["localize", *models, "--dataset", str(path / "examples.jsonl"), "--device", "cpu"],
-            *["--exclude-modules", "embed_tokens", "--output", str(path / "scores.safetensors")],
+            *["--output", str(path / "scores.safetensors")],
         ],
-        ["select", str(path / "scores.safetensors"), "--density", "0.1", "--output", str(path / "mask.safetensors")],
+        [
+            *["select", str(path / "scores.safetensors"), "--density", "0.1", "--scope", "module"],
+            *["--output", str(path / "mask.safetensors")],
+        ],
         ["transfer", *models, "--mask", str(path / "mask.safetensors"), "--output", str(path / "ability")],
         ["merge", "--base", str(BASE), "--adapter", str(path / "ability"), "--output", str(path / "merged")],
     ]
@@ -67,8 +70,17 @@ def test_export_lora_writes_an_adapter_of_stock_peft(folder, capsys):
 
 def test_scores_and_mask_are_those_of_the_library(folder):
     scores = ChannelScores.load(folder / "scores.safetensors")
-    assert "model.embed_tokens" not in scores
-    assert ChannelMask.load(folder / "mask.safetensors") == scores.top(0.1)
+    assert not {"model.embed_tokens", "lm_head"} & set(scores)
+    assert ChannelMask.load(folder / "mask.safetensors") == scores.top(0.1, scope="module")
+
+
+def test_a_limit_for_each_module(folder, capsys):
+    command = ["select", str(folder / "scores.safetensors"), "--density", "0.4", "--output", str(folder / "few")]
+    assert main([*command, "--max-channels", "3"]) == 0
+    mask = ChannelMask.load(folder / "few")
+    assert {len(index) for index in mask.values()} == {3}
+    assert main([*command, "--overwrite", "--max-channels", "0"]) == 1
+    assert "max_channels: got 0, expected an integer of at least 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -137,7 +149,7 @@ def test_failures_are_one_line(folder, capsys, command, message):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["select", "{}/scores.safetensors", "--density", "0", "--output", "{}/m"], "selects none of 2505 channels"),
+        (["select", "{}/scores.safetensors", "--density", "0", "--output", "{}/m"], "selects none of 2400 channels"),
         (["select", "{}/scores.safetensors", "--density", "1e-9", "--output", "{}/m"], "(a higher --density)"),
         (["inspect", str(BASE)], "base: got a folder without adapter_config.json, expected an ACT adapter, or a file"),
         (["inspect", "{}/stock"], "stock: got an adapter of type LORA, expected an ACT adapter, or a file"),
@@ -180,7 +192,7 @@ def test_hints_name_options_of_the_command(folder, tmp_path, capsys, command, hi
 
 
 def test_overwrite_replaces(folder, capsys):
-    way = ["select", str(folder / "scores.safetensors"), "--density", "0.1"]
+    way = ["select", str(folder / "scores.safetensors"), "--density", "0.1", "--scope", "module"]
     assert main([*way, "--output", str(folder / "mask.safetensors"), "--overwrite"]) == 0
     assert "ChannelMask(" in capsys.readouterr().out
 

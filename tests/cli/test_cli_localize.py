@@ -60,7 +60,7 @@ def test_an_adapter_as_donor(folder):
     scores = scores_of(folder, donor=folder / "lora")
     assert_close(scores, scores_of(folder, donor=folder / "merged"))
     assert "model.layers.0.mlp.up_proj" in scores
-    assert scores["lm_head"].max() > 0
+    assert "lm_head" not in scores
 
 
 def test_a_whole_model_with_an_adapter_beside_it_is_a_model(folder):
@@ -69,6 +69,21 @@ def test_a_whole_model_with_an_adapter_beside_it_is_a_model(folder):
     model.save_pretrained(both)
     PeftModel.from_pretrained(model, folder / "lora").save_pretrained(both)
     assert not is_adapter(str(both))
+
+
+def test_what_is_left_out_is_said(folder, capsys):
+    weights = ["--score", "weight"]
+    said = r"left out: model.embed_tokens, lm_head \(name them in --target-modules to score them\)\n\Z"
+    scores_of(folder, *weights, ability=False)
+    assert re.search(said, capsys.readouterr().out)
+    scores_of(folder, *weights, "--exclude-modules", "embed_tokens", ability=False)
+    assert "left out: lm_head (" in capsys.readouterr().out
+    named = scores_of(folder, *weights, "--target-modules", "lm_head", "embed_tokens", ability=False)
+    assert list(named) == ["model.embed_tokens", "lm_head"]
+    every = scores_of(folder, *weights, "--target-modules", ".*", "--exclude-modules", ".*norm", ability=False)
+    assert set(named) < set(every)
+    assert not any(name.endswith("norm") for name in every)
+    assert "left out" not in capsys.readouterr().out
 
 
 def test_weights_need_no_examples(folder, capsys):
@@ -87,10 +102,23 @@ def test_attribution_with_a_skill_to_keep(folder):
     assert both["lm_head"].sum() < ability["lm_head"].sum()  # German is lost on the way to the donor
 
 
+def test_contrast_with_a_skill_to_keep(folder):
+    keep = ["--keep-dataset", str(folder / f"{Language.GERMAN.value}.jsonl")]
+    scores = scores_of(folder, "--score", "contrast", *keep)
+    assert scores.kind is ScoreKind.CONTRAST
+    assert scores.keep.num_tokens > 0
+    ability = scores_of(folder)
+    assert scores.num_tokens == ability.num_tokens
+    assert list(scores) == list(ability)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "the following arguments are required: --dataset"),
+        (["--score", "contrast", "--dataset", "x"], "are required with --score contrast: --keep-dataset"),
+        (["--dataset", "x", "--target-modules", "("], "--target-modules: '(' is no regular expression (missing ),"),
+        (["--dataset", "x", "--exclude-modules", "*"], "--exclude-modules: '*' is no regular expression (nothing to"),
         (["--score", "attribution"], "the following arguments are required: --dataset"),
         (["--score", "weight", "--dataset", "x"], "--dataset: not used with --score weight"),
         (["--score", "weight", "--keep-dataset", "x"], "--keep-dataset: not used with --score weight"),
