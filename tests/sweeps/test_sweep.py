@@ -122,6 +122,19 @@ def test_several_skills_and_options():
     assert result.max_drop == 0.5
 
 
+def test_masks_of_one_kind_of_module_are_said_once():
+    base, donor = build_relatives("llama")
+    loud = {n: v * (100 if n.endswith("down_proj") else 1) for n, v in random_scores(base).items()}
+    scores = ChannelScores(loud, 1)
+    with pytest.warns(ActWarning) as warned:
+        result = sweep(base, donor, scores, ABILITY, KEEP, densities=(0.06, 0.07), scales=[0.5], show_progress=False)
+    (message,) = (str(warning.message) for warning in warned)
+    assert message.startswith("density 0.06: 100% of the selected channels belong to 'down_proj', which has ")
+    assert warned[0].filename == __file__
+    assert result.masks[0.06].num_selected > 10
+    quick(base, donor, scores, densities=(0.06, 0.07), scope="module")  # no warning
+
+
 def test_a_generator_does():
     base, donor = build_relatives("llama")
     settings = {"densities": DENSITIES, "scales": SCALES, "show_progress": False}
