@@ -25,18 +25,25 @@ README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"
 def test_the_training_scripts_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     ability, keep = (rows(language, Split.TRAIN, count=16) for language in (Language.SPANISH, Language.GERMAN))
-    namespace = {"BASE": str(BASE), "DONOR": str(DONOR), "dataset": Dataset.from_list(ability)}
+    data = {"dataset": Dataset.from_list(ability), "keep_dataset": Dataset.from_list(keep)}
+    namespace = {"BASE": str(BASE), "DONOR": str(DONOR), **data}
     # TRL's default is bfloat16 on an accelerator, and these tests have none.
-    block = blocks[0].replace('output_dir="training"', 'output_dir="training", use_cpu=True, report_to="none"')
-    exec(compile(block, "README.md", "exec"), namespace)
+    fit_block, *blocks = (
+        block.replace('output_dir="training"', 'output_dir="training", use_cpu=True, report_to="none"')
+        for block in blocks
+    )
+    exec(compile(fit_block, "README.md", "exec"), {**namespace})
+    recovered = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), "recovered")
+    assert recovered.peft_config["default"].density == pytest.approx(0.5, abs=0.01)
+
+    exec(compile(blocks[0], "README.md", "exec"), namespace)
     ids = torch.arange(4, 20)[None]
     merged = namespace["merged"].float().eval()
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), "ability").eval()
     torch.testing.assert_close(loaded(ids).logits, merged(ids).logits, rtol=1e-4, atol=1e-4)
 
-    namespace |= {"keep_dataset": Dataset.from_list(keep)}
     block = blocks[1].replace("max_steps=150", 'max_steps=15, use_cpu=True, report_to="none"')
     exec(compile(block, "README.md", "exec"), namespace)
     assert namespace["model"].peft_config["default"].density < 0.99  # some scales became zero
