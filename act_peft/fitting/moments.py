@@ -64,9 +64,9 @@ class InputMoments:
     """The inputs x of one or several modules, on the data of every donor and on those to keep.
 
     While there are few rows they are kept in the model's dtype: fewer than the inputs are wide, of wide inputs as long
-    as they take less memory than their second moments would. Then they become sums of x xᵀ `[W, W]`, one for each source.
-    Either way the objective is solved in the smaller form: with the rows if there are fewer than W, otherwise with the
-    moments.
+    as they take less memory than their second moments would. Then they become sums of x xᵀ `[W, W]`, one for each
+    source. Either way the objective is solved in the smaller form: with the rows if there are fewer than W, otherwise
+    with the moments.
 
     Args:
         name: the module, for messages.
