@@ -24,6 +24,7 @@ from act_peft.fitting.adapters import write_act
 from act_peft.fitting.application import add_changes_, fill_adapter
 from act_peft.fitting.base_weights import Base, differing_modules, opened_base
 from act_peft.fitting.lora import FittedLora, write_lora
+from act_peft.fitting.low_rank import cut
 from act_peft.fitting.merging import merge_fitted
 from act_peft.fitting.module import FitRecord, FittedModule
 from act_peft.fitting.selection import MaskLike, TokensLike, selected_channels, selected_tokens
@@ -82,6 +83,27 @@ class FittedTransfer:
     def token_gains(self) -> Mapping[str, torch.Tensor]:
         """Name of an embedding -> what every token's row gains, float64 `[V]`; tied or not."""
         return {name: module.gains.clone() for name, module in self.modules.items() if module.is_embedding}
+
+    def low_rank(self, rank: int, *, embedding_rank: int | None = None) -> FittedTransfer:
+        """The same transfer with its changes cut to a rank, as `to_lora` cuts them.
+
+            Δ -> U_r U_rᵀ Δ,     Δ L = U S Vᵀ,  L Lᵀ = M
+
+        What a cut loses of the gain is what the data hardly ask for: it can spare some of what is kept.
+
+        Args:
+            rank: r, for all linear modules.
+            embedding_rank: the same for embeddings, which stay as they are by default.
+
+        Returns:
+            A new transfer, with the gains of the cut changes. Norms stay as they are.
+
+        Raises:
+            ActTypeError, ActValueError: as `to_lora`.
+        """
+        rank, embedding_rank = whole_number(rank, "rank", least=1), _checked_rank(embedding_rank)
+        modules = cut(self.modules, rank=rank, embedding_rank=embedding_rank)
+        return FittedTransfer(modules, self.record, self._live_base)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one safetensors file, whole or not at all.
@@ -191,9 +213,7 @@ class FittedTransfer:
                 self.modules,
                 self.record,
                 rank=whole_number(rank, "rank", least=1),
-                embedding_rank=None
-                if embedding_rank is None
-                else whole_number(embedding_rank, "embedding_rank", least=1),
+                embedding_rank=_checked_rank(embedding_rank),
                 norms=norms,
                 tokens=rows,
                 base=parameters,
@@ -301,6 +321,10 @@ class FittedTransfer:
         except ActValueError:  # what does not fit is said where it is used
             return
         _warn_of(differing, type(model).__name__, stacklevel=4)
+
+
+def _checked_rank(embedding_rank: int | None) -> int | None:
+    return None if embedding_rank is None else whole_number(embedding_rank, "embedding_rank", least=1)
 
 
 def _warn_of(differing: list[str], where: str, *, stacklevel: int) -> None:

@@ -162,7 +162,14 @@ class PairInputs:
         hidden = None if self._show_progress else True
         return {
             pair.name: solver.solve(pair)
-            for pair in tqdm(pairs, desc="solve", unit="module", disable=hidden, leave=False)
+            # Embeddings last: they take the most memory, and by then the other inputs may be gone.
+            for pair in tqdm(
+                sorted(pairs, key=lambda pair: pair.is_embedding),
+                desc="solve",
+                unit="module",
+                disable=hidden,
+                leave=False,
+            )
         }
 
     @property

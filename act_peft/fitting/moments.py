@@ -16,6 +16,8 @@ from act_peft.fitting.settings import FitSettings
 # the memory, and the ridge is orders of magnitude greater than what rounding in float32 adds.
 _DOUBLE_WIDTH = 512
 _ROWS_AT_A_TIME = 4096
+# Up to this width moments are small, and many small pieces of rows would be worse for the memory than they say.
+_NARROW_WIDTH = 2048
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,10 @@ def weigh(name: str, ability: Sequence[float], keep: float | None, keep_weight: 
 class InputMoments:
     """The inputs x of one or several modules, on the data of every donor and on those to keep.
 
-    While the rows take less memory than their second moments would, they are kept in the model's dtype. Then they
-    become sums of x xᵀ `[W, W]`, one for each source. Either way the objective is solved in the smaller form: with the
-    rows if there are fewer than W, otherwise with the moments.
+    While there are few rows they are kept in the model's dtype: fewer than the inputs are wide, of wide inputs as long
+    as they take less memory than their second moments would. Then they become sums of x xᵀ `[W, W]`, one for each
+    source. Either way the objective is solved in the smaller form: with the rows if there are fewer than W, otherwise
+    with the moments.
 
     Args:
         name: the module, for messages.
@@ -193,5 +196,7 @@ def _wide(width: int, dtype: torch.dtype) -> torch.dtype:
 
 
 def _rows_at_most(width: int, num_sources: int, dtype: torch.dtype) -> int:
-    """The number of rows that take as much memory as the second moments of all sources."""
+    """From how many rows on second moments are kept in their place."""
+    if width <= _NARROW_WIDTH:
+        return width
     return num_sources * width * _wide(width, dtype).itemsize // dtype.itemsize

@@ -27,7 +27,7 @@ from act_peft.errors import ActValueError
 from act_peft.fitting.metric import Metric
 from act_peft.fitting.settings import FitSettings
 
-_BLOCK = 1 << 21
+_BLOCK = 1 << 19
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import nn
 
 from act_peft import ActConfig, ChannelMask, FittedTransfer, fit, merge_checkpoint
 from act_peft.errors import ActTypeError, ActValueError, ActWarning
+from act_peft.fitting import CollectedInputs, FitSettings
 from tests.fitting.conftest import batches, relatives
 
 ABILITY, KEEP = batches(seed=0), batches(seed=10)
@@ -524,3 +525,42 @@ def test_a_model_that_went_away_is_no_base(llama, tmp_path) -> None:
     fitted.to_adapter({"q_proj": [0]}, tmp_path / "adapter")
     records = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["adapted_modules"]
     assert [entry["base"] for entry in records.values()] == [None, None]
+
+
+def test_a_transfer_is_cut_to_a_rank(made, tmp_path) -> None:
+    base, _, fitted = made
+    low = fitted.low_rank(3, embedding_rank=2)
+    assert list(low.modules) == list(fitted.modules)
+    lost = fitted.to_lora(3, tmp_path / "lora", embedding_rank=2).errors
+    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    for name, module in low.modules.items():
+        whole = fitted.modules[name]
+        if module.kind.is_norm:
+            assert module is whole
+            continue
+        assert torch.linalg.matrix_rank(module.delta.double(), rtol=1e-4) <= (2 if module.is_embedding else 3)
+        gained = float(module.gains.sum() / whole.gains.sum())
+        assert gained == pytest.approx(1 - lost[name], abs=1e-5)
+        assert bool((module.gains >= 0).all())
+        if module.is_linear:
+            a, b = (tensors[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+            torch.testing.assert_close(module.delta, b @ a, rtol=1e-4, atol=1e-6)
+    assert low.low_rank(3).to_lora(3, tmp_path / "again").error < 1e-9
+    low.save(tmp_path / "low")
+    assert FittedTransfer.load(tmp_path / "low").gains == low.gains
+    assert fitted.low_rank(40).gains.keys() == fitted.gains.keys()
+    with pytest.raises(ActValueError, match="embedding_rank: got 0, expected an integer of at least 1"):
+        fitted.low_rank(3, embedding_rank=0)
+    merged = copy.deepcopy(base)
+    low.add_to_(merged)
+    same_weights(merged, moved(base, low), rtol=1e-6, atol=1e-7)
+
+
+def test_what_a_cut_row_gains_is_the_fall_of_the_objective() -> None:
+    base, donor = relatives("llama")
+    fitted = fit(base, donor, ABILITY, KEEP, ridge=0.2)
+    name = "model.layers.1.mlp.down_proj"
+    module, low = fitted.modules[name], fitted.low_rank(2).modules[name]
+    metric = CollectedInputs(base, donor, ABILITY, KEEP)._moments.linear[name].metric(FitSettings(ridge=0.2)).matrix()
+    rest = module.delta - low.delta
+    torch.testing.assert_close(low.gains, module.gains - ((rest @ metric) * rest).sum(1))
