@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=float,
         metavar="SHARE",
-        help="shares to try: of the channels by scores (0.01 0.02 0.05 0.1 0.2 0.4), of the rows of a fit (0.1 0.2 0.4)",
+        help="shares to try, of the channels by scores (0.01 0.02 0.05 0.1 0.2 0.4) and of a fit's rows (0.1 0.2 0.4)",
     )
     parser.add_argument(
         "--scales", nargs="+", type=float, metavar="SCALE", help="transfer scales to try (0.2 0.4 0.6 0.8 1.0)"
