@@ -347,7 +347,8 @@ def _draw_sweep(axes: Axes, result: SweepResult) -> None:
         draw([result.donor], "D", color=_INK, markersize=7, label="donor")
     best = result.recommended
     if best is not None:
-        name = f"recommended: {best.title}"
+        words = best.title if best.method is Method.CHANNELS else best.title.replace(", ", "\n")
+        name = f"recommended: {words}"
         draw([best], "o", color=_COLOURS[0], markersize=13, markerfacecolor="none", markeredgewidth=2, label=name)
     # With several skills, the limit of the accuracy is one of each and not of their mean.
     limit = result.max_keep_loss
@@ -359,7 +360,7 @@ def _draw_sweep(axes: Axes, result: SweepResult) -> None:
     names = ", ".join(result.base.keep)
     if by_loss:
         _show_losses(axes, result)
-        axes.set_xlabel(f"rise of the loss on what is kept (nats per token): {names}", color=_INK)
+        axes.set_xlabel(f"rise of the loss per token: {names}", color=_INK)
         axes.set_ylabel("loss on the ability", color=_INK)
     else:
         mean = "mean " if len(result.base.keep) > 1 else ""
@@ -380,7 +381,7 @@ def _show_losses(axes: Axes, result: SweepResult) -> None:
     near = [row for row in result.front if row.keep_rise(result.base) <= 5 * (result.max_keep_loss or 0)]
     rises = [row.keep_rise(result.base) for row in near]
     losses = [row.ability.loss for row in near]
-    left, right = min(rises), max(*rises, 2 * (result.max_keep_loss or 0), 1e-3)
+    left, right = min(rises), max(*rises, 4 * (result.max_keep_loss or 0), 1e-3)
     low, high = min(losses), max(*losses, result.base.ability.loss)
     margin = 0.08 * (high - low) or 0.1
     axes.set_xlim(right + 0.05 * (right - left), left - 0.05 * (right - left))

@@ -43,8 +43,8 @@ def rule_changes(pairs: Sequence[FittedPair], rule: WeightRule) -> Iterator[Chan
 
 def rule_channels(pairs: Sequence[FittedPair], rule: WeightRule) -> int:
     """How many channels (of an embedding: tokens) a rule moves: all of the modules that it moves at all."""
-    one = torch.ones(1)
-    return sum(pair.num_rows for pair in pairs if bool(rule(f"{pair.name}.weight", one).any()))
+    ones = torch.ones(256)  # so many that DARE keeps some of them
+    return sum(pair.num_rows for pair in pairs if bool(rule(f"{pair.name}.weight", ones).any()))
 
 
 def all_changes(fitted: FittedTransfer) -> Iterator[Change]:

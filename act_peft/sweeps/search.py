@@ -16,14 +16,14 @@ from act_peft.sweeps.changes import all_changes, rank_changes, row_changes, rule
 from act_peft.sweeps.choice import allowed_rows, lowest_loss
 from act_peft.sweeps.methods import Method
 from act_peft.sweeps.rows import Measurement, SweepRow
-from act_peft.sweeps.weight_rules import WeightRule
+from act_peft.sweeps.weight_rules import Interpolation, WeightRule
 from act_peft.transfer.whole import Changes, WholeMoves
 
 KEEP_WEIGHTS = (0.3, 1.0, 3.0, 10.0)
 _RIDGE = 0.03
 # Ridges that are tried with a prior: where skills hardly conflict, a share of everything may well move.
 _PRIOR_RIDGES = (0.3, 3.0)
-_REFINEMENTS = 2  # keep weights between those of the grid
+_REFINEMENTS = 2  # scales of interpolation and keep weights between those of the grid
 _STEP = math.sqrt(10.0)  # from one keep weight of the grid to the next, about
 TOKENS = 0.2  # share of the tokens that move beside factors of low rank
 
@@ -70,6 +70,19 @@ class Search:
                 scale=rule.factor,
                 num_channels=rule_channels(self._pairs, rule),
             )
+
+    def refine_interpolation(self) -> None:
+        """Measure interpolations between the best allowed one and the next that is not allowed."""
+        for _ in range(_REFINEMENTS):
+            rows = [row for row in self.rows if row.method is Method.INTERPOLATION and row.transfer_scale > 0]
+            allowed = allowed_rows(rows, self._base, max_keep_loss=self._max_keep_loss)
+            best = lowest_loss(allowed)
+            start = 0.0 if best is None else best.transfer_scale
+            above = [row for row in rows if row.transfer_scale > start]
+            nearest = min(above, key=lambda row: row.transfer_scale, default=None)
+            if nearest is None or nearest in allowed:
+                return
+            self.try_rules([Interpolation((start + nearest.transfer_scale) / 2)])
 
     def try_fits(
         self,

@@ -70,7 +70,8 @@ def sweep(
     - `"channels"`, if there are scores: the channels of `scores.top(density)`, for every density and scale λ,
       W_base[i, :] + λ * (W_donor[i, :] - W_base[i, :])          (arXiv 2601.09398, the transfer step).
     - `"interpolation"`, `"layer-swap"`, `"lines"`, `"ties"`, `"dare"`: rules of weights, see
-      `act_peft.sweeps.weight_rules`. They need no data, and show whether anything more is worth its trouble.
+      `act_peft.sweeps.weight_rules`. They need no data, and show whether anything more is worth its trouble. For
+      interpolation two more scales are tried, just within the limit.
     - `"fitted"`, `"fitted-rows"`, `"fitted-rank"`, if there are data to fit on: the closed form of `fit`. The models
       read these data once; then a setting costs one solve and one pass over the held-out data. The keep weights come
       first, then a prior towards the best interpolation, then keep weights in between; last the rows that gain most
@@ -254,6 +255,7 @@ def _other_rows(
     with WholeMoves(base, names) as moves:
         search = Search(moves, pairs, measure, start, bar, max_keep_loss=plan.search_limit)
         search.try_rules(default_rules(plan.methods, scales=plan.scales, num_layers=count_layers(names)))
+        search.refine_interpolation()
         if inputs is not None:
             search.try_fits(
                 inputs,
@@ -262,7 +264,13 @@ def _other_rows(
                 densities=plan.row_densities,
                 ranks=plan.ranks,
             )
-    return search.rows
+    order = list(Method)
+    return sorted(search.rows, key=lambda row: (order.index(row.method), *_scale_of(row)))
+
+
+def _scale_of(row: SweepRow) -> tuple[float, ...]:
+    """Fits stay in the order in which they were tried."""
+    return (row.transfer_scale,) if row.method is Method.INTERPOLATION else ()
 
 
 def _joined(data: Skills | None, argument: str) -> list[Mapping[str, Any]]:

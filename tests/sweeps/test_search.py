@@ -82,7 +82,8 @@ def test_rows_and_ranks_are_those_of_adapters(family, tmp_path):
 def test_rules_of_weights(family):
     base, donor = build_relatives(family)
     before = state_bytes(base)
-    result = sweep(base, donor, None, ABILITY, KEEP, scales=[0.3, 1.0], show_progress=False)
+    given = {"scales": [0.3, 1.0], "max_keep_loss": 9, "show_progress": False}
+    result = sweep(base, donor, None, ABILITY, KEEP, **given)
     assert state_bytes(base) == before
     assert [row.method.value for row in result.rows] == [
         *["interpolation"] * 2,
@@ -101,6 +102,22 @@ def test_rules_of_weights(family):
     swap = result.rows[2]
     assert (swap.density, dict(swap.settings)) == (0.5, {"first": 1, "last": 0})
     assert swap.num_channels < result.rows[0].num_channels
+
+
+@pytest.mark.parametrize(("limit", "scales"), [(9, []), (-1, [0.2, 0.1]), (0.4, [0.6, 0.5]), (0.65, [0.6, 0.7])])
+def test_scales_of_interpolation_close_in_on_the_limit(monkeypatch, limit, scales):
+    """With a rise on what is kept that is the scale, and a loss on the ability that falls with it."""
+    base, donor = build_relatives("llama")
+    limits = lambda rows, base, **_: [row for row in rows if row.transfer_scale <= limit]
+    monkeypatch.setattr("act_peft.sweeps.search.allowed_rows", limits)
+    monkeypatch.setattr("act_peft.sweeps.search.lowest_loss", lambda rows: max(rows, key=scale_of, default=None))
+    given = {"methods": ["interpolation"], "scales": [0.4, 0.8], "show_progress": False}
+    result = sweep(base, donor, None, ABILITY, KEEP, **given)
+    assert [row.transfer_scale for row in result.rows] == pytest.approx(sorted([0.4, 0.8, *scales]))
+
+
+def scale_of(row):
+    return row.transfer_scale
 
 
 def test_interpolation_is_a_fit(family):
