@@ -49,7 +49,7 @@ def _fit(best: SweepRow, settings: dict[str, float], arguments: argparse.Namespa
     numbers = [text for name, value in settings.items() for text in (f"--{name.replace('_', '-')}", f"{value:.6g}")]
     rank = ["--max-rank", f"{best.settings.get('rank', 0):g}"]
     models = ["--base", arguments.base, "--donor", arguments.donor]
-    commands = [["fit", *models, *examples, *numbers, *rank, "--output", _FITTED]]
+    commands = [["fit", *models, *examples, *_reading(arguments), *numbers, *rank, "--output", _FITTED]]
     made = ["transfer", "--fitted", _FITTED, "--base", arguments.base]
     if best.method.value == "fitted-rows":
         share = f"{best.density:g}"
@@ -58,6 +58,14 @@ def _fit(best: SweepRow, settings: dict[str, float], arguments: argparse.Namespa
     elif best.method.value == "fitted-rank":
         made += ["--rank", f"{best.settings['rank']:g}", "--norms", "--tokens", f"{best.settings['tokens']:g}"]
     return [*commands, [*made, "--output", _OUTPUT]]
+
+
+def _reading(arguments: argparse.Namespace) -> list[str]:
+    """How examples are read, where it is not as `act-peft fit` does it by itself."""
+    usual = {"split": "train", "samples": 100, "max_length": 1024, "dtype": "auto", "seed": 0}
+    given = {name: getattr(arguments, name) for name in usual}
+    options = [(f"--{name.replace('_', '-')}", str(given[name])) for name in usual if given[name] != usual[name]]
+    return [text for option in options for text in option] + ["--assistant-only"] * arguments.assistant_only
 
 
 def _rule(best: SweepRow) -> str:

@@ -10,7 +10,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from act_peft import ChannelScores, localize, sweep
-from act_peft.cli import main
+from act_peft.cli import build_parser, main
+from act_peft.cli.next_steps import _reading
 from act_peft.demo.family import BASE, DONOR, encode
 from act_peft.demo.task import Split, rows
 from act_peft.demo.words import Language
@@ -188,6 +189,15 @@ def test_the_commands_that_are_printed_make_what_was_measured(folder, capsys, tm
     found = HeldOutData([batch_of(Language.SPANISH)], argument="").measure(model.eval())
     assert best["method"] == method
     assert found.loss == pytest.approx(best["ability"]["loss"], rel=1e-3)
+
+
+def test_the_fit_reads_its_examples_in_the_same_way():
+    models = ["--base", "b", "--donor", "d", "--dataset", "a", "--keep-dataset", "k"]
+    usual = build_parser().parse_args(["fit", *models, "--output", "o"])
+    assert _reading(usual) == []
+    given = ["--samples", "9", "--seed", "3", "--max-length", "32", "--assistant-only"]
+    arguments = build_parser().parse_args(["sweep", *models, *given])
+    assert _reading(arguments) == ["--samples", "9", "--max-length", "32", "--seed", "3", "--assistant-only"]
 
 
 def test_rules_of_weights_are_said_in_python(folder, capsys):
