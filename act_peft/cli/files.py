@@ -16,7 +16,8 @@ NORMALIZE = "rms: divide the scores of each module by their root mean square bef
 
 def add_output(parser: argparse.ArgumentParser, *, what: str, required: bool = True) -> None:
     """Add `--output` and `--overwrite`."""
-    parser.add_argument("--output", type=Path, required=required, help=f"{what} to write")
+    default = "" if required else " (none)"
+    parser.add_argument("--output", type=Path, required=required, help=f"{what} to write{default}")
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
 
 

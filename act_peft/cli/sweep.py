@@ -35,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--donor", required=True, help="its relative with the ability, or an adapter that has it: folder or Hub id"
     )
     parser.add_argument(
-        "--scores", type=Path, help="file of scores, from `act-peft localize`: try the channels that score highest"
+        "--scores",
+        type=Path,
+        help="file of scores, from `act-peft localize`: try the channels that score highest (none)",
     )
     parser.add_argument(
         "--fit", action="store_true", help="with --scores: try fits and rules of weights too (always without --scores)"
@@ -49,8 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep-dataset", required=True, nargs="+", metavar="DATASET", help="the same of each skill to keep"
     )
-    parser.add_argument("--fit-dataset", metavar="DATASET", help="other examples of the ability, to fit on")
-    parser.add_argument("--fit-keep-dataset", nargs="+", metavar="DATASET", help="the same of each skill to keep")
+    parser.add_argument(
+        "--fit-dataset", metavar="DATASET", help="other examples of the ability, to fit on (half of --dataset)"
+    )
+    parser.add_argument(
+        "--fit-keep-dataset", nargs="+", metavar="DATASET", help="the same of each skill to keep (half of them)"
+    )
     parser.add_argument(
         "--max-keep-loss",
         type=float,

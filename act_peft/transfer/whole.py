@@ -55,12 +55,14 @@ class WholeMoves:
             wide = wide_dtype(original.dtype, change.dtype)
             self._moved.add(name)  # first, because a write may be interrupted
             _write(self._parameters[name], original.to(wide) + change.to(original.device, wide))
+        torch.clear_autocast_cache()  # of casts of the weights as they were
 
     def restore_(self) -> None:
         """Give every parameter its bytes back."""
         for name in list(self._moved):
             _write(self._parameters[name], self._originals[name])
             self._moved.discard(name)
+        torch.clear_autocast_cache()
 
 
 def _write(parameter: nn.Parameter, values: torch.Tensor) -> None:

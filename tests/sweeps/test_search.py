@@ -132,6 +132,21 @@ def test_interpolation_is_a_fit(family):
     assert result.recommended.ability.loss == pytest.approx(loss, rel=2e-5)
 
 
+def test_autocast_sees_every_change():
+    """It keeps casts of the weights, which must not outlive a change."""
+    base, donor = build_relatives("llama")
+    with torch.autocast("cpu", torch.bfloat16):
+        result = quick(base, donor, random_scores(base))
+    plain = quick(base, donor, random_scores(base))
+    spread = max(row.ability.loss for row in plain.rows) - min(row.ability.loss for row in plain.rows)
+    for row, other in zip(result.rows, plain.rows, strict=False):
+        if not row.method.is_fitted and row.settings == other.settings:
+            assert row.ability.loss == pytest.approx(other.ability.loss, abs=0.1 * spread)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = sweep(base, donor, None, ABILITY, KEEP, scales=[1.0], methods=["interpolation"], show_progress=False)
+    assert before.rows[-1].ability.loss == pytest.approx(before.donor.ability.loss, abs=0.01)
+
+
 @pytest.mark.parametrize("limit", [0.0, 0.01, 0.05, 1.0])
 def test_the_choice_is_never_worse_than_interpolation(limit):
     base, donor = build_relatives("llama")
