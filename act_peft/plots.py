@@ -19,7 +19,9 @@ from act_peft.channels.selection import Scope
 from act_peft.checks import finite_number, member_of
 from act_peft.disk.atomic import write_file
 from act_peft.errors import ActError, ActValueError
-from act_peft.sweeps.result import Measurement, SweepResult
+from act_peft.sweeps.methods import Method
+from act_peft.sweeps.result import SweepResult
+from act_peft.sweeps.rows import Measurement
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -141,8 +143,10 @@ def plot_demo(
 def plot_sweep(result: SweepResult, path: str | os.PathLike[str]) -> None:
     """Draw every setting of a sweep: accuracy on the skill to keep (x axis) and on the ability (y axis).
 
-    One line for each density, through its transfer scales; base, donor, Pareto front and recommendation are marked.
-    With several skills to keep, their mean is drawn.
+    With `max_keep_loss` losses are drawn in place of accuracies: the rise on what is kept, and the loss on the
+    ability, both so that better is further up and to the right; what is far beyond the limit is left out. One line for
+    each density of scored channels, along the transfer scales, and points for other methods; base, donor, Pareto front
+    and recommendation are marked. With several skills to keep, their mean accuracy or the worst rise is drawn.
 
     Args:
         result: from `sweep`.
@@ -321,42 +325,67 @@ def _draw_accuracies(axes: Axes, accuracies: Mapping[str, Mapping[str, float]]) 
 def _draw_sweep(axes: Axes, result: SweepResult) -> None:
     from matplotlib import colormaps
 
+    by_loss = result.max_keep_loss is not None
+
     def draw(rows: Sequence[Measurement], *style: str, **look: Any) -> None:
-        axes.plot([row.keep_accuracy for row in rows], [row.ability.accuracy for row in rows], *style, **look)
+        kept = [row.keep_rise(result.base) if by_loss else row.keep_accuracy for row in rows]
+        axes.plot(kept, [row.ability.loss if by_loss else row.ability.accuracy for row in rows], *style, **look)
 
     densities = list(result.masks)
     gradient = colormaps["viridis"].resampled(len(densities) + 1)  # the last colour is too light
     draw(result.front, "-", color=_FAINT, linewidth=7, solid_capstyle="round", label="Pareto front", zorder=1)
     for number, density in enumerate(densities):
-        rows = [row for row in result.rows if row.density == density]
+        rows = [row for row in result.rows if row.method is Method.CHANNELS and row.density == density]
         look: Any = {"color": gradient(number), "markersize": 4.5, "linewidth": 1.2}
         draw([result.base, *rows], "-o", label=f"density {density:.3g}", **look)
+    for number, method in enumerate(dict.fromkeys(row.method for row in result.rows)):
+        if method is not Method.CHANNELS:
+            rows = [row for row in result.rows if row.method is method]
+            draw(rows, "^", color=_COLOURS[number % len(_COLOURS)], markersize=5.5, label=method.value)
     draw([result.base], "s", color=_INK, markersize=8, label="base")
     if result.donor is not None:
         draw([result.donor], "D", color=_INK, markersize=7, label="donor")
     best = result.recommended
     if best is not None:
-        name = f"recommended: density {best.density:.3g}, scale {best.transfer_scale:.3g}"
+        words = best.title if best.method is Method.CHANNELS else best.title.replace(", ", "\n")
+        name = f"recommended: {words}"
         draw([best], "o", color=_COLOURS[0], markersize=13, markerfacecolor="none", markeredgewidth=2, label=name)
-    if len(result.base.keep) == 1:  # with several skills, the limit is one of each and not of their mean
+    # With several skills, the limit of the accuracy is one of each and not of their mean.
+    limit = result.max_keep_loss
+    if result.max_drop is not None and len(result.base.keep) == 1:
         limit = result.base.keep_accuracy - result.max_drop
-        axes.axvline(limit, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
-        axes.annotate(
-            "most that may be lost",
-            (limit, 0.015),
-            xycoords=axes.get_xaxis_transform(),
-            xytext=(-4, 0),
-            textcoords="offset points",
-            fontsize=9,
-            color=_INK,
-            ha="right",
-        )
+    if limit is not None:
+        _draw_limit(axes, limit)
     axes.grid(color=_FAINT, linewidth=0.8)
-    mean = "mean " if len(result.base.keep) > 1 else ""
-    axes.set_xlabel(f"{mean}token accuracy on what is kept: {', '.join(result.base.keep)}", color=_INK)
-    axes.set_ylabel("token accuracy on the ability", color=_INK)
+    names = ", ".join(result.base.keep)
+    if by_loss:
+        _show_losses(axes, result)
+        axes.set_xlabel(f"rise of the loss per token: {names}", color=_INK)
+        axes.set_ylabel("loss on the ability", color=_INK)
+    else:
+        mean = "mean " if len(result.base.keep) > 1 else ""
+        axes.set_xlabel(f"{mean}token accuracy on what is kept: {names}", color=_INK)
+        axes.set_ylabel("token accuracy on the ability", color=_INK)
     axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    _style(axes, "What each density and transfer scale gives and costs")
+    _style(axes, "What each setting gives and costs")
+
+
+def _draw_limit(axes: Axes, limit: float) -> None:
+    axes.axvline(limit, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
+    look: Any = {"xytext": (-4, 0), "textcoords": "offset points", "fontsize": 9, "color": _INK, "ha": "right"}
+    axes.annotate("most that may be lost", (limit, 0.015), xycoords=axes.get_xaxis_transform(), **look)
+
+
+def _show_losses(axes: Axes, result: SweepResult) -> None:
+    """Turn the axes, so that better is up and to the right, and leave out what is far beyond the limit."""
+    near = [row for row in result.front if row.keep_rise(result.base) <= 5 * (result.max_keep_loss or 0)]
+    rises = [row.keep_rise(result.base) for row in near]
+    losses = [row.ability.loss for row in near]
+    left, right = min(rises), max(*rises, 4 * (result.max_keep_loss or 0), 1e-3)
+    low, high = min(losses), max(*losses, result.base.ability.loss)
+    margin = 0.08 * (high - low) or 0.1
+    axes.set_xlim(right + 0.05 * (right - left), left - 0.05 * (right - left))
+    axes.set_ylim(high + margin, low - margin)
 
 
 def _save(figure: Any, path: str | os.PathLike[str]) -> None:

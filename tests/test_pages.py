@@ -14,6 +14,7 @@ PAGES = [
     "CONTRIBUTING.md",
     "act_peft/README.md",
     "examples/README.md",
+    "examples/evidence/README.md",
     "tests/README.md",
 ]
 PLACES = ("act_peft", "tests", "examples", ".ci")

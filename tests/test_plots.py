@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ import torch
 from act_peft import ActError, ActValueError, ChannelMask, ChannelScores, plots
 from act_peft.channels.selection import Normalization, Scope
 from act_peft.plots import check_matplotlib, group_scores, plot_accuracies, plot_demo, plot_scores, plot_sweep
-from act_peft.sweeps.heldout import SkillResult
-from act_peft.sweeps.result import Measurement, SweepResult, SweepRow
+from act_peft.sweeps.heldout import SampleSums, SkillResult
+from act_peft.sweeps.methods import Method
+from act_peft.sweeps.result import SweepResult
+from act_peft.sweeps.rows import Measurement, SweepRow
 
 ACCURACIES = {
     "base": {"Spanish": 0.0, "German": 0.9},
@@ -217,6 +220,33 @@ class TestSweepFigure:
         assert {"base", "Pareto front", "density 0.1", "density 0.2"} == {n for n in lines if not n.startswith("_")}
         assert [line for line in axes.lines if list(line.get_ydata()) == [0, 1]] == []
         assert axes.get_xlabel() == "mean token accuracy on what is kept: German, English"
+
+    def test_losses_and_other_methods(self, tmp_path):
+        samples = SampleSums(*(torch.tensor([1.0, 1.0], dtype=torch.float64) for _ in range(3)))
+
+        def row(method, ability, rise, scale):
+            loss = torch.tensor([ability, ability + 0.01], dtype=torch.float64)
+            result = SkillResult(float(loss.mean()), 0.5, replace(samples, losses=loss))
+            return SweepRow(result, {"German": SkillResult(1.0 + rise, 0.9)}, 1.0, scale, 10, method, {"scale": scale})
+
+        rows = (
+            row(Method.INTERPOLATION, 0.8, 0.01, 0.2),
+            row(Method.INTERPOLATION, 0.3, 0.9, 0.6),
+            row(Method.FITTED, 0.5, 0.02, 1.0),
+        )
+        base = row(Method.BASE, 1.0, 0.0, 0.0)
+        result = SweepResult(rows, base, None, None, Scope.GLOBAL, Normalization.NONE, {}, max_keep_loss=0.03)
+        axes, lines = self.drawn(result)
+        assert list(lines["interpolation"].get_xdata()) == pytest.approx([0.01, 0.9])
+        assert list(lines["interpolation"].get_ydata()) == pytest.approx([0.805, 0.305])
+        assert list(lines["recommended: fitted\nscale 1"].get_ydata()) == pytest.approx([0.505])
+        assert axes.get_xlim()[0] > axes.get_xlim()[1]  # better is to the right, and up
+        assert axes.get_ylim()[0] > axes.get_ylim()[1]
+        assert axes.get_xlim()[0] < 0.2  # what is far beyond the limit is left out
+        assert axes.get_xlabel() == "rise of the loss per token: German"
+        assert axes.get_ylabel() == "loss on the ability"
+        plot_sweep(result, tmp_path / "sweep.png")
+        assert png_size(tmp_path / "sweep.png")[0] > 300
 
 
 def test_demo_figure(tmp_path):

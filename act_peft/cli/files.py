@@ -14,9 +14,10 @@ SCOPE = "global: rank the channels of all modules together; module: the same sha
 NORMALIZE = "rms: divide the scores of each module by their root mean square before ranking; none: do not (none)"
 
 
-def add_output(parser: argparse.ArgumentParser, *, what: str) -> None:
+def add_output(parser: argparse.ArgumentParser, *, what: str, required: bool = True) -> None:
     """Add `--output` and `--overwrite`."""
-    parser.add_argument("--output", type=Path, required=True, help=f"{what} to write")
+    default = "" if required else " (none)"
+    parser.add_argument("--output", type=Path, required=required, help=f"{what} to write{default}")
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
 
 

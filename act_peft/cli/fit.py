@@ -31,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help="examples of the ability in one of TRL's formats: JSON(L) file, folder or Hub id; one for each donor",
     )
-    parser.add_argument("--keep-dataset", help="examples of what is to be kept, of the same kinds (none)")
+    parser.add_argument(
+        "--keep-dataset", nargs="+", metavar="DATASET", help="examples of what is to be kept, of the same kinds (none)"
+    )
     parser.add_argument(
         "--keep-weight", type=float, default=1.0, metavar="WEIGHT", help="how much what is kept counts (1.0)"
     )
@@ -73,7 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
         from act_peft.transfer.donors import is_adapter
 
     arguments.device = device_of(arguments)
-    names = [*arguments.dataset, *([] if arguments.keep_dataset is None else [arguments.keep_dataset])]
+    names = [*arguments.dataset, *(arguments.keep_dataset or [])]
     examples = [
         load_examples(name, split=arguments.split, samples=arguments.samples, seed=arguments.seed) for name in names
     ]
@@ -95,7 +97,7 @@ def run(arguments: argparse.Namespace) -> None:
         base,
         donors,
         data[: len(donors)],
-        data[-1] if arguments.keep_dataset is not None else None,
+        [batch for batches in data[len(donors) :] for batch in batches] or None,
         keep_weight=arguments.keep_weight,
         ridge=arguments.ridge,
         prior_scale=arguments.prior_scale,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +18,21 @@ from act_peft.errors import ActError, ActTypeError, ActValueError
 _CPU_LOGITS, _LOGITS = 1 << 19, 1 << 27
 
 
+@dataclass(frozen=True, eq=False)
+class SampleSums:
+    """Sums over the counted tokens of each of S samples (rows of the batches), float64 `[S]`.
+
+    Attributes:
+        losses: of the cross-entropies, in nats.
+        hits: of the tokens that are more probable than every other one.
+        tokens: number of the tokens, at least 1.
+    """
+
+    losses: torch.Tensor
+    hits: torch.Tensor
+    tokens: torch.Tensor
+
+
 @dataclass(frozen=True)
 class SkillResult:
     """Loss and accuracy of a model on the data of one skill.
@@ -25,10 +41,38 @@ class SkillResult:
         loss: mean cross-entropy of the answer tokens, in nats.
         accuracy: share of the answer tokens that are more probable than every other token, from 0 to 1. A tie is no
             hit, so a broken model with equal logits for all tokens has 0.
+        samples: the same by samples, from which the standard errors follow; None where they are not known.
     """
 
     loss: float
     accuracy: float
+    samples: SampleSums | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def num_tokens(self) -> int | None:
+        """Number of counted tokens."""
+        return None if self.samples is None else int(self.samples.tokens.sum())
+
+    @property
+    def loss_error(self) -> float | None:
+        """Standard error of the loss; tokens of one sample count as dependent. None if fewer than two samples."""
+        return None if self.samples is None else _mean_error(self.samples.losses, self.samples.tokens)
+
+    @property
+    def accuracy_error(self) -> float | None:
+        """The same of the accuracy."""
+        return None if self.samples is None else _mean_error(self.samples.hits, self.samples.tokens)
+
+    def rise_over(self, other: SkillResult) -> tuple[float, float | None]:
+        """How much higher the loss is than that of another model on the same data, and the standard error of that.
+
+        Both models saw the same samples, so the error is that of the differences, which is much smaller than that of
+        either loss. None where it is not known.
+        """
+        rise = self.loss - other.loss
+        if self.samples is None or other.samples is None:
+            return rise, None
+        return rise, _mean_error(self.samples.losses - other.samples.losses, self.samples.tokens)
 
 
 class HeldOutData:
@@ -66,6 +110,7 @@ class HeldOutData:
             )
         self.num_tokens = sum(batch.targets.numel() for batch in self._batches)
         self.largest_token = max(_largest_token(batch) for batch in self._batches)
+        self._samples = self._number_samples()  # of every token, int64 [N]
 
     @torch.no_grad()
     def measure(self, model: nn.Module) -> SkillResult:
@@ -92,8 +137,27 @@ class HeldOutData:
                 rest = chosen.scatter_(1, answers[:, None], -torch.inf)  # `argmax` would double the time
                 hits.append(answer[:, 0] > rest.amax(-1))
         # The first wait for the device is here.
-        loss = float(torch.cat(losses).to("cpu", torch.float64).sum())
-        return SkillResult(loss / self.num_tokens, int(torch.cat(hits).sum()) / self.num_tokens)
+        loss, hit = (torch.cat(found).to("cpu", torch.float64) for found in (losses, hits))  # [N]
+        samples = SampleSums(*(torch.bincount(self._samples, part) for part in (loss, hit, torch.ones_like(loss))))
+        return SkillResult(float(loss.sum()) / self.num_tokens, int(hit.sum()) / self.num_tokens, samples)
+
+    def _number_samples(self) -> torch.Tensor:
+        """The number of the sample that each token lies in; samples without a token have no number."""
+        found, start = [], 0
+        for batch in self._batches:
+            found.append(start + batch.positions // batch.shape[1])
+            start += batch.shape[0]
+        return torch.cat(found).unique(return_inverse=True)[1]
+
+
+def _mean_error(sums: torch.Tensor, counts: torch.Tensor) -> float | None:
+    """Standard error of sum / count by samples, as of a ratio; None if it cannot be told."""
+    number = len(sums)
+    if number < 2:
+        return None
+    rest = sums - counts * (sums.sum() / counts.sum())  # [S]
+    error = math.sqrt(float(rest.square().sum()) * number / (number - 1)) / float(counts.sum())
+    return error if math.isfinite(error) else None
 
 
 def _largest_token(batch: Predictions) -> int:

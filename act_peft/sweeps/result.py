@@ -2,62 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from act_peft.channels.masks import ChannelMask
 from act_peft.channels.selection import Normalization, Scope
 from act_peft.errors import ActValueError
-from act_peft.sweeps.heldout import SkillResult
+from act_peft.sweeps.choice import loss_front, pareto_front, recommend, recommend_by_loss
+from act_peft.sweeps.methods import Method
+from act_peft.sweeps.rows import Measurement, SweepRow, against
 from act_peft.tables import aligned
 
-_ROUNDING = 1e-9  # tolerance for rounding in differences of accuracies
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """Loss and accuracy of a model on the data of the ability and of every skill to keep."""
-
-    ability: SkillResult
-    keep: Mapping[str, SkillResult]
-
-    @property
-    def keep_accuracy(self) -> float:
-        """Mean token accuracy over the skills to keep."""
-        return sum(result.accuracy for result in self.keep.values()) / len(self.keep)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values; a loss that is not finite is None."""
-        return {
-            "ability": _plain(self.ability),
-            "keep": {name: _plain(result) for name, result in self.keep.items()},
-        }
-
-
-@dataclass(frozen=True)
-class SweepRow(Measurement):
-    """The base with some channels transferred.
-
-    Attributes:
-        density: requested share of the channels; 0 for the base itself.
-        transfer_scale: λ; 0 for the base itself.
-        num_channels: number of transferred channels.
-    """
-
-    density: float
-    transfer_scale: float
-    num_channels: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values; a loss that is not finite is None."""
-        setting = {
-            "density": self.density,
-            "transfer_scale": self.transfer_scale,
-            "num_channels": self.num_channels,
-        }
-        return setting | super().to_dict()
+# What interpolation is as a fit: so large a ridge that only the prior counts.
+_LARGE_RIDGE = 1e9
+_FIT = ("keep_weight", "ridge", "prior_scale")
 
 
 @dataclass(frozen=True, repr=False)
@@ -65,39 +24,50 @@ class SweepResult:
     """Every setting of a sweep; `print` shows the table.
 
     Attributes:
-        rows: one for every density and transfer scale, densities and then scales ascending.
+        rows: one for every setting: channels by scores first, densities and then scales ascending; then the other
+            methods.
         base: the base, density 0.
         donor: the figures of the donor, if it is a model in memory that knows the tokens of the data.
-        max_drop: greatest allowed loss of token accuracy on a skill to keep, as a share.
+        max_drop: greatest allowed loss of token accuracy on a skill to keep, as a share; None with `max_keep_loss`.
         scope: as in `ChannelScores.top`.
         normalize: as in `ChannelScores.top`.
-        masks: density -> its mask.
+        masks: density -> its mask, of the channels by scores.
+        max_keep_loss: greatest allowed rise of the loss on a skill to keep, in nats per token; None with `max_drop`.
     """
 
     rows: tuple[SweepRow, ...]
     base: SweepRow
     donor: Measurement | None
-    max_drop: float
+    max_drop: float | None
     scope: Scope
     normalize: Normalization
     masks: Mapping[float, ChannelMask] = field(compare=False)
+    max_keep_loss: float | None = None
 
     @property
     def front(self) -> tuple[SweepRow, ...]:
-        """`pareto_front` of the base and all settings."""
-        return pareto_front((self.base, *self.rows))
+        """The rows, and the base, that no other row beats: by accuracies, with `max_keep_loss` by losses."""
+        rows = (self.base, *self.rows)
+        return pareto_front(rows) if self.max_keep_loss is None else loss_front(rows, self.base)
 
     @property
     def recommended(self) -> SweepRow | None:
-        """The setting that `recommend` chooses; None if no setting satisfies the rule."""
-        return recommend(self.rows, self.base, max_drop=self.max_drop)
+        """The setting that the rule chooses; None if no setting satisfies the rule."""
+        if self.max_keep_loss is not None:
+            return recommend_by_loss(self.rows, self.base, max_keep_loss=self.max_keep_loss)
+        return recommend(self.rows, self.base, max_drop=self.max_drop or 0.0)
 
     @property
     def rule(self) -> str:
         """The rule of the recommendation, as text."""
+        if self.max_keep_loss is not None:
+            return (
+                "the lowest loss on the ability among the settings that raise the loss of no kept skill by more than "
+                f"{self.max_keep_loss:g} nats per token; a simpler one if the difference is below one standard error"
+            )
         return (
             "the highest token accuracy on the ability among the settings that raise it and cost no kept skill more "
-            f"than {100 * self.max_drop:g} points; among equals the lower density, then the lower scale"
+            f"than {100 * (self.max_drop or 0):g} points; among equals the lower density, then the lower scale"
         )
 
     @property
@@ -105,7 +75,7 @@ class SweepResult:
         """The recommended density.
 
         Raises:
-            ActValueError: there is no recommendation; so do `transfer_scale` and `mask`.
+            ActValueError: there is no recommendation; so do `transfer_scale`, `mask` and `fit_settings`.
         """
         return self._recommendation().density
 
@@ -116,8 +86,37 @@ class SweepResult:
 
     @property
     def mask(self) -> ChannelMask:
-        """The mask of the recommended density, for `ActConfig(channels=...)`."""
-        return self.masks[self.density]
+        """The mask of the recommended density, for `ActConfig(channels=...)`.
+
+        Raises:
+            ActValueError: something else than channels by scores is recommended.
+        """
+        best = self._recommendation()
+        if best.method is not Method.CHANNELS:
+            raise ActValueError(
+                f"mask: got the recommendation {best.title}, expected channels by scores (see fit_settings, or "
+                "sweep with methods=['channels'])"
+            )
+        return self.masks[best.density]
+
+    @property
+    def fit_settings(self) -> dict[str, float]:
+        """The recommended `keep_weight`, `ridge` and `prior_scale`, for `fit(**result.fit_settings)`.
+
+        Interpolation is a fit with so large a ridge that its data say nothing.
+
+        Raises:
+            ActValueError: neither a fit nor an interpolation is recommended.
+        """
+        best = self._recommendation()
+        if best.method is Method.INTERPOLATION:
+            return {"keep_weight": 1.0, "ridge": _LARGE_RIDGE, "prior_scale": best.transfer_scale}
+        if not best.method.is_fitted:
+            raise ActValueError(
+                f"fit_settings: got the recommendation {best.title}, expected a fit or an interpolation (sweep "
+                "with other methods)"
+            )
+        return {name: best.settings[name] for name in _FIT}
 
     def to_dict(self) -> dict[str, Any]:
         """Everything except the masks as plain values, for JSON."""
@@ -126,95 +125,84 @@ class SweepResult:
             "scope": self.scope.value,
             "normalize": self.normalize.value,
             "max_drop": self.max_drop,
+            "max_keep_loss": self.max_keep_loss,
             "rule": self.rule,
             "base": self.base.to_dict(),
             "donor": None if self.donor is None else self.donor.to_dict(),
-            "rows": [row.to_dict() | {"on_front": row in front, "recommended": row is best} for row in self.rows],
-            "recommended": None
-            if best is None
-            else {"density": best.density, "transfer_scale": best.transfer_scale, "num_channels": best.num_channels},
+            "rows": [
+                row.to_dict()
+                | {"against_base": against(row, self.base), "on_front": row in front, "recommended": row is best}
+                for row in self.rows
+            ],
+            "recommended": None if best is None else best.setting_to_dict(),
         }
 
     def __repr__(self) -> str:
         best = self.recommended
-        found = "none" if best is None else f"density {best.density:g}, scale {best.transfer_scale:g}"
+        found = "none" if best is None else best.title
         return f"SweepResult({len(self.rows)} settings, recommended: {found})"
 
     def __str__(self) -> str:
         front, best = self.front, self.recommended
-        skills = ["ability", *self.base.keep]
-        lines = [["density", "scale", "channels", *(text for skill in skills for text in (skill, "loss")), ""]]
+        compared = any(row.method is not Method.CHANNELS for row in self.rows)
+        head = [*(("method", "setting") if compared else ("density", "scale")), "channels", "ability", "loss"]
+        for skill in self.base.keep:
+            head += [skill, "loss", *(["rise"] if self.max_keep_loss is not None else [])]
+        lines = [[*head, ""]]
         for row in (self.base, *self.rows):
-            setting = [f"{row.density:g}", f"{row.transfer_scale:g}", f"{row.num_channels}"]
-            if row is self.base:
-                setting = ["base", "", ""]
+            what: tuple[str, ...] = (
+                (row.method.value, row.description) if compared else (f"{row.density:g}", f"{row.transfer_scale:g}")
+            )
+            what = (*what, f"{row.num_channels}") if row is not self.base else ("base", "", "")
             mark = "recommended" if row is best else "front" if row in front else ""
-            lines.append([*setting, *_numbers(row), mark])
+            lines.append([*what, *self._numbers(row), mark])
         if self.donor is not None:
-            lines.append(["donor", "", "", *_numbers(self.donor), ""])
-        table = aligned(lines, left=(0, len(lines[0]) - 1))  # the settings and the marks
-        found = f"recommended: none of {len(self.rows)} settings" if best is None else f"recommended: {_setting(best)}"
-        title = f"token accuracy and loss on held-out data, {len(self.rows)} settings, scope {self.scope.value}"
-        return "\n".join([title, "", *table, "", f"{found} ({self.rule})"])
+            lines.append(["donor", "", "", *self._numbers(self.donor), ""])
+        table = aligned(lines, left=(0, *([1] if compared else []), len(lines[0]) - 1))  # the settings and the marks
+        found = f"recommended: none of {len(self.rows)} settings" if best is None else f"recommended: {best.title}"
+        title = f"token accuracy and loss on held-out data, {len(self.rows)} settings"
+        if self.masks:
+            title += f", scope {self.scope.value}"
+        return "\n".join([title, *self._counts(), "", *table, "", f"{found} ({self.rule})", *self._gain()])
+
+    def _numbers(self, row: Measurement) -> list[str]:
+        texts = [f"{row.ability.accuracy:.3f}", f"{row.ability.loss:.3f}"]
+        for name, result in row.keep.items():
+            texts += [f"{result.accuracy:.3f}", f"{result.loss:.3f}"]
+            if self.max_keep_loss is not None:
+                texts.append("" if row is self.base else f"{result.rise_over(self.base.keep[name])[0]:+.3f}")
+        return texts
+
+    def _counts(self) -> list[str]:
+        """How many tokens were counted, and how sure the base's losses are."""
+        skills = {"ability": self.base.ability, **self.base.keep}
+        texts = [
+            f"{name} {result.num_tokens} tokens, standard error of the base's loss "
+            + ("unknown" if result.loss_error is None else f"{result.loss_error:.3f}")
+            for name, result in skills.items()
+            if result.num_tokens is not None
+        ]
+        return ["; ".join(texts)] if texts else []
+
+    def _gain(self) -> list[str]:
+        """What the recommended setting changes, with standard errors."""
+        best = self.recommended
+        if best is None or self.max_keep_loss is None:
+            return []
+        skills = {"ability": (best.ability, self.base.ability)}
+        skills |= {name: (result, self.base.keep[name]) for name, result in best.keep.items()}
+        texts = []
+        for name, (mine, theirs) in skills.items():
+            rise, error = mine.rise_over(theirs)
+            texts.append(f"{name} {rise:+.3f} ± {'unknown' if error is None else f'{error:.3f}'}")
+        return [f"its losses against the base's: {', '.join(texts)}"]
 
     def _recommendation(self) -> SweepRow:
         best = self.recommended
         if best is None:
+            advice = "max_drop" if self.max_keep_loss is None else "max_keep_loss"
             raise ActValueError(
                 f"recommendation: got none of {len(self.rows)} settings, expected {self.rule} (allow a larger "
-                "max_drop, or try other densities and smaller scales; the table is in `rows`)"
+                f"{advice}, or try other densities and smaller scales; the table is in `rows`)"
             )
         return best
-
-
-def pareto_front(rows: Iterable[SweepRow]) -> tuple[SweepRow, ...]:
-    """The rows that no other row beats, by the accuracy on the ability and the mean accuracy on the skills to keep.
-
-    A row beats another one if both accuracies are at least as high and one is higher. Of rows with equal accuracies
-    only the one with the lowest density stays, then the lowest transfer scale.
-
-    Returns:
-        The rows, with the accuracy on the ability ascending, so that on the skills to keep descends.
-    """
-    front: list[SweepRow] = []
-    order = sorted(rows, key=lambda row: (-row.ability.accuracy, -row.keep_accuracy, *_cost(row)))
-    for row in order:
-        if not front or row.keep_accuracy > front[-1].keep_accuracy:
-            front.append(row)
-    return tuple(reversed(front))
-
-
-def recommend(rows: Iterable[SweepRow], base: SweepRow, *, max_drop: float) -> SweepRow | None:
-    """The row with the highest accuracy on the ability among those that raise it and keep every skill.
-
-    Args:
-        rows: the settings.
-        base: the base, for comparison.
-        max_drop: greatest allowed loss of accuracy on a skill to keep, compared with the base, as a share.
-
-    Returns:
-        Among equals the row with the lowest density, then the lowest transfer scale; None if there is no such row.
-    """
-    allowed = [
-        row
-        for row in rows
-        if row.ability.accuracy > base.ability.accuracy
-        and all(base.keep[n].accuracy - result.accuracy <= max_drop + _ROUNDING for n, result in row.keep.items())
-    ]
-    return min(allowed, key=lambda row: (-row.ability.accuracy, *_cost(row)), default=None)
-
-
-def _cost(row: SweepRow) -> tuple[float, float]:
-    return row.density, row.transfer_scale
-
-
-def _setting(row: SweepRow) -> str:
-    return f"density {row.density:g}, scale {row.transfer_scale:g}"
-
-
-def _plain(result: SkillResult) -> dict[str, float | None]:
-    return {"loss": result.loss if math.isfinite(result.loss) else None, "accuracy": result.accuracy}
-
-
-def _numbers(row: Measurement) -> list[str]:
-    return [text for r in (row.ability, *row.keep.values()) for text in (f"{r.accuracy:.3f}", f"{r.loss:.3f}")]

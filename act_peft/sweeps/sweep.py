@@ -1,10 +1,10 @@
-"""`sweep`: measure densities and transfer scales on held-out data, without training."""
+"""`sweep`: what to take of a donor, measured on held-out data without training."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from peft import PeftModel
@@ -16,87 +16,125 @@ from act_peft.channels.kinds import channel_kind, num_channels, weight_of
 from act_peft.channels.masks import ChannelMask
 from act_peft.channels.scores import ChannelScores
 from act_peft.channels.selection import Normalization, Scope, dominance_text, select_channels
-from act_peft.checks import ascending, finite_number, member_of
 from act_peft.errors import ActTypeError, ActValueError, ActWarning
+from act_peft.fitting import CollectedInputs
+from act_peft.fitting.closed_form import open_models
+from act_peft.fitting.pair import find_pairs
 from act_peft.peft_modules import has_adapters
+from act_peft.sweeps.changes import parameters_of
 from act_peft.sweeps.heldout import HeldOutData
-from act_peft.sweeps.result import Measurement, SweepResult, SweepRow
+from act_peft.sweeps.methods import Method
+from act_peft.sweeps.plan import DENSITIES, SCALES, Plan, make_plan
+from act_peft.sweeps.result import SweepResult
+from act_peft.sweeps.rows import Measurement, SweepRow
+from act_peft.sweeps.search import Search
+from act_peft.sweeps.weight_rules import count_layers, default_rules
 from act_peft.transfer.in_model import donor_for_model
 from act_peft.transfer.in_place import RowMoves
 from act_peft.transfer.parameters import vocabulary_parameters
+from act_peft.transfer.whole import WholeMoves
 
-DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
-SCALES = (0.2, 0.4, 0.6, 0.8, 1.0)
+__all__ = ["DENSITIES", "SCALES", "sweep"]
 
 Dataloader = Iterable[Mapping[str, Any]]
+Skills = Dataloader | Mapping[str, Dataloader]
+_Data = tuple[HeldOutData, dict[str, HeldOutData]]
 
 
 def sweep(
     base: nn.Module,
     donor: nn.Module | str | os.PathLike[str],
-    scores: ChannelScores,
+    scores: ChannelScores | None,
     ability_dataloader: Dataloader,
-    keep_dataloader: Dataloader | Mapping[str, Dataloader],
+    keep_dataloader: Skills,
     *,
-    densities: Sequence[float] = DENSITIES,
-    scales: Sequence[float] = SCALES,
+    densities: Sequence[float] | None = None,
+    scales: Sequence[float] | None = None,
     scope: str | Scope = Scope.GLOBAL,
     normalize: str | Normalization = Normalization.NONE,
-    max_drop: float = 0.05,
+    max_drop: float | None = None,
+    max_keep_loss: float | None = None,
+    methods: Sequence[str | Method] | None = None,
+    fit_ability_dataloader: Dataloader | None = None,
+    fit_keep_dataloader: Skills | None = None,
+    keep_weights: Sequence[float] | None = None,
+    ranks: Sequence[int] | None = None,
     show_progress: bool = True,
 ) -> SweepResult:
-    """Measure the base after a transfer of the donor's channels, for every density and transfer scale.
+    """Measure what the base gains and loses with parts of the donor's difference, and recommend one.
 
-        W_base[i, :] + λ * (W_donor[i, :] - W_base[i, :])          for the channels i of `scores.top(density)`
+    Every setting gets its loss and token accuracy on held-out data of the ability and of the skills to keep. Nothing
+    is trained: weights of the base are overwritten in place. At the end, also after an exception or Ctrl-C, the base
+    has its original bytes again. What is compared (`methods`):
 
-    (arXiv 2601.09398, the transfer step.) Every setting gets its loss and token accuracy on held-out data of the
-    ability and of the skills to keep. Nothing is trained and no model is built: rows of the base are overwritten in
-    place, and only those that change from one setting to the next. At the end, also after an exception or Ctrl-C, the
-    base has its original bytes again. The time is one forward pass over the data per setting, one for the base
-    itself, one for a donor in memory, and the time for copying rows.
+    - `"channels"`, if there are scores: the channels of `scores.top(density)`, for every density and scale λ,
+      W_base[i, :] + λ * (W_donor[i, :] - W_base[i, :])          (arXiv 2601.09398, the transfer step).
+    - `"interpolation"`, `"layer-swap"`, `"lines"`, `"ties"`, `"dare"`: rules of weights, see
+      `act_peft.sweeps.weight_rules`. They need no data, and show whether anything more is worth its trouble. For
+      interpolation two more scales are tried, just within the limit.
+    - `"fitted"`, `"fitted-rows"`, `"fitted-rank"`, if there are data to fit on: the closed form of `fit`. The models
+      read these data once; then a setting costs one solve and one pass over the held-out data. The keep weights come
+      first, then a prior towards the best interpolation, then keep weights in between; last the rows that gain most
+      in every module (and as large a share of the tokens), and LoRA's ranks (with the norms and a fifth of the
+      tokens), of the best fit.
+
+    One number says how much of what is kept may be lost. With `max_keep_loss` the setting with the lowest loss on the
+    ability is recommended, among those that raise the loss on no skill to keep by more. If a simpler one is less than
+    one standard error worse, it is taken instead: the base (no recommendation), interpolation, another rule of
+    weights, scored channels, a fit. Interpolation is the limit of a fit with a large ridge and always among the rows,
+    so on the held-out data the choice is never worse. With `max_drop` the rule goes by token accuracies: the highest
+    on the ability, above the base's, at the cost of `max_drop` at most; among equals the lower density, then scale.
+    There may be no such setting. `max_drop` is the rule of a sweep of scored channels alone, `max_keep_loss` that of
+    all others, unless one of them is given.
 
     Loss and accuracy count the answer tokens of all batches: with labels those with `labels != -100`, shifted as in
-    causal language models; without labels, every unmasked token. The first token of a sample never counts.
+    causal language models; without labels, every unmasked token. The first token of a sample never counts. Standard
+    errors are by samples, and of differences between two settings by samples in pairs.
 
-    The recommendation is the setting with the highest token accuracy on the ability, among the settings that raise it
-    above the base's accuracy and cost no skill to keep more than `max_drop`; among equals the lower density, then the
-    lower transfer scale. There may be no such setting. The Pareto front compares the accuracy on the ability and the
-    mean accuracy on the skills to keep. It includes the base if no setting beats it.
+    Scored channels of modules that share a weight (tied embeddings) get separate weights until the end, as with an
+    adapter. With all other methods the shared weight moves, and both its uses.
 
-    Modules that share a weight (tied embeddings) get separate weights until the end, as with an adapter: rows of the
-    output layer do not change the embedding.
-
-    Memory beyond the models: originals and differences of the rows of the largest density, in the base's dtype and on
-    its device (twice that share of the candidates' weights); a copy of each tied weight that changes; the batches,
-    which are read once and stay on their device. In a base of 16 bits the differences are rounded to 16 bits, so the
-    last bit of a row can differ from that of an adapter with float32 deltas.
+    Memory beyond the models: for scored channels the originals and differences of the largest density's rows, in the
+    base's dtype; for all other methods a copy of the base's weights, with a fit another one and what
+    `CollectedInputs` holds; the batches, which are read once and stay on their device.
 
     Args:
         base: the model that receives the ability, without adapters. It runs in evaluation mode.
-        donor: a related model with the ability: a model in memory, or the folder or Hub id of a checkpoint or of a
-            LoRA or ACT adapter of the base. On disk only the rows of the largest density are read.
-        scores: scores of the channels, from `localize`.
+        donor: a related model with the ability: a model in memory, or the folder or Hub id of an adapter of the base.
+            For scored channels alone also that of a checkpoint, from which only the rows of the largest density are
+            read.
+        scores: scores of the channels, from `localize`; None for the other methods alone.
         ability_dataloader: batches of held-out examples of the ability: dicts that the models accept.
         keep_dataloader: batches of a skill to keep; for several skills, a dict skill -> batches.
-        densities: shares of the channels, above 0 and at most 1.
-        scales: transfer scales λ, finite and not 0.
+        densities: shares above 0 and at most 1: of the channels by scores (by default 0.01 to 0.4), and of the rows of
+            a fit (by default 0.1, 0.2 and 0.4).
+        scales: factors λ, finite and not 0, of scored channels, interpolation, TIES and DARE (by default 0.2 to 1).
         scope: as in `ChannelScores.top`.
         normalize: as in `ChannelScores.top`.
-        max_drop: greatest allowed loss of accuracy on a skill to keep, as a share (0.05 is 5 points).
-        show_progress: show a progress bar if the error stream is a terminal.
+        max_drop: greatest allowed loss of accuracy on a skill to keep, as a share (0.05 is 5 points; the default).
+        max_keep_loss: greatest allowed rise of the loss on a skill to keep, in nats per token (0.03 is the default).
+        methods: what is compared. By default scored channels alone if there are scores and no data to fit on, or
+            else everything that there are scores and data for.
+        fit_ability_dataloader: batches of the ability to fit on; other examples than the held-out ones.
+        fit_keep_dataloader: batches to keep, to fit on; a dict's are taken together.
+        keep_weights: the μ of `fit` to begin with, above 0 (by default 0.3, 1, 3 and 10).
+        ranks: ranks of LoRA adapters (by default 16 and 64).
+        show_progress: show progress bars if the error stream is a terminal.
 
     Returns:
-        The table. `print(result)` shows it; `result.mask` and `result.transfer_scale` are for `ActConfig`.
+        The table. `print(result)` shows it; `result.mask` and `result.transfer_scale` are for `ActConfig`,
+        `result.fit_settings` are for `fit`.
 
     Raises:
         ActTypeError: a base, donor, scores, number or batches of the wrong type; a model with adapters.
-        ActValueError: missing or repeated densities or scales, or some out of range; scores of a different model; no
-            batch, or a batch without an answer token; a donor of a different structure; quantized or offloaded
-            modules; weights that are not finite; a model without logits. Then the base is unchanged.
+        ActValueError: missing or repeated densities or scales, or some out of range; settings that nothing would use;
+            scores of a different model; no batch, or a batch without an answer token; the same data for fitting and
+            measuring; a donor of a different structure; quantized or offloaded modules; weights that are not finite;
+            a model without logits. Then the base is unchanged.
 
     Warns:
-        ActWarning: once, as `initialize_from_donor`; once, as `ChannelScores.top`, for the lowest density for which it
-            warns.
+        ActWarning: for scored channels once, as `initialize_from_donor`; once, as `ChannelScores.top`, for the lowest
+            density for which it warns.
 
     Example:
         >>> keep = {"english": batches}
@@ -104,53 +142,82 @@ def sweep(
         >>> len(result.rows)
         12
         >>> print(result)
+        >>> print(sweep(base, donor, None, batches, batches, max_keep_loss=0.03))  # rules of weights
     """
-    scope, normalize = member_of(Scope, scope, "scope"), member_of(Normalization, normalize, "normalize")
     _check_base(base)
-    _check_scores(scores, base)
-    scales = ascending(scales, "scales", nonzero=True)
-    densities = ascending(densities, "densities", above=0, most=1)
-    max_drop = finite_number(max_drop, "max_drop", least=0)
-    comparable = scores.num_comparable
-    masks = {
-        density: select_channels(scores, comparable, density, scope=scope, normalize=normalize)
-        for density in densities
-    }
-    if not masks[densities[0]].num_selected:
-        raise ActValueError(
-            f"densities: {densities[0]} selects none of {sum(scores.num_channels.values())} channels, expected at "
-            "least one"
-        )
-    if scope is Scope.GLOBAL:
-        _warn_of_one_kind(masks, comparable, stacklevel=3)
-    moving = [name for name, channels in masks[densities[-1]].items() if channels.numel()]
-    with evaluation(base, *((donor,) if isinstance(donor, nn.Module) else ())):
-        data = _read(ability_dataloader, keep_dataloader)
-        with donor_for_model(base, donor, moving) as transfer:
-            moves = RowMoves(base, transfer, list(masks.values()))
-            transfer.warn(stacklevel=2)
-        num_settings = len(densities) * len(scales)
-        with tqdm(total=num_settings, desc="sweep", unit="setting", disable=None if show_progress else True) as bar:
-            start = _measure(base, data)
-            of_donor = _measure(donor, data) if isinstance(donor, nn.Module) and _knows(donor, data) else None
-            rows = []
-            with moves:
-                for number, scale in _settings(len(densities), scales):
-                    moves.move_(number, scale)
-                    result = _measure(base, data)
-                    rows.append(
-                        SweepRow(result.ability, result.keep, densities[number], scale, moves.num_channels[number])
-                    )
-                    bar.update()
-    return SweepResult(
-        rows=tuple(sorted(rows, key=lambda row: (row.density, row.transfer_scale))),
-        base=SweepRow(start.ability, start.keep, 0.0, 0.0, 0),
-        donor=of_donor,
-        max_drop=max_drop,
+    plan = make_plan(
+        has_scores=scores is not None,
+        held_out=(ability_dataloader, keep_dataloader),
+        to_fit=(fit_ability_dataloader, fit_keep_dataloader),
+        densities=densities,
+        scales=scales,
         scope=scope,
         normalize=normalize,
-        masks=masks,
+        max_drop=max_drop,
+        max_keep_loss=max_keep_loss,
+        methods=methods,
+        keep_weights=keep_weights,
+        ranks=ranks,
     )
+    masks = {} if scores is None else _masks(scores, base, plan)
+    opened: nn.Module | None = donor if isinstance(donor, nn.Module) else None
+    if plan.weight_methods:
+        opened = open_models(base, donor, None)[1][0]
+    with evaluation(base, *(() if opened is None else (opened,))):
+        data = _read(ability_dataloader, keep_dataloader)
+        moves = None
+        if masks:
+            moving = [name for name, channels in masks[plan.densities[-1]].items() if channels.numel()]
+            with donor_for_model(base, donor, moving) as transfer:
+                moves = RowMoves(base, transfer, list(masks.values()))
+                transfer.warn(stacklevel=2)
+        hidden = None if show_progress else True
+        with tqdm(total=len(masks) * len(plan.scales), desc="sweep", unit="setting", disable=hidden) as bar:
+            first = _measure(base, data)
+            start = SweepRow(first.ability, first.keep, 0.0, 0.0, 0, Method.BASE)
+            of_donor = _measure(opened, data) if opened is not None and _knows(opened, data) else None
+
+            def measure() -> Measurement:
+                return _measure(base, data)
+
+            rows = [] if moves is None else _channel_rows(moves, plan, measure, bar)
+            moves = None
+            if opened is not None and plan.weight_methods:
+                inputs = None
+                if plan.fits:
+                    inputs = CollectedInputs(
+                        base,
+                        opened,
+                        _joined(fit_ability_dataloader, "fit_ability_dataloader"),
+                        _joined(fit_keep_dataloader, "fit_keep_dataloader"),
+                        show_progress=show_progress,
+                    )
+                rows += _other_rows(base, opened, plan, inputs, measure, start, bar)
+    return SweepResult(
+        rows=tuple(rows),
+        base=start,
+        donor=of_donor,
+        max_drop=plan.max_drop,
+        scope=plan.scope,
+        normalize=plan.normalize,
+        masks=masks,
+        max_keep_loss=plan.max_keep_loss,
+    )
+
+
+def _masks(scores: ChannelScores, base: nn.Module, plan: Plan) -> dict[float, ChannelMask]:
+    """Density -> mask."""
+    _check_scores(scores, base)
+    comparable, how = scores.num_comparable, {"scope": plan.scope, "normalize": plan.normalize}
+    masks = {density: select_channels(scores, comparable, density, **how) for density in plan.densities}
+    if not masks[plan.densities[0]].num_selected:
+        raise ActValueError(
+            f"densities: {plan.densities[0]} selects none of {sum(scores.num_channels.values())} channels, expected "
+            "at least one"
+        )
+    if plan.scope is Scope.GLOBAL:
+        _warn_of_one_kind(masks, comparable, stacklevel=4)
+    return masks
 
 
 def _warn_of_one_kind(masks: Mapping[float, ChannelMask], comparable: Mapping[str, int], *, stacklevel: int) -> None:
@@ -159,6 +226,65 @@ def _warn_of_one_kind(masks: Mapping[float, ChannelMask], comparable: Mapping[st
         if text is not None:
             warnings.warn(f"density {density}: {text}", ActWarning, stacklevel=stacklevel)
             return
+
+
+def _channel_rows(moves: RowMoves, plan: Plan, measure: Callable[[], Measurement], bar: tqdm[None]) -> list[SweepRow]:
+    """Scored channels, for every density and scale."""
+    rows = []
+    with moves:
+        for number, scale in _settings(len(plan.densities), plan.scales):
+            moves.move_(number, scale)
+            found = measure()
+            rows.append(SweepRow(found.ability, found.keep, plan.densities[number], scale, moves.num_channels[number]))
+            bar.update()
+    return sorted(rows, key=lambda row: (row.density, row.transfer_scale))
+
+
+def _other_rows(
+    base: nn.Module,
+    donor: nn.Module,
+    plan: Plan,
+    inputs: CollectedInputs | None,
+    measure: Callable[[], Measurement],
+    start: SweepRow,
+    bar: tqdm[None],
+) -> list[SweepRow]:
+    """Rules of weights and fits."""
+    pairs = find_pairs(base, [donor])
+    names = parameters_of(pairs)
+    with WholeMoves(base, names) as moves:
+        search = Search(moves, pairs, measure, start, bar, max_keep_loss=plan.search_limit)
+        search.try_rules(default_rules(plan.methods, scales=plan.scales, num_layers=count_layers(names)))
+        search.refine_interpolation()
+        if inputs is not None:
+            search.try_fits(
+                inputs,
+                keep_weights=plan.keep_weights,
+                methods=plan.methods,
+                densities=plan.row_densities,
+                ranks=plan.ranks,
+            )
+    order = list(Method)
+    return sorted(search.rows, key=lambda row: (order.index(row.method), *_scale_of(row)))
+
+
+def _scale_of(row: SweepRow) -> tuple[float, ...]:
+    """Fits stay in the order in which they were tried."""
+    return (row.transfer_scale,) if row.method is Method.INTERPOLATION else ()
+
+
+def _joined(data: Skills | None, argument: str) -> list[Mapping[str, Any]]:
+    """All batches, of all skills."""
+    batches: list[Mapping[str, Any]] = []
+    for one in data.values() if isinstance(data, Mapping) else [data]:
+        if not isinstance(one, Iterable):
+            raise ActTypeError(f"{argument}: got {type(one).__name__}, expected an iterable of batches")
+        batches += one
+    if not batches:
+        raise ActValueError(
+            f"{argument}: got no batch, expected at least one (is the dataset empty, or a generator exhausted?)"
+        )
+    return batches
 
 
 def _check_base(base: nn.Module) -> None:
@@ -190,9 +316,7 @@ def _check_scores(scores: ChannelScores, base: nn.Module) -> None:
             )
 
 
-def _read(
-    ability: Dataloader, keep: Dataloader | Mapping[str, Dataloader]
-) -> tuple[HeldOutData, dict[str, HeldOutData]]:
+def _read(ability: Dataloader, keep: Skills) -> _Data:
     skills: Mapping[str, Dataloader] = keep if isinstance(keep, Mapping) else {"keep": keep}
     if not skills:
         raise ActValueError("keep_dataloader: got no skill, expected at least one")
@@ -202,12 +326,12 @@ def _read(
     )
 
 
-def _measure(model: nn.Module, data: tuple[HeldOutData, dict[str, HeldOutData]]) -> Measurement:
+def _measure(model: nn.Module, data: _Data) -> Measurement:
     ability, keep = data
     return Measurement(ability.measure(model), {name: batches.measure(model) for name, batches in keep.items()})
 
 
-def _knows(model: nn.Module, data: tuple[HeldOutData, dict[str, HeldOutData]]) -> bool:
+def _knows(model: nn.Module, data: _Data) -> bool:
     """Whether all tokens of the data are in the vocabulary of a model."""
     vocabulary = vocabulary_parameters(model)
     sizes = [parameter.shape[0] for name, parameter in model.named_parameters() if name in vocabulary]

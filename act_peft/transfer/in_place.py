@@ -109,6 +109,7 @@ class RowMoves:
         for rows in self._rows:
             if (rows.module, rows.part) not in own:
                 _restore(rows, 0, rows.counts[-1])
+        torch.clear_autocast_cache()
         self._reached = -1
 
     def _tie(self) -> None:
@@ -133,6 +134,7 @@ class RowMoves:
             old = rows.counts[reached] if reached >= 0 else 0
             _write(rows, min(old, end) if transfer_scale == scale else 0, end, transfer_scale)
             _restore(rows, end, max(old, end))
+        torch.clear_autocast_cache()  # of casts of the weights as they were
         self._reached, self._scale = number, transfer_scale
 
 

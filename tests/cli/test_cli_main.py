@@ -121,7 +121,7 @@ def test_help_has_an_example_that_parses(capsys, name):
 
 
 def test_every_module_of_a_command_is_in_the_table():
-    shared = {"__init__", "examples", "files", "imports"}
+    shared = {"__init__", "examples", "files", "imports", "next_steps"}
     files = {path.stem for path in Path(cli.__file__).parent.glob("*.py")} - shared
     assert files == {path.rpartition(".")[2] for path in COMMANDS.values()}
 
@@ -155,14 +155,19 @@ def test_help_says_every_default(name):
 
 def test_help_says_the_defaults_that_the_library_has():
     from act_peft.demo.run import DemoSettings
-    from act_peft.sweeps.sweep import DENSITIES, SCALES
+    from act_peft.sweeps.plan import DENSITIES, MAX_DROP, MAX_KEEP_LOSS, RANKS, ROW_DENSITIES, SCALES
+    from act_peft.sweeps.search import KEEP_WEIGHTS
 
     said = {option.dest: option.help for option in options("demo")}
     for name in ("seed", "density", "transfer_scale"):
         assert said[name].endswith(f"({getattr(DemoSettings(), name)})")
     said = {option.dest: option.help for option in options("sweep")}
-    for name, values in (("densities", DENSITIES), ("scales", SCALES)):
-        assert said[name].endswith(f"({' '.join(map(str, values))})")
+    lists = {"densities": DENSITIES, "scales": SCALES, "keep_weights": KEEP_WEIGHTS, "ranks": RANKS}
+    for name, values in lists.items():
+        assert f"({' '.join(f'{value}'.removesuffix('.0') for value in values)})" in said[name].replace(".0)", ")")
+    assert said["densities"].endswith(f"({' '.join(map(str, ROW_DENSITIES))})")
+    assert f"({MAX_KEEP_LOSS})" in said["max_keep_loss"]
+    assert f"{MAX_DROP})" in said["max_drop"]
 
 
 # ---------------------------------------------------------------------------------------- a process of its own ---

@@ -164,3 +164,42 @@ def test_a_model_without_logits():
     model = build("llama").model
     with pytest.raises(ActValueError, match=r"LlamaModel: got logits none, expected \[2, 9, V\]"):
         HeldOutData([labelled()], argument="x").measure(model)
+
+
+def test_standard_errors_are_by_samples():
+    """Against a loop: samples of different numbers of tokens, in two batches."""
+    model, other = build("llama"), build("llama", seed=1)
+    batches = [labelled(0), labelled(1, rows=3, length=12, answers=2)]
+    data = HeldOutData(batches, argument="x")
+    mine, theirs = data.measure(model), data.measure(other)
+    singles = [
+        [naive(one, [{name: tensor[row : row + 1] for name, tensor in batch.items()}]) for one in (model, other)]
+        for batch in batches
+        for row in range(len(batch["input_ids"]))
+    ]
+    total = sum(count for (_, _, count), _ in singles)
+    assert mine.num_tokens == total == 14
+
+    def error(values):
+        """Of sums over the samples, with their numbers of tokens."""
+        mean = sum(value for value, _ in values) / total
+        rest = sum((value - mean * count) ** 2 for value, count in values)
+        return math.sqrt(rest * len(values) / (len(values) - 1)) / total
+
+    losses = [[loss * count for loss, _, count in both] for both in singles]
+    counts = [count for (_, _, count), _ in singles]
+    pairs = list(zip(losses, counts, strict=True))
+    assert mine.loss_error == pytest.approx(error([(loss[0], n) for loss, n in pairs]), rel=1e-4)
+    hits = [(accuracy * count, count) for (_, accuracy, count), _ in singles]
+    assert mine.accuracy_error == pytest.approx(error(hits))
+    rise, rise_error = mine.rise_over(theirs)
+    assert rise == mine.loss - theirs.loss
+    assert rise_error == pytest.approx(error([(loss[0] - loss[1], n) for loss, n in pairs]), rel=1e-4)
+
+
+def test_of_one_sample_no_error_is_known():
+    result = HeldOutData([labelled(0, rows=1)], argument="x").measure(build("llama"))
+    assert (result.loss_error, result.accuracy_error) == (None, None)
+    unknown = heldout.SkillResult(1.0, 0.5)
+    assert (unknown.num_tokens, unknown.loss_error, unknown.accuracy_error) == (None, None, None)
+    assert result.rise_over(unknown) == (result.loss - 1.0, None)

@@ -117,7 +117,13 @@ def test_the_table():
 def test_plain_values_are_json():
     rows = [*ROWS, row(0.4, 0.8, 0.0, 0.0, 0.0, loss=float("nan"))]
     plain = json.loads(json.dumps(result_of(rows, BASE).to_dict(), allow_nan=False))
-    assert plain["recommended"] == {"density": 0.2, "transfer_scale": 0.4, "num_channels": 20}
+    assert plain["recommended"] == {
+        "method": "channels",
+        "settings": {},
+        "density": 0.2,
+        "transfer_scale": 0.4,
+        "num_channels": 20,
+    }
     assert plain["donor"] is None
     assert plain["base"]["keep"]["skill 1"] == {"loss": 0.5, "accuracy": 0.8}
     assert [entry["recommended"] for entry in plain["rows"]] == [False, False, True, False, False, False]
