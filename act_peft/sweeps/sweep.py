@@ -208,8 +208,11 @@ def sweep(
 def _masks(scores: ChannelScores, base: nn.Module, plan: Plan) -> dict[float, ChannelMask]:
     """Density -> mask."""
     _check_scores(scores, base)
-    comparable, how = scores.num_comparable, {"scope": plan.scope, "normalize": plan.normalize}
-    masks = {density: select_channels(scores, comparable, density, **how) for density in plan.densities}
+    comparable = scores.num_comparable
+    masks = {
+        density: select_channels(scores, comparable, density, scope=plan.scope, normalize=plan.normalize)
+        for density in plan.densities
+    }
     if not masks[plan.densities[0]].num_selected:
         raise ActValueError(
             f"densities: {plan.densities[0]} selects none of {sum(scores.num_channels.values())} channels, expected "

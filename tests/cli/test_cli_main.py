@@ -55,7 +55,7 @@ def test_success(command, capsys):
         (OSError("no space"), "act-peft: no space"),
         (OSError(), "act-peft: OSError"),
         (ActValueError("x: exists (pass overwrite=True)"), "act-peft: x: exists (pass --overwrite)"),
-        (ActValueError("x: or transfer_scale='y' here"), "act-peft: x: or --transfer-scale y here"),
+        (ActValueError("x: or keep_weight='y' here"), "act-peft: x: or --keep-weight y here"),
         (ActValueError("expected trainable='scales'"), "act-peft: expected trainable='scales'"),  # no option of it
     ],
 )
@@ -159,8 +159,8 @@ def test_help_says_the_defaults_that_the_library_has():
     from act_peft.sweeps.search import KEEP_WEIGHTS
 
     said = {option.dest: option.help for option in options("demo")}
-    for name in ("seed", "density", "transfer_scale"):
-        assert said[name].endswith(f"({getattr(DemoSettings(), name)})")
+    for name in ("seed", "density", "keep_weight"):
+        assert said[name].endswith(f"({getattr(DemoSettings(), name):g})")
     said = {option.dest: option.help for option in options("sweep")}
     lists = {"densities": DENSITIES, "scales": SCALES, "keep_weights": KEEP_WEIGHTS, "ranks": RANKS}
     for name, values in lists.items():
