@@ -67,7 +67,7 @@ def open_donor(
     checkpoint = Checkpoint(place)
     try:
         notes = [] if config is None else check_configs(config, load_config(checkpoint))
-        theirs = Parameters(checkpoint, base.names, tied={} if config is None else None)
+        theirs = Parameters(checkpoint, base.names)
         return FullDonor(base, theirs, needed=needed, vocabulary=vocabulary, notes=notes, checkpoint=checkpoint)
     except BaseException:
         checkpoint.close()

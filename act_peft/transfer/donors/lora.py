@@ -101,7 +101,7 @@ class LoraDonor(OpenDonor):
         own_keys = CheckpointKeys(base, [f"{name}.weight" for name in found])
         modules = {}
         for name, keys in found.items():
-            own = own_keys.own_key(f"{name}.weight").rpartition(".")[0]
+            own = own_keys.own_name(f"{name}.weight").rpartition(".")[0]
             if f"{own}.weight" not in base:
                 raise ActLoadError(
                     f"{self.location}: adapts {name}, which the base does not have (the adapter was made for another "
