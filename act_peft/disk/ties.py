@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from act_peft.disk.layout import Layout
 from act_peft.errors import ActValueError
 
-_FLAG = "tie_word_embeddings"
+FLAG = "tie_word_embeddings"
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,10 @@ def can_say_untied(model: PreTrainedModel) -> bool:
     config = model.config
     as_it_is = type(config).from_dict(copy.deepcopy(config.to_dict())).to_dict()
     untied = type(config).from_dict(without_ties(config.to_dict(), config)).to_dict()
-    if untied.get(_FLAG) or _without_flags(as_it_is) != _without_flags(untied):
+    if untied.get(FLAG) or _without_flags(as_it_is) != _without_flags(untied):
         return False
     models = {type(module) for module in model.modules() if isinstance(module, PreTrainedModel)}
-    return not any(_FLAG in inspect.getsource(each.forward) for each in models)
+    return not any(FLAG in inspect.getsource(each.forward) for each in models)
 
 
 def without_ties(written: Mapping[str, Any], config: Any) -> dict[str, Any]:
@@ -93,14 +93,22 @@ def without_ties(written: Mapping[str, Any], config: Any) -> dict[str, Any]:
         written: what is written.
         config: the same as an object, which knows the defaults.
     """
-    found = {**written, _FLAG: False}
+    found = {**written, FLAG: False}
     for name, part in written.items():
-        if isinstance(part, dict) and (name == "text_config" or getattr(getattr(config, name, None), _FLAG, False)):
+        if isinstance(part, dict) and (name == "text_config" or getattr(getattr(config, name, None), FLAG, False)):
             found[name] = without_ties(part, getattr(config, name, None))
     return copy.deepcopy(found)
 
 
+def parts_with_flag(config: Any) -> Iterator[Any]:
+    """A configuration and all parts of it that say that something is tied."""
+    yield config
+    for part in vars(config).values():
+        if isinstance(part, PretrainedConfig) and getattr(part, FLAG, False):
+            yield from parts_with_flag(part)
+
+
 def _without_flags(written: Any) -> Any:
     if isinstance(written, dict):
-        return {key: _without_flags(value) for key, value in written.items() if key != _FLAG}
+        return {key: _without_flags(value) for key, value in written.items() if key != FLAG}
     return written

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -73,6 +74,12 @@ def find_targets(config: ActConfig, model: nn.Module, state_dict: Mapping[str, t
         index = _index_for(name, config, channels, stored, module) if name and targeted else None
         if index is None:
             continue
+        user = _user_of_weight(name, model)
+        if user is not None:
+            raise ActValueError(
+                f"{name}: never runs in a {type(model).__name__}, which uses its weight in {user}, expected channels of a "
+                f"module that runs (take {user!r}, or leave it out with exclude_modules=[{name!r}])"
+            )
         reader = _reader_of_weights(name, model)
         if reader is not None:
             raise ActValueError(
@@ -99,6 +106,25 @@ def _reader_of_weights(name: str, model: nn.Module) -> str | None:
     if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
         return "the fast path of nn.TransformerEncoderLayer (torch.backends.mha.set_fastpath_enabled(False) ends that)"
     return None
+
+
+def _user_of_weight(name: str, model: nn.Module) -> str | None:
+    """The embedding that runs in place of one that only lends it its weight (`shared` in T5 and BART)."""
+    module = inner_layer(model.get_submodule(name))
+    if not isinstance(module, nn.Embedding):
+        return None
+    users = [
+        other
+        for other, its in model.named_modules()
+        if isinstance(its, nn.Embedding) and its is not module and its.weight is module.weight
+    ]
+    parent, _, own = name.rpartition(".")
+    try:
+        code = inspect.getsource(type(model.get_submodule(parent)))
+    except (OSError, TypeError):  # a class without a file
+        return None
+    runs = f"self.{own}(" in code or "self.get_input_embeddings()(" in code
+    return next((other for other in users if not other.endswith("base_layer")), None) if not runs else None
 
 
 def target_answers(config: ActConfig, names: Iterable[str]) -> dict[str, Any]:
