@@ -140,7 +140,7 @@ def _rows(base: Parameters, module: UnionModule, part: str) -> torch.Tensor:
     shape = _shape_in_base(module, part)
     if base.shape(name) != shape:
         raise ActLoadError(
-            f"{module.name}: size mismatch: {base.location} has {part} {list(base.shape(name))}, expected {list(shape)} by "
-            "the adapters (they were made for a different model)"
+            f"{module.name}: size mismatch: {base.location} has {part} {list(base.shape(name))}, expected "
+            f"{list(shape)} by the adapters (they were made for a different model)"
         )
     return base.rows(name, module.index, dim)

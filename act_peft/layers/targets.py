@@ -77,8 +77,13 @@ def find_targets(config: ActConfig, model: nn.Module, state_dict: Mapping[str, t
         user = _user_of_weight(name, model)
         if user is not None:
             raise ActValueError(
-                f"{name}: never runs in a {type(model).__name__}, which uses its weight in {user}, expected channels of a "
-                f"module that runs (take {user!r}, or leave it out with exclude_modules=[{name!r}])"
+                f"{name}: never runs in a {type(model).__name__}, which uses its weight in {user}, expected channels "
+                f"of a module that runs (take {user!r}, or leave it out with exclude_modules=[{name!r}])"
+            )
+        if f"{name}.weight" in (getattr(model, "_keys_to_ignore_on_save", None) or ()):
+            raise ActValueError(
+                f"{name}: {type(model).__name__} computes its weight and never saves it, expected channels of a "
+                f"module that is saved (leave it out with exclude_modules=[{name!r}])"
             )
         reader = _reader_of_weights(name, model)
         if reader is not None:

@@ -17,7 +17,7 @@ from act_peft.doors import OUTER
 from act_peft.errors import ActLoadError, ActValueError
 from act_peft.layers import ActLayer
 from act_peft.layers.deltas import PREFIX
-from act_peft.layers.lookup import act_layers, output_head, record, shared_weights
+from act_peft.layers.lookup import act_layers, output_head, record, shared_parameters
 from act_peft.layers.output_head import seen_from_outside
 from act_peft.layers.state import check_adapter_state
 from act_peft.layers.targets import Targets, find_targets, read_mask, target_answers
@@ -105,7 +105,7 @@ class ActModel(BaseTuner):
                 answers=targets.answers,
                 # Indices that a state dict will bring are created on the device where PEFT creates its deltas.
                 device=torch.device("meta" if settings.get("low_cpu_mem_usage") and state_dict is not None else "cpu"),
-                shared_weights=shared_weights(model),
+                shared_parameters=shared_parameters(model),
                 output_head=output_head(model),
             )
             trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -118,7 +118,9 @@ class LoraDonor(OpenDonor):
         keys = found.get(parameter.rpartition(".")[0], {})
         if "a" not in keys or "b" not in keys:
             return True
-        a, b = (self._shard.info(keys[part]).shape for part in ("a", "b"))  # [r, I], [O, r]; their sizes may be swapped
+        a, b = (
+            self._shard.info(keys[part]).shape for part in ("a", "b")
+        )  # [r, I], [O, r]; their sizes may be swapped
         return len(a) == len(b) == len(shape) == 2 and {a[1], b[0]} == set(shape)
 
     def _scaling(self, config: Mapping[str, Any], name: str, keys: Mapping[str, str]) -> float:
