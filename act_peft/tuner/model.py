@@ -20,7 +20,7 @@ from act_peft.layers.deltas import PREFIX
 from act_peft.layers.lookup import act_layers, output_head, record, shared_parameters
 from act_peft.layers.output_head import seen_from_outside
 from act_peft.layers.state import check_adapter_state
-from act_peft.layers.targets import Targets, find_targets, read_mask, target_answers
+from act_peft.layers.targets import Targets, find_targets, read_mask, renamed_record, target_answers
 from act_peft.peft_modules import same_gradients
 from act_peft.transfer.difference import Transfer
 from act_peft.transfer.in_model import donor_for_model, fill_deltas
@@ -91,6 +91,8 @@ class ActModel(BaseTuner):
         config = self.peft_config[adapter_name]
         source = find_twin(adapter_name, configs=self.peft_config, awaiting=self._awaiting)
         if source is None:
+            if config.channels is None and config.adapted_modules is not None:
+                config.adapted_modules = renamed_record(config.adapted_modules, model)
             targets = find_targets(config, model, state_dict)
         else:
             copied = {name: layer.act_delta_index[source] for name, layer in self._layers(source).items()}
