@@ -31,7 +31,7 @@ from act_peft.disk.skeleton import load_config
 from act_peft.disk.ties import without_ties
 from act_peft.disk.writing import GatheringWriter, header_with
 from act_peft.errors import ActWarning
-from act_peft.merge_plan import TensorMerge, Plan, Source, compare_base, make_plan
+from act_peft.merge_plan import Plan, Source, TensorMerge, compare_base, make_plan
 
 _SMALL_ROW = 64  # bytes; a tensor with shorter rows, or with columns to change, is copied before it is written
 _WORKERS = 2  # parts at a time; more would only wait for the same disk

@@ -29,7 +29,7 @@ from act_peft.tuner.copies import copy_adapter_, find_twin
 from act_peft.tuner.loading import check_base, check_names
 from act_peft.tuner.mixed_batches import adapter_per_sample
 from act_peft.tuner.plan import InjectionPlan, withdraw
-from act_peft.tuner.ties import part_ties_
+from act_peft.tuner.ties import configuration_of_ties
 
 
 class ActModel(BaseTuner):
@@ -326,13 +326,10 @@ class ActModel(BaseTuner):
     ) -> nn.Module:
         if merge and safe_merge:
             self._check_merge(adapter_names)
-        tied = bool(getattr(getattr(self.model, "config", None), "tie_word_embeddings", False))
-        unloaded = super()._unload_and_optionally_merge(
-            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
-        )
-        if merge:
-            part_ties_(unloaded, tied_before=tied)
-        return unloaded
+        with configuration_of_ties(self.model):
+            return super()._unload_and_optionally_merge(
+                merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+            )
 
     def _check_merge(self, adapter_names: list[str] | None) -> None:
         for layer in act_layers(self.model).values():

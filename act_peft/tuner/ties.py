@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -10,23 +11,25 @@ from transformers import PreTrainedModel
 from act_peft.disk.ties import FLAG, can_say_untied, parts_with_flag
 
 
-def part_ties_(model: nn.Module, *, tied_before: bool) -> None:
+@contextmanager
+def configuration_of_ties(model: nn.Module) -> Iterator[None]:
     """Let the configuration tell the truth after merging, so that `save_pretrained` and loading give the same model.
 
-    Where tied weights differ now, the configuration says that nothing is tied, and every weight that it untied is a
-    tensor of its own. In architectures in which this word would change what the model computes (T5), it stays as it
-    was: transformers does not tie two stored tensors that differ.
+    Where tied weights differ then, the configuration says that nothing is tied, and every weight that this unties is a
+    tensor of its own. In architectures in which it would change what the model computes (T5), the configuration stays
+    as it was: transformers does not tie two stored tensors that differ.
 
     Args:
-        model: the merged model, without adapters.
-        tied_before: what its configuration said before merging.
+        model: the model; its adapters are merged and removed inside the context.
     """
-    if not isinstance(model, PreTrainedModel) or not tied_before:
+    tied_before = isinstance(model, PreTrainedModel) and getattr(model.config, FLAG, False)
+    yield
+    if not tied_before or not isinstance(model, PreTrainedModel):
         return
     pairs = list(_pairs(model))
     if all(first is second for _, _, first, second in pairs):
         return
-    model.config.tie_word_embeddings = True
+    model.config.tie_word_embeddings = True  # PEFT has changed it
     if not can_say_untied(model):
         return
     for part in parts_with_flag(model.config):

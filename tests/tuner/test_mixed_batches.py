@@ -21,7 +21,7 @@ NAMES = ["second", "__base__", "default", "second", "default"]
 
 def two_adapters(model, **settings):
     first, second = (
-        # T5's table of relative positions is the one module here whose input has no axis of samples; `shared` never runs.
+        # The input of T5's table of relative positions has no axis of samples; `shared` never runs.
         {
             name: index
             for name, index in random_mask(model, 0.3, seed=seed).items()
