@@ -21,7 +21,7 @@ from act_peft import (
     merge_checkpoint,
 )
 from act_peft.channels.kinds import ChannelKind, channel_kind
-from tests.support.architectures import ARCHITECTURES, Architecture
+from tests.support.architectures import ARCHITECTURES, PAGE, Architecture, page_with_summary
 from tests.support.tiny_models import candidates
 
 CASES = [pytest.param(one, id=one.model, marks=() if one.fast else pytest.mark.slow) for one in ARCHITECTURES]
@@ -153,3 +153,12 @@ def test_what_cannot_be_adapted_is_refused_by_name(pair, tmp_path):
             get_peft_model(model, ActConfig(channels={name: [0]}))
         with pytest.raises((ActValueError, ActTypeError), match=rf"{name}: .*{sentence}"):
             create_adapter(tmp_path / "base", tmp_path / "donor", {name: [0]}, tmp_path / "out")
+
+
+def test_the_page_shows_the_table():
+    page = PAGE.read_text(encoding="utf-8")
+    assert page_with_summary(page) == page, "run python -m tests.support.architectures"
+
+
+def test_the_table_is_wide_enough():
+    assert len({one.model for one in ARCHITECTURES}) == len(ARCHITECTURES) >= 40

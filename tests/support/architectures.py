@@ -1,14 +1,20 @@
-"""The table of architectures: one of each kind that transformers knows, as small as its configuration allows."""
+"""The table of architectures: one of each kind that transformers knows, as small as its configuration allows.
+
+`python -m tests.support.architectures` writes its summary into `act_peft/README.md`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
+
+import act_peft
 
 TEXT = {
     "vocab_size": 64,
@@ -233,6 +239,10 @@ ARCHITECTURES = [
     Architecture("encoder", "DebertaV2ForSequenceClassification", "DebertaV2Config", ENCODER),
     Architecture("encoder", "EsmForMaskedLM", "EsmConfig", {**ENCODER, "mask_token_id": 3}),
     Architecture("encoder", "AlbertForMaskedLM", "AlbertConfig", {**ENCODER, "embedding_size": 16}),
+    Architecture("encoder", "NomicBertForMaskedLM", "NomicBertConfig", ENCODER, fast=True),
+    Architecture("encoder", "GteForMaskedLM", "GteConfig", ENCODER),
+    Architecture("encoder", "BertForPreTraining", "BertConfig", ENCODER),
+    Architecture("encoder", "BertLMHeadModel", "BertConfig", {**ENCODER, "is_decoder": True}),
     # --- encoder-decoders
     Architecture("encoder-decoder", "T5ForConditionalGeneration", "T5Config", T5, SHARED, fast=True),
     Architecture("encoder-decoder", "MT5ForConditionalGeneration", "MT5Config", T5, SHARED),
@@ -251,6 +261,12 @@ ARCHITECTURES = [
     Architecture("vision", "DeiTForImageClassification", "DeiTConfig", VISION),
     Architecture("vision", "BeitForImageClassification", "BeitConfig", VISION),
     Architecture("vision", "Dinov2ForImageClassification", "Dinov2Config", VISION),
+    Architecture(
+        "vision",
+        "Dinov2WithRegistersForImageClassification",
+        "Dinov2WithRegistersConfig",
+        {**VISION, "use_swiglu_ffn": True},
+    ),
     Architecture(
         "vision",
         "SwinForImageClassification",
@@ -407,3 +423,39 @@ ARCHITECTURES = [
         },
     ),
 ]
+
+
+def by_name(model: str) -> Architecture:
+    """The architecture of a model class."""
+    return next(one for one in ARCHITECTURES if one.model == model)
+
+
+# ------------------------------------------------------------------------------------------------------- the page ---
+
+PAGE = Path(act_peft.__file__).parent / "README.md"
+MARKS = ("<!-- architectures: begin -->\n", "<!-- architectures: end -->\n")
+
+
+def summary() -> str:
+    """The table as text in Markdown: kinds with their classes, and what is refused."""
+    lines = ["| kind | classes that are tried |", "|---|---|"]
+    for kind in dict.fromkeys(one.kind for one in ARCHITECTURES):
+        classes = ", ".join(f"`{one.model}`" for one in ARCHITECTURES if one.kind == kind)
+        lines.append(f"| {kind} | {classes} |")
+    lines += ["", "| part that is refused | because it (is) | in |", "|---|---|---|"]
+    reasons = dict.fromkeys(item for one in ARCHITECTURES for item in one.refused.items())
+    for part, reason in reasons:
+        classes = ", ".join(f"`{one.model}`" for one in ARCHITECTURES if one.refused.get(part) == reason)
+        lines.append(f"| `{part}` | {reason} | {classes} |")
+    return "\n".join(lines) + "\n"
+
+
+def page_with_summary(page: str) -> str:
+    """The page with the summary between the marks."""
+    before, _, rest = page.partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    return f"{before}{MARKS[0]}{summary()}{MARKS[1]}{after}"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page_with_summary(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
