@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
-from weakref import WeakKeyDictionary
+from typing import Any, cast
 
 import torch
 import transformers
@@ -24,7 +23,6 @@ from act_peft.errors import ActValueError
 
 # For a configuration that names no class: the first of these that knows it.
 _AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM, AutoModel)
-_LAYOUTS: WeakKeyDictionary[Checkpoint, Layout | ActValueError] = WeakKeyDictionary()
 
 
 def load_config(checkpoint: Checkpoint) -> Any:
@@ -94,9 +92,9 @@ def check_ties_known(checkpoint: Checkpoint) -> None:
 
 
 def _layout(checkpoint: Checkpoint) -> Layout | ActValueError:
-    if checkpoint not in _LAYOUTS:
+    if "layout" not in checkpoint.remembered:
         try:
-            _LAYOUTS[checkpoint] = Layout(build_skeleton(load_config(checkpoint)), checkpoint)
+            checkpoint.remembered["layout"] = Layout(build_skeleton(load_config(checkpoint)), checkpoint)
         except ActValueError as error:
-            _LAYOUTS[checkpoint] = error
-    return _LAYOUTS[checkpoint]
+            checkpoint.remembered["layout"] = error
+    return cast("Layout | ActValueError", checkpoint.remembered["layout"])
