@@ -30,6 +30,7 @@ ORDER = [
     "combination",
     "training",
     "export",
+    "merge_plan",
     "merge",
     "tuner",
     "sweeps",

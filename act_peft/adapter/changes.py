@@ -115,7 +115,8 @@ def changes_in_folder(folder: AdapterFolder, checkpoint: Checkpoint | None) -> A
         ) from error
     base = None
     if checkpoint is not None:
-        base = Parameters(checkpoint, [f"{name}.{p}" for name, d in folder.modules.items() for p in _parts(d)])
+        names = [f"{name}.{part}" for name, delta in folder.modules.items() for part in _parts(delta)]
+        base = Parameters(checkpoint, names, fits=folder.fits, recognize=folder.recognize)
     modules: list[ModuleChange] = [
         FileChange(folder, name, config, base) for name, delta in folder.modules.items() if delta.index.numel()
     ]

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from act_peft.adapter.base_record import recorded_base
+from act_peft.adapter.base_record import fingerprint, recorded_base
 from act_peft.channels.kinds import ChannelKind
 from act_peft.channels.rows import scaled_channels
 from act_peft.disk.checkpoint import read_json
+from act_peft.disk.keys import CheckpointKeys
 from act_peft.disk.locations import Location, open_location
 from act_peft.disk.shard import Shard
 from act_peft.doors import OUTER
@@ -21,6 +22,7 @@ from act_peft.errors import ActLoadError, ActValueError
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 _ALL = slice(None)
+_COMPARED = 4  # modules whose base rows are read to recognize a part of a checkpoint
 _PARTS = ("act_delta_index", "act_delta_weight", "act_delta_bias", "act_delta_channel_scale")
 
 
@@ -93,6 +95,35 @@ class AdapterFolder:
         kinds = {kind.value: kind for kind in ChannelKind}
         kind = kinds.get(str(entry.get("kind"))) if isinstance(entry, dict) else None
         return None if kind is None else kind.channel_dim
+
+    def fits(self, parameter: str, shape: Sequence[int]) -> bool:
+        """Whether a parameter of this shape can be one that the adapter was made for, as far as the adapter knows."""
+        module, _, part = parameter.rpartition(".")
+        delta = self.modules.get(module)
+        if delta is None or part != "weight":
+            return True
+        entry = self._recorded.get(module)
+        channels = entry.get("channels") if isinstance(entry, dict) else None
+        return any(
+            delta.weight_shape == (*shape[:dim], delta.index.numel(), *shape[dim + 1 :])
+            and channels in (None, shape[dim])
+            for dim in range(len(shape))
+        )
+
+    def recognize(self, keys: CheckpointKeys) -> int:
+        """How many of some modules have base rows in a checkpoint that give their recorded fingerprints."""
+        known = [name for name in self.modules if self.recorded_base(name) and keys.holds(f"{name}.weight")]
+        known.sort(key=lambda name: self.modules[name].index.numel())
+        return sum(self._recognizes(keys, name) for name in known[:_COMPARED])
+
+    def _recognizes(self, keys: CheckpointKeys, module: str) -> bool:
+        index, dim = self.modules[module].index, self.recorded_axis(module) or 0
+        shape = keys.shape(f"{module}.weight")
+        if not index.numel() or not self.fits(f"{module}.weight", shape) or int(index[-1]) >= shape[dim]:
+            return False
+        has_bias = self.modules[module].bias is not None and keys.holds(f"{module}.bias")
+        bias = keys.rows(f"{module}.bias", index) if has_bias else None
+        return fingerprint(keys.rows(f"{module}.weight", index, dim), bias) == self.recorded_base(module)
 
     def scaled(self, module: str, rows: torch.Tensor, dim: int, channels: slice | torch.Tensor = _ALL) -> torch.Tensor:
         """Rows of an adapter times the learned scales of their channels; unchanged if the adapter has no scales.

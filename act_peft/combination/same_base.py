@@ -12,8 +12,11 @@ from act_peft.adapter.base_record import BaseComparison, fingerprint, module_rec
 from act_peft.adapter.changes import ModuleChange
 from act_peft.combination.union import Source, UnionModule
 from act_peft.disk.checkpoint import Checkpoint
+from act_peft.disk.keys import CheckpointKeys
 from act_peft.disk.parameters import Parameters
 from act_peft.errors import ActLoadError
+
+_COMPARED = 4  # modules whose base rows are read to recognize a part of a checkpoint
 
 
 def different_bases(sources: Sequence[Source]) -> Iterator[str]:
@@ -72,7 +75,12 @@ def records_on(
         ActLoadError: if the adapters do not fit the base.
         ActValueError: if a tensor that the adapters change is missing in the base, or quantized.
     """
-    base = Parameters(checkpoint, [f"{module.name}.{part}" for module in modules for part in module.shapes()])
+    base = Parameters(
+        checkpoint,
+        [f"{module.name}.{part}" for module in modules for part in module.shapes()],
+        fits=partial(_fits, {module.name: module for module in modules}),
+        recognize=partial(_recognize, modules, sources),
+    )
     found = {}
     comparisons = [BaseComparison(source.name, checkpoint.location) for source in sources]
     for module in modules:
@@ -83,6 +91,35 @@ def records_on(
                 current = partial(_fingerprint_of, module, rows, change.index)
                 comparison.add_(module.name, _recorded_base(source, change), current)
     return found, list(_notes(comparisons))
+
+
+def _fits(modules: Mapping[str, UnionModule], parameter: str, shape: Sequence[int]) -> bool:
+    name, _, part = parameter.rpartition(".")
+    return name not in modules or tuple(shape) == _shape_in_base(modules[name], part)
+
+
+def _recognize(modules: Sequence[UnionModule], sources: Sequence[Source], keys: CheckpointKeys) -> int:
+    """How many of some modules have base rows in a checkpoint that give a recorded fingerprint."""
+    found = 0
+    for module in modules[:_COMPARED]:
+        for source, change in zip(sources, module.changes, strict=True):
+            if change is None or not keys.holds(f"{module.name}.weight"):
+                continue
+            if keys.shape(f"{module.name}.weight") != _shape_in_base(module, "weight"):
+                continue
+            parts = {
+                part: keys.rows(f"{module.name}.{part}", change.index, module.kind.axis_of(part))
+                for part in module.shapes()
+                if keys.holds(f"{module.name}.{part}")
+            }
+            found += fingerprint(parts["weight"], parts.get("bias")) == _recorded_base(source, change)
+    return found
+
+
+def _shape_in_base(module: UnionModule, part: str) -> tuple[int, ...]:
+    shape = list(module.shapes()[part])
+    shape[module.kind.axis_of(part)] = module.num_channels
+    return tuple(shape)
 
 
 def _fingerprint_of(module: UnionModule, rows: Mapping[str, torch.Tensor], index: torch.Tensor) -> str:
@@ -100,11 +137,10 @@ def _rows(base: Parameters, module: UnionModule, part: str) -> torch.Tensor:
     """The base parameters of the channels that the adapters change."""
     name = f"{module.name}.{part}"
     dim = module.kind.axis_of(part)
-    shape = list(module.shapes()[part])
-    shape[dim] = module.num_channels
-    if list(base.shape(name)) != shape:
+    shape = _shape_in_base(module, part)
+    if base.shape(name) != shape:
         raise ActLoadError(
-            f"{module.name}: size mismatch: {base.location} has {part} {list(base.shape(name))}, expected {shape} by "
-            "the adapters (they were made for a different model)"
+            f"{module.name}: size mismatch: {base.location} has {part} {list(base.shape(name))}, expected "
+            f"{list(shape)} by the adapters (they were made for a different model)"
         )
     return base.rows(name, module.index, dim)

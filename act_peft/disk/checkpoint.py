@@ -49,12 +49,14 @@ class Checkpoint:
     Attributes:
         location: the folder or Hub id that the user gave.
         folder: the local folder.
+        remembered: what has been found out about the checkpoint, kept as long as it is.
     """
 
     def __init__(self, place: Location) -> None:
         self.location = place.name
         self.folder = place.folder
         self._place = place
+        self.remembered: dict[str, object] = {}
         self._shards: dict[str, Shard] = {}
         self._file_of = self._find_tensors()
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
-from act_peft.disk.keys import CheckpointKeys
+from act_peft.disk.keys import CheckpointKeys, Fits, Recognize
 from act_peft.disk.shard import DTYPES, PLAIN_DTYPES
 from act_peft.disk.sources import TensorSource
 from act_peft.errors import ActValueError
@@ -21,44 +21,56 @@ class Parameters:
     Args:
         source: a checkpoint, or a model in memory.
         names: the parameter names.
-        tied: as in `CheckpointKeys`.
+        fits, recognize, model_types: as in `CheckpointKeys`.
 
     Attributes:
         location: name of the source in messages.
         names: the parameter names.
+
+    Raises:
+        ActValueError: as `CheckpointKeys`.
     """
 
-    def __init__(self, source: TensorSource, names: Sequence[str], *, tied: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        source: TensorSource,
+        names: Sequence[str],
+        *,
+        fits: Fits | None = None,
+        recognize: Recognize | None = None,
+        model_types: Collection[str] = (),
+    ) -> None:
         self.location = source.location
         self.names = names
-        self._source = source
-        self._keys = CheckpointKeys(source, names, tied=tied)
-        self._stored = {name: key for name in names if (key := self._keys.key(name)) is not None}
+        self._keys = CheckpointKeys(source, names, fits=fits, recognize=recognize, model_types=model_types)
+        self._held = frozenset(name for name in names if self._keys.holds(name))
 
     def __contains__(self, name: object) -> bool:
-        return name in self._stored
+        return name in self._held
 
     def key(self, name: str) -> str:
         """The key of a parameter in the source; for a missing one, the key that it should have."""
-        return self._stored.get(name) or self._keys.own_key(name)
+        return self._keys.key(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a parameter."""
-        return self._source.shape(self.key(name))
+        return self._keys.shape(name)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of all parameters, and of weights and biases that the model does not have."""
-        used = set(self._stored.values())
         surplus = {
-            name: self._source.shape(key)
-            for key in self._source.names
-            if key not in used and key.rpartition(".")[2] in _PARTS and (name := self._keys.parameter(key)) is not None
+            name: self._keys.shape(name)
+            for own in self._keys.surplus
+            if own.rpartition(".")[2] in _PARTS
+            and (name := self._keys.parameter(own)) is not None
+            and name not in self._held
+            and self._keys.own_name(name) == own
         }
-        return {**surplus, **{name: self.shape(name) for name in self._stored}}
+        return {**surplus, **{name: self.shape(name) for name in self.names if name in self._held}}
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of a parameter."""
-        return self._source.dtype(self.key(name))
+        return self._keys.dtype(name)
 
     def is_plain(self, name: str) -> bool:
         """Whether a parameter holds ordinary floating point numbers."""
@@ -68,11 +80,11 @@ class Parameters:
         """A copy of rows (`dim` 0) or columns (`dim` 1) of a parameter; `index` is int64 `[K]`, ascending.
 
         Raises:
-            ActValueError: if its values are no ordinary floating point numbers.
+            ActValueError: its values are no ordinary floating point numbers, or cannot be read from files.
         """
         if not self.is_plain(name):
             raise ActValueError(
                 f"{self.location}: {self.key(name)} is {self.dtype(name)}, expected float64, float32, float16 or "
                 "bfloat16 (the model is quantized: take the original one)"
             )
-        return self._source.rows(self.key(name), index, dim)
+        return self._keys.rows(name, index, dim)

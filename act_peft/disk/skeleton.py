@@ -1,21 +1,28 @@
-"""Facts about a model from its `config.json` alone: its class, its tied weights, its modules without data."""
+"""Facts about a model from its `config.json` alone: its class, its ties, its modules without data."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
+import transformers
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
     PretrainedConfig,
     PreTrainedModel,
 )
 
 from act_peft.disk.checkpoint import Checkpoint
+from act_peft.disk.layout import Layout
 from act_peft.errors import ActValueError
+
+# For a configuration that names no class: the first of these that knows it.
+_AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM, AutoModel)
 
 
 def load_config(checkpoint: Checkpoint) -> Any:
@@ -37,34 +44,57 @@ def load_config(checkpoint: Checkpoint) -> Any:
     return config
 
 
-def tied_weights(checkpoint: Checkpoint) -> dict[str, str]:
-    """Parameter -> the parameter whose tensor it uses, for the causal language model of a checkpoint.
-
-    Raises:
-        ActValueError: if `config.json` does not say that nothing is tied, and `load_config` fails.
-    """
-    configs = [checkpoint.config, checkpoint.config.get("text_config")]
-    said = [c["tie_word_embeddings"] for c in configs if isinstance(c, Mapping) and "tie_word_embeddings" in c]
-    if said and not any(said):
-        return {}
-    config = load_config(checkpoint)
-    if not getattr(config, "tie_word_embeddings", False) or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return {}
-    tied = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._tied_weights_keys
-    return dict(tied) if isinstance(tied, dict) else {}
-
-
 def build_skeleton(config: PretrainedConfig) -> PreTrainedModel:
-    """The causal language model of a configuration on the meta device: modules and shapes, no weights.
+    """The model of a configuration on the meta device: modules and shapes, no weights.
+
+    Its class is the one that the configuration names (`architectures`), otherwise the one that transformers' automatic
+    classes choose.
 
     Raises:
         ActValueError: if transformers cannot build it.
     """
+    named = getattr(transformers, str(next(iter(config.architectures or ()), "")), None)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            if isinstance(named, type) and issubclass(named, PreTrainedModel) and _is_of(named, config):
+                return named(config)
+            fitting = [auto for auto in _AUTO_CLASSES if type(config) in auto._model_mapping]
+            return (fitting or [AutoModel])[0].from_config(config, trust_remote_code=False)
     except Exception as error:  # a damaged configuration fails anywhere inside transformers
         raise ActValueError(
-            f"{config._name_or_path}: transformers cannot build a causal language model from config.json "
-            f"({str(error)[:200]}), expected one of an architecture that it knows"
+            f"{config._name_or_path}: transformers cannot build a model from config.json ({str(error)[:200]}), "
+            "expected one of an architecture that it knows"
         ) from error
+
+
+def _is_of(model_class: type[PreTrainedModel], config: PretrainedConfig) -> bool:
+    return isinstance(config, model_class.config_class or PretrainedConfig)
+
+
+def layout_of(checkpoint: Checkpoint) -> Layout | None:
+    """Where the parameters lie of the model that a checkpoint names; None if transformers cannot build this model."""
+    found = _layout(checkpoint)
+    return None if isinstance(found, ActValueError) else found
+
+
+def check_ties_known(checkpoint: Checkpoint) -> None:
+    """Check that it is known which parameters of a checkpoint are tied.
+
+    Raises:
+        ActValueError: transformers cannot build its model, and `config.json` does not say that nothing is tied.
+    """
+    found = _layout(checkpoint)
+    if isinstance(found, ActValueError):
+        configs = [checkpoint.config, checkpoint.config.get("text_config")]
+        said = [c["tie_word_embeddings"] for c in configs if isinstance(c, Mapping) and "tie_word_embeddings" in c]
+        if not said or any(said):
+            raise found
+
+
+def _layout(checkpoint: Checkpoint) -> Layout | ActValueError:
+    if "layout" not in checkpoint.remembered:
+        try:
+            checkpoint.remembered["layout"] = Layout(build_skeleton(load_config(checkpoint)), checkpoint)
+        except ActValueError as error:
+            checkpoint.remembered["layout"] = error
+    return cast("Layout | ActValueError", checkpoint.remembered["layout"])

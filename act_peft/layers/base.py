@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -46,16 +47,16 @@ class ActLayer(DeltaLayer):
     A subclass names its `kind`, which knows the axis of the channels, and computes `change`. All else is here.
     """
 
-    def __init__(self, base_layer: nn.Module, *, shares_weight: bool = False) -> None:
+    def __init__(self, base_layer: nn.Module, *, shared: Collection[str] = ()) -> None:
         """Wrap `base_layer`.
 
         Args:
             base_layer: the module to adapt. It is not changed.
-            shares_weight: whether another module uses the same weight (tied embeddings). Merging then gives this
-                module a copy of the weight, because the delta is for this module only.
+            shared: "weight" or "bias", if another module uses the same parameter (tied embeddings). Merging then gives
+                this module a copy, because the delta is for this module only.
         """
         super().__init__(base_layer)
-        self._rows = QuantizedRows() if self.is_quantized else BaseRows(self.kind, shares_weight=shares_weight)
+        self._rows = QuantizedRows() if self.is_quantized else BaseRows(self.kind, shared=shared)
 
     # -------------------------------------------------------------------------------------------------- scaling ---
 

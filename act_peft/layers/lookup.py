@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -24,15 +25,10 @@ def record(layer: ActLayer, index: torch.Tensor) -> dict[str, Any]:
     return module_record(layer.kind, selected=index.numel(), channels=layer.num_channels, base=base)
 
 
-def shared_weights(model: nn.Module) -> set[int]:
-    """Ids of the weights that several modules use."""
-    seen: set[int] = set()
-    shared: set[int] = set()
-    for module in model.modules():
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            (shared if id(weight) in seen else seen).add(id(weight))
-    return shared
+def shared_parameters(model: nn.Module) -> set[int]:
+    """Ids of the parameters that several modules use."""
+    uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    return {parameter for parameter, count in uses.items() if count > 1}
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -14,18 +15,18 @@ from act_peft.channels.rows import ChannelRows
 class BaseRows:
     """Rows of a module with a plain weight. Overwritten rows are kept, so restoring is exact."""
 
-    def __init__(self, kind: ChannelKind, *, shares_weight: bool) -> None:
+    def __init__(self, kind: ChannelKind, *, shared: Collection[str]) -> None:
         """Keep nothing yet.
 
         Args:
             kind: kind of the module that every method gets.
-            shares_weight: whether another module uses the same weight (tied embeddings). Writing then gives this
-                module a copy of the weight until the originals are restored.
+            shared: "weight" or "bias", if another module uses the same parameter (tied embeddings). Writing then gives
+                this module a copy until the originals are restored.
         """
         self._dim = kind.channel_dim
-        self._shares_weight = shares_weight
+        self._shared = frozenset(shared)
         self._kept: ChannelRows | None = None
-        self._tied_weight: nn.Parameter | None = None
+        self._tied: dict[str, nn.Parameter] = {}
 
     def original(self, base: Any, index: torch.Tensor) -> ChannelRows:
         """Copies of the parameters of channels `index` (int64 `[K]`, ascending) as they were before any `write`."""
@@ -45,13 +46,13 @@ class BaseRows:
     def write(self, base: Any, rows: ChannelRows) -> None:
         """Overwrite the parameters of `rows.index`. It must include all channels that were written before."""
         self._kept = self.original(base, rows.index)
-        if self._shares_weight and self._tied_weight is None:
-            self._tied_weight = base.weight
-            base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
+        for part in self._shared - self._tied.keys():
+            self._tied[part] = getattr(base, part)
+            setattr(base, part, nn.Parameter(self._tied[part].detach().clone(), requires_grad=False))
         self._overwrite(base, rows)
 
     def restore(self, base: Any) -> None:
-        """Restore the bytes from before any `write`, and the tie of a tied weight."""
+        """Restore the bytes from before any `write`, and the ties of tied parameters."""
         if self._kept is not None:
             kept, bias = self._kept, self._kept.bias
             self._overwrite(
@@ -62,9 +63,9 @@ class BaseRows:
                     None if bias is None else bias.to(base.bias),
                 ),
             )
-            if self._tied_weight is not None:
-                base.weight = self._tied_weight
-        self._kept = self._tied_weight = None
+            for part, parameter in self._tied.items():
+                setattr(base, part, parameter)
+        self._kept, self._tied = None, {}
 
     def _overwrite(self, base: Any, rows: ChannelRows) -> None:
         base.weight.data.index_copy_(self._dim, rows.index, rows.weight)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from act_peft.adapter.config import ActConfig
 from act_peft.channels.kinds import channel_kind, num_channels
 from act_peft.channels.masks import ChannelMask, checked_indices
 from act_peft.channels.names import matching_key, suffixes
+from act_peft.disk.rules import WeightRenaming, get_model_conversion_mapping, rename_source_key
 from act_peft.doors import (
     COMPILED,
     check_target_module_exists,
@@ -23,6 +27,7 @@ from act_peft.doors import (
 )
 from act_peft.errors import ActTypeError, ActValueError
 from act_peft.layers.deltas import PREFIX, unknown_index
+from act_peft.layers.lookup import embedding
 from act_peft.peft_modules import inner_layer
 
 
@@ -73,6 +78,17 @@ def find_targets(config: ActConfig, model: nn.Module, state_dict: Mapping[str, t
         index = _index_for(name, config, channels, stored, module) if name and targeted else None
         if index is None:
             continue
+        user = _user_of_weight(name, model)
+        if user is not None:
+            raise ActValueError(
+                f"{name}: never runs in a {type(model).__name__}, which uses its weight in {user}, expected channels "
+                f"of a module that runs (take {user!r}, or leave it out with exclude_modules=[{name!r}])"
+            )
+        if f"{name}.weight" in (getattr(model, "_keys_to_ignore_on_save", None) or ()):
+            raise ActValueError(
+                f"{name}: {type(model).__name__} computes its weight and never saves it, expected channels of a "
+                f"module that is saved (leave it out with exclude_modules=[{name!r}])"
+            )
         reader = _reader_of_weights(name, model)
         if reader is not None:
             raise ActValueError(
@@ -85,6 +101,7 @@ def find_targets(config: ActConfig, model: nn.Module, state_dict: Mapping[str, t
             "channels: no channel of a module that may be adapted is selected, expected at least one "
             "(a higher density, or other exclude_modules)"
         )
+    _check_trained_tokens(config, model, indices)
     return Targets(indices, answers)
 
 
@@ -99,6 +116,50 @@ def _reader_of_weights(name: str, model: nn.Module) -> str | None:
     if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
         return "the fast path of nn.TransformerEncoderLayer (torch.backends.mha.set_fastpath_enabled(False) ends that)"
     return None
+
+
+def _check_trained_tokens(config: ActConfig, model: nn.Module, targets: Iterable[str]) -> None:
+    """Check that PEFT's layer for trained tokens does not come between an adapter and a tied output layer."""
+    tokens = config.trainable_token_indices
+    if tokens is None:
+        return
+    first = embedding(model, "get_input_embeddings")
+    trained = {
+        name: inner_layer(module)
+        for name, module in model.named_modules()
+        if (any(f".{name}".endswith(f".{key}") for key in tokens) if isinstance(tokens, dict) else module is first)
+    }
+    for name in targets:
+        weight = inner_layer(model.get_submodule(name))._parameters.get("weight")
+        for other, its in trained.items():
+            if other != name and weight is not None and its._parameters.get("weight") is weight:
+                raise ActValueError(
+                    f"{name}: has the same weight as {other}, whose tokens trainable_token_indices trains, expected "
+                    f"either of them (leave it out with exclude_modules=[{name!r}], or set "
+                    "trainable_token_indices=None)"
+                )
+
+
+def _user_of_weight(name: str, model: nn.Module) -> str | None:
+    """The embedding that runs in place of one that only lends it its weight (`shared` in T5 and BART)."""
+    module = inner_layer(model.get_submodule(name))
+    if not isinstance(module, nn.Embedding):
+        return None
+    users = [
+        other
+        for other, its in model.named_modules()
+        if isinstance(its, nn.Embedding) and its is not module and its.weight is module.weight
+    ]
+    parent, _, own = name.rpartition(".")
+    owner = type(model.get_submodule(parent))
+    if not users or not issubclass(owner, PreTrainedModel):
+        return None
+    try:
+        code = "".join(inspect.getsource(each) for each in owner.__mro__[: owner.__mro__.index(PreTrainedModel)])
+    except (OSError, TypeError):  # a class without a file
+        return None
+    runs = f"self.{own}(" in code or "self.get_input_embeddings()(" in code
+    return None if runs else users[0].removesuffix(".base_layer")
 
 
 def target_answers(config: ActConfig, names: Iterable[str]) -> dict[str, Any]:
@@ -146,6 +207,44 @@ def _check_names(channels: Mapping[str, Any], model: nn.Module) -> None:
             f"channels: {unknown[0]!r} matches no module of {type(model).__name__}, expected names of its modules "
             f"({len(unknown)} of {len(channels)} names match none; the mask belongs to another model)"
         )
+
+
+def renamed_record(record: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """The record of an adapter's modules under the names that these modules have in the model.
+
+    Modules have got new names since some adapters were saved. PEFT renames their tensors (`key_mapping`), but only
+    after it has asked for the modules. A name that the model does not have is changed by transformers' own rules for
+    the model; otherwise it means the only module with the same last parts, the number of the layer included. The
+    tensors have to agree with it in the end.
+
+    Args:
+        record: module name -> anything.
+        model: the base model.
+    """
+    modules = [name for name, _ in model.named_modules()]
+    known = set(modules)
+    unknown = [name for name in record if name not in known]
+    if not unknown:
+        return dict(record)
+    rules = get_model_conversion_mapping(model) if isinstance(model, PreTrainedModel) else []
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    new = {}
+    for name in unknown:
+        by_rules = rename_source_key(f"{name}.weight", renamings, [])[0].rpartition(".")[0]
+        new[name] = by_rules if by_rules in known else _only_module_like(name, modules)
+    return {new.get(name) or name: entry for name, entry in record.items()}
+
+
+def _only_module_like(name: str, modules: Sequence[str]) -> str | None:
+    """The only module whose name ends with the most parts of a name; None if there is none, or several."""
+    number = re.search(r"(^|\.)\d+\.", name)
+    for suffix in suffixes(name):
+        if number and not re.search(r"(^|\.)\d+\.", suffix):
+            break
+        found = [module for module in modules if f".{module}".endswith(f".{suffix}")]
+        if found:
+            return found[0] if len(found) == 1 else None
+    return None
 
 
 def given_channels(config: ActConfig) -> Mapping[str, Any]:

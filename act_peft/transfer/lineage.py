@@ -47,6 +47,11 @@ def check_configs(base: Any, donor: Any) -> list[str]:
     return notes
 
 
+def model_types(config: Any) -> frozenset[str]:
+    """The types of a configuration and of its part for text; none for a model without a configuration."""
+    return frozenset() if config is None else frozenset({config.model_type, config.get_text_config().model_type})
+
+
 def _rope_theta(config: Any) -> Any:
     parameters = getattr(config, "rope_parameters", None) or {}
     return parameters.get("rope_theta", getattr(config, "rope_theta", None))

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from peft import PeftModelForCausalLM
+from peft import PeftModelForCausalLM, TaskType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
@@ -82,7 +82,6 @@ def create_adapter(
         channels=mask,
         donor=os.fspath(donor),
         transfer_scale=transfer_scale,
-        task_type="CAUSAL_LM",
         inference_mode=True,
     )
     with Checkpoint.open(base) as checkpoint:
@@ -90,6 +89,7 @@ def create_adapter(
         check_output(output, inputs, overwrite=overwrite)
         config = load_config(checkpoint)
         skeleton = build_skeleton(config)
+        settings.task_type = _task_of(skeleton)
         shapes = {n: tuple(p.shape) for n, p in skeleton.named_parameters(remove_duplicate=False)}
         parameters = Parameters(checkpoint, list(shapes))
         settings.channels = read_mask(settings.channels)
@@ -123,6 +123,13 @@ def create_adapter(
         _CardWriter(skeleton, settings).create_or_update_model_card(str(folder))
         save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         settings.save_pretrained(str(folder))
+
+
+def _task_of(skeleton: PreTrainedModel) -> TaskType | None:
+    """The task of a model that generates text from text, in PEFT's words; None for other models."""
+    if not skeleton.can_generate() or skeleton.main_input_name != "input_ids":
+        return None
+    return TaskType.SEQ_2_SEQ_LM if skeleton.config.is_encoder_decoder else TaskType.CAUSAL_LM
 
 
 class _CardWriter(PeftModelForCausalLM):

@@ -17,10 +17,10 @@ from act_peft.doors import OUTER
 from act_peft.errors import ActLoadError, ActValueError
 from act_peft.layers import ActLayer
 from act_peft.layers.deltas import PREFIX
-from act_peft.layers.lookup import act_layers, output_head, record, shared_weights
+from act_peft.layers.lookup import act_layers, output_head, record, shared_parameters
 from act_peft.layers.output_head import seen_from_outside
 from act_peft.layers.state import check_adapter_state
-from act_peft.layers.targets import Targets, find_targets, read_mask, target_answers
+from act_peft.layers.targets import Targets, find_targets, read_mask, renamed_record, target_answers
 from act_peft.peft_modules import same_gradients
 from act_peft.transfer.difference import Transfer
 from act_peft.transfer.in_model import donor_for_model, fill_deltas
@@ -29,6 +29,7 @@ from act_peft.tuner.copies import copy_adapter_, find_twin
 from act_peft.tuner.loading import check_base, check_names
 from act_peft.tuner.mixed_batches import adapter_per_sample
 from act_peft.tuner.plan import InjectionPlan, withdraw
+from act_peft.tuner.ties import configuration_of_ties
 
 
 class ActModel(BaseTuner):
@@ -90,6 +91,8 @@ class ActModel(BaseTuner):
         config = self.peft_config[adapter_name]
         source = find_twin(adapter_name, configs=self.peft_config, awaiting=self._awaiting)
         if source is None:
+            if config.channels is None and config.adapted_modules is not None:
+                config.adapted_modules = renamed_record(config.adapted_modules, model)
             targets = find_targets(config, model, state_dict)
         else:
             copied = {name: layer.act_delta_index[source] for name, layer in self._layers(source).items()}
@@ -104,7 +107,7 @@ class ActModel(BaseTuner):
                 answers=targets.answers,
                 # Indices that a state dict will bring are created on the device where PEFT creates its deltas.
                 device=torch.device("meta" if settings.get("low_cpu_mem_usage") and state_dict is not None else "cpu"),
-                shared_weights=shared_weights(model),
+                shared_parameters=shared_parameters(model),
                 output_head=output_head(model),
             )
             trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -323,9 +326,10 @@ class ActModel(BaseTuner):
     ) -> nn.Module:
         if merge and safe_merge:
             self._check_merge(adapter_names)
-        return super()._unload_and_optionally_merge(
-            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
-        )
+        with configuration_of_ties(self.model):
+            return super()._unload_and_optionally_merge(
+                merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+            )
 
     def _check_merge(self, adapter_names: list[str] | None) -> None:
         for layer in act_layers(self.model).values():

@@ -21,14 +21,14 @@ class InjectionPlan:
     Attributes:
         indices, answers: as in `Targets`.
         device: device of the new layers' indices.
-        shared_weights: ids of the weights that several modules use.
+        shared_parameters: ids of the parameters that several modules use.
         output_head: the model's output embedding, if there is one.
     """
 
     indices: dict[str, torch.Tensor]
     answers: dict[str, Any]
     device: torch.device
-    shared_weights: set[int]
+    shared_parameters: set[int]
     output_head: nn.Module | None
 
     def layer_for(self, target: nn.Module) -> ActLayer:
@@ -36,8 +36,9 @@ class InjectionPlan:
         if isinstance(target, ActLayer):
             return target
         plain = inner_layer(target)
-        shares_weight = id(weight_of(plain)) in self.shared_weights
-        layer = LAYER_CLASSES[kind_of(plain)](target, shares_weight=shares_weight)
+        parts = {"weight": weight_of(plain), "bias": plain._parameters.get("bias")}
+        shared = [part for part, parameter in parts.items() if id(parameter) in self.shared_parameters]
+        layer = LAYER_CLASSES[kind_of(plain)](target, shared=shared)
         if isinstance(layer, Linear):
             layer.is_output_head = target is self.output_head
         layer.train(target.training)

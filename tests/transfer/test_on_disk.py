@@ -158,8 +158,8 @@ def test_a_base_that_is_not_what_its_configuration_says_is_refused(tmp_path):
 CONFIGS = {
     "an unknown architecture": ({"model_type": "unknown"}, "config.json cannot be opened by transformers"),
     "no architecture": ({"model_type": None}, "config.json cannot be opened by transformers"),
-    "no causal language model": ({"model_type": "t5"}, "cannot build a causal language model"),
-    "another kind of value": ({"hidden_size": "many"}, "config.json cannot be opened|cannot build a causal"),
+    "a class of a different model": ({"model_type": "t5"}, "matches no module of T5ForConditionalGeneration"),
+    "another kind of value": ({"hidden_size": "many"}, "config.json cannot be opened|cannot build a model"),
     "code of its own": ({"model_type": None, "auto_map": {"AutoConfig": "x.Y"}}, "needs remote code"),
 }
 

@@ -19,7 +19,7 @@ from act_peft.transfer.donors.act import ActDonor
 from act_peft.transfer.donors.base import OpenDonor
 from act_peft.transfer.donors.full import FullDonor
 from act_peft.transfer.donors.lora import LoraDonor
-from act_peft.transfer.lineage import check_configs
+from act_peft.transfer.lineage import check_configs, model_types
 from act_peft.transfer.parameters import ModelTensors
 
 __all__ = ["OpenDonor", "is_adapter", "open_donor"]
@@ -67,7 +67,13 @@ def open_donor(
     checkpoint = Checkpoint(place)
     try:
         notes = [] if config is None else check_configs(config, load_config(checkpoint))
-        theirs = Parameters(checkpoint, base.names, tied={} if config is None else None)
+        mine = base.shapes()
+        theirs = Parameters(
+            checkpoint,
+            base.names,
+            fits=lambda name, shape: tuple(shape) == mine.get(name),
+            model_types=model_types(config),
+        )
         return FullDonor(base, theirs, needed=needed, vocabulary=vocabulary, notes=notes, checkpoint=checkpoint)
     except BaseException:
         checkpoint.close()

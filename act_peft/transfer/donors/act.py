@@ -31,8 +31,13 @@ class ActDonor(OpenDonor):
     def __init__(self, folder: AdapterFolder, base: Parameters, *, axes: Mapping[str, int]) -> None:
         self.location = folder.location
         self._folder = folder
-        keys = CheckpointKeys(base, [f"{name}.weight" for name in folder.modules])
-        renamed = {keys.own_key(f"{n}.weight").rpartition(".")[0]: (n, d) for n, d in folder.modules.items()}
+        keys = CheckpointKeys(
+            base,
+            [f"{name}.weight" for name in folder.modules],
+            fits=folder.fits,
+            recognize=folder.recognize,
+        )
+        renamed = {keys.own_name(f"{n}.weight").rpartition(".")[0]: (n, d) for n, d in folder.modules.items()}
         self._deltas = {name: delta for name, (_, delta) in renamed.items()}
         self._own_names = {name: own for name, (own, _) in renamed.items()}
         comparison = BaseComparison("the donor")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -98,10 +99,10 @@ class LoraDonor(OpenDonor):
                 )
             module = name.removesuffix(f".{end}").removesuffix(".base_layer")
             found.setdefault(module, {})[_ENDS[end]] = key
-        own_keys = CheckpointKeys(base, [f"{name}.weight" for name in found])
+        own_keys = CheckpointKeys(base, [f"{name}.weight" for name in found], fits=partial(self._may_be, found))
         modules = {}
         for name, keys in found.items():
-            own = own_keys.own_key(f"{name}.weight").rpartition(".")[0]
+            own = own_keys.own_name(f"{name}.weight").rpartition(".")[0]
             if f"{own}.weight" not in base:
                 raise ActLoadError(
                     f"{self.location}: adapts {name}, which the base does not have (the adapter was made for another "
@@ -111,6 +112,16 @@ class LoraDonor(OpenDonor):
                 raise ActLoadError(f"{self.location}: {name} has one factor of two (the file is incomplete)")
             modules[own] = _Module(keys, self._scaling(config, name, keys))
         return modules
+
+    def _may_be(self, found: Mapping[str, Mapping[str, str]], parameter: str, shape: Sequence[int]) -> bool:
+        """Whether a weight of this shape can be one that the adapter's factors were made for."""
+        keys = found.get(parameter.rpartition(".")[0], {})
+        if "a" not in keys or "b" not in keys:
+            return True
+        a, b = (
+            self._shard.info(keys[part]).shape for part in ("a", "b")
+        )  # [r, I], [O, r]; their sizes may be swapped
+        return len(a) == len(b) == len(shape) == 2 and {a[1], b[0]} == set(shape)
 
     def _scaling(self, config: Mapping[str, Any], name: str, keys: Mapping[str, str]) -> float:
         if "a" not in keys:

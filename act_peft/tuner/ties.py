@@ -1,0 +1,48 @@
+"""A merged model whose tied weights have parted: what its configuration says, and what is saved of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from act_peft.disk.ties import FLAG, can_say_untied, parts_with_flag
+
+
+@contextmanager
+def configuration_of_ties(model: nn.Module) -> Iterator[None]:
+    """Let the configuration tell the truth after merging, so that `save_pretrained` and loading give the same model.
+
+    Where tied weights differ then, the configuration says that nothing is tied, and every weight that this unties is a
+    tensor of its own. In architectures in which it would change what the model computes (T5), the configuration stays
+    as it was: transformers does not tie two stored tensors that differ.
+
+    Args:
+        model: the model; its adapters are merged and removed inside the context.
+    """
+    tied_before = isinstance(model, PreTrainedModel) and getattr(model.config, FLAG, False)
+    yield
+    if not tied_before or not isinstance(model, PreTrainedModel):
+        return
+    pairs = list(_pairs(model))
+    if all(first is second for _, _, first, second in pairs):
+        return
+    model.config.tie_word_embeddings = True  # PEFT has changed it
+    if not can_say_untied(model):
+        return
+    for part in parts_with_flag(model.config):
+        setattr(part, FLAG, False)
+    for module, name, first, second in pairs:
+        if first is second:
+            setattr(module, name, nn.Parameter(first.detach().clone(), requires_grad=first.requires_grad))
+
+
+def _pairs(model: PreTrainedModel) -> Iterator[tuple[nn.Module, str, nn.Parameter, nn.Parameter]]:
+    """The owner and name of every parameter that transformers ties, the parameter, and what it is tied to."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for target, source in model.all_tied_weights_keys.items():
+        if target in parameters and source in parameters:
+            owner, _, name = target.rpartition(".")
+            yield model.get_submodule(owner), name, parameters[target], parameters[source]
