@@ -57,7 +57,8 @@ def test_where_it_cannot_only_what_is_needed_is_new(tmp_path):
 def test_what_is_always_one_tensor_is_refused(tmp_path):
     model = by_name("LlamaForCausalLM").build(0)
     model.save_pretrained(tmp_path)
-    found = layout_of(Checkpoint.open(tmp_path))
+    with Checkpoint.open(tmp_path) as checkpoint:
+        found = layout_of(checkpoint)
     found.model.model.norm.weight = found.model.model.layers[0].input_layernorm.weight
     with pytest.raises(ActValueError, match=r"input_layernorm\.weight: is always the same tensor as model\.norm"):
         untie(found, ["model.norm.weight"])
