@@ -17,7 +17,8 @@ def layout(folder, name, **changes):
     for key, value in changes.items():
         setattr(model.config, key, value)
     model.save_pretrained(folder)
-    return layout_of(Checkpoint.open(folder))
+    with Checkpoint.open(folder) as checkpoint:
+        return layout_of(checkpoint)
 
 
 @pytest.mark.parametrize(
