@@ -23,6 +23,7 @@ RESULTS, PAGE = HERE / "results", HERE / "README.md"
 ABILITY, OTHER, OPEN = "geography", "other", "open"
 KEPT = {"german": "german", "code": "code", "sibling": "german"}
 WHOLE = (ABILITY, OTHER)  # skills whose answers are right or wrong as a whole
+UNDRAWN = {"interpolation", "TIES", "LiNeS", "layer swap", "embedding and norms alone", "channels by weight"}
 DRAWS = 1000
 
 Result = dict[str, Any]
@@ -77,21 +78,43 @@ def seconds_a_run(result: Result) -> float:
     return result["seconds_a_setting"] * len(result["tried"]) / len(runs)
 
 
-def difference(runs: Sequence[Result], others: Sequence[Result], skill: str) -> tuple[float, float, float]:
-    """Loss of the first less that of the second in nats a token: mean and 95% interval over items, paired."""
+Interval = tuple[float, float, float]  # mean, and the ends of its 95% interval
+
+
+def difference(runs: Sequence[Result], others: Sequence[Result], skill: str) -> Interval:
+    """Loss of the first less that of the second in nats a token, paired by items."""
     tokens = runs[0]["test"][skill]["tokens"]
-    items = [
-        mean(run["test"][skill]["losses"][i] for run in runs) - mean(run["test"][skill]["losses"][i] for run in others)
-        for i in range(len(tokens))
-    ]
-    generator = random.Random(0)
-    indices = range(len(items))
-    draws = []
+    first, second = (_by_item([run["test"][skill]["losses"] for run in chosen]) for chosen in (runs, others))
+    return _bootstrapped([a - b for a, b in zip(first, second, strict=True)], tokens)
+
+
+def accuracy_difference(runs: Sequence[Result], others: Sequence[Result], skill: str) -> Interval:
+    """Share of right answers of the first less that of the second, paired by items."""
+    first, second = (_by_item([_right(run["test"][skill], whole=True) for run in chosen]) for chosen in (runs, others))
+    return _bootstrapped([a - b for a, b in zip(first, second, strict=True)], [1] * len(first))
+
+
+def same_seeds(runs: Sequence[Result], others: Sequence[Result]) -> tuple[list[Result], list[Result]]:
+    """The results of seeds that both have; methods that draw nothing have one result for all seeds."""
+    if any(chosen[0]["method"] in UNDRAWN for chosen in (runs, others)):
+        return list(runs), list(others)
+    common = {run["seed"] for run in runs} & {run["seed"] for run in others}
+    return [run for run in runs if run["seed"] in common], [run for run in others if run["seed"] in common]
+
+
+def _by_item(values: Sequence[Sequence[float]]) -> list[float]:
+    """Mean over the seeds."""
+    return [mean(map(float, of_item)) for of_item in zip(*values, strict=True)]
+
+
+def _bootstrapped(items: Sequence[float], weights: Sequence[int]) -> Interval:
+    """Sum of the items over the sum of their weights, with an interval by drawing items."""
+    generator, indices, draws = random.Random(0), range(len(items)), []
     for _ in range(DRAWS):
         drawn = generator.choices(indices, k=len(items))
-        draws.append(sum(items[i] for i in drawn) / sum(tokens[i] for i in drawn))
+        draws.append(sum(items[i] for i in drawn) / sum(weights[i] for i in drawn))
     draws.sort()
-    return sum(items) / sum(tokens), draws[int(0.025 * DRAWS)], draws[int(0.975 * DRAWS) - 1]
+    return sum(items) / sum(weights), draws[int(0.025 * DRAWS)], draws[int(0.975 * DRAWS) - 1]
 
 
 # -------------------------------------------------------------------------------------------------------- tables ---
@@ -155,13 +178,14 @@ def paired_table(pair: str, runs: Runs, compared: Sequence[tuple[str, str]]) -> 
     lines = []
     for first, second in compared:
         if first in runs and second in runs:
-            lines.append(
-                [f"{first} against {second}", *(_interval(difference(runs[first], runs[second], s)) for s in skills)]
-            )
-    return table(["", *skills], lines)
+            ours, theirs = same_seeds(runs[first], runs[second])
+            found = [accuracy_difference(ours, theirs, skill) for skill in WHOLE]
+            found += [difference(ours, theirs, skill) for skill in skills]
+            lines.append([f"{first} against {second}", *map(_interval, found)])
+    return table(["", "ability accuracy", "other facts accuracy", *(f"{skill} NLL" for skill in skills)], lines)
 
 
-def _interval(found: tuple[float, float, float]) -> str:
+def _interval(found: Interval) -> str:
     value, low, high = found
     text = f"{value:+.3f} ({low:+.3f} to {high:+.3f})"
     return f"**{text}**" if low > 0 or high < 0 else text
@@ -180,6 +204,17 @@ def settings_table(runs: Runs) -> str:
     return table(["method", "setting", "ability", "NLL", "kept NLL", ""], lines)
 
 
+def missing_table(results: Path) -> str:
+    """By pair, the methods that have no result."""
+    order = json.loads((results / "order.json").read_text())
+    lines = []
+    for pair in KEPT:
+        runs = load(pair, results) if (results / pair).is_dir() else {}
+        names = [name for name in order if name not in runs]
+        lines.append([pair, "; ".join(names) or "nothing"])
+    return table(["pair", "not run"], lines)
+
+
 def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """Markdown."""
     rows = [head, ["---"] * len(head), *lines]
@@ -191,7 +226,10 @@ COMPARED = [
     ("fitted", "LoRA, base keeps"),
     ("fitted, rank 16", "fitted"),
     ("fitted, rank 16, norms, 20% of tokens", "fitted"),
+    ("fitted, then LoRA, base keeps", "fitted"),
     ("fitted, then LoRA, base keeps", "LoRA, base keeps"),
+    ("fitted, then LoRA, donor teaches, base keeps", "fitted"),
+    ("fitted, then LoRA, donor teaches, base keeps", "LoRA, base keeps"),
     ("fitted, then LoRA, base keeps", "LoRA from interpolation, base keeps"),
     ("fitted rank 16, then trained, base keeps", "LoRA, base keeps"),
     ("fitted rows, then trained, base keeps", "rows by activation, base keeps"),
@@ -214,7 +252,7 @@ def all_tables(results: Path = RESULTS) -> dict[str, str]:
         runs = load(pair, results) if (results / pair).is_dir() else {}
         if "base" in runs and "donor" in runs:
             found |= {f"{pair} {kind}": make(pair, runs) for kind, make in makers.items()}
-    return found
+    return found | {"not run": missing_table(results)}
 
 
 def filled(page: str, tables: Mapping[str, str]) -> str:

@@ -70,6 +70,7 @@ def test_a_difference_is_paired_by_items_and_its_interval_holds_it(tables):
     assert value == pytest.approx((-0.5 + 1.0) / 3)
     assert low <= value <= high
     assert tables.difference([first], [first], "german") == (0, 0, 0)
+    assert tables.accuracy_difference([first], [result("101", (1, 1))], "geography")[0] == 0.5
 
 
 def test_recovered_is_the_closed_share_of_the_gap(tables):
