@@ -15,6 +15,7 @@ from act_peft.channels.scores import ChannelScores
 from act_peft.demo.family import encode
 from act_peft.demo.task import Row, Split, accuracy, rows
 from act_peft.demo.words import Language
+from act_peft.fitting import FittedTransfer, fit
 from act_peft.localization import localize
 from tests.support.family_training import train_family
 
@@ -100,6 +101,11 @@ class Family:
             exclude_modules=["embed_tokens"],
             show_progress=False,
         )
+
+    def fitted(self, keep_weight: float) -> FittedTransfer:
+        """The donor's difference, fitted on the examples of both skills."""
+        ability, kept = (self._batches(skill) for skill in (ABILITY, KEPT))
+        return fit(self.base(), self.donor(), ability, kept, keep_weight=keep_weight, max_rank=0, show_progress=False)
 
     def validate(self, model: Any) -> Accuracies:
         """Accuracy in the two skills that settings may be chosen by."""

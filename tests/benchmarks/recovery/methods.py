@@ -158,6 +158,32 @@ def scales_then_rows(family: Family, budget: Budget, setting: Setting) -> Any:
     return model
 
 
+def fitted(family: Family, budget: Budget, setting: Setting) -> Any:
+    """The donor's difference in closed form, in all weights, without any training."""
+    base = family.base()
+    family.fitted(setting["keep_weight"]).add_to_(base)
+    return base
+
+
+def fitted_then_rows(family: Family, budget: Budget, setting: Setting) -> Any:
+    """The channels with the greatest gains, filled by the fit; then a fine-tune of these rows."""
+    fit = family.fitted(setting["keep_weight"])
+    mask = fit.gains.top(setting["density"], scope="module")
+    model = get_peft_model(family.base(), ActConfig(channels=mask))
+    fit.apply_to(model)
+    loop = Loop(setting["steps"], setting["rate"], 3 / 4, batch_size=budget.batch_size)
+    loop.run(model, _examples(family, setting))
+    return model
+
+
+FITTED = grid(keep_weight=[1.0, 2.0, 3.0, 5.0, 10.0])
+FITTED_AND_ROWS = [
+    {"keep_weight": 3.0, "density": 0.5, "rate": 5e-4, "steps": 75},
+    {"keep_weight": 2.0, "density": 0.5, "rate": 5e-4, "steps": 75},
+    {"keep_weight": 3.0, "density": 0.5, "rate": 5e-4, "steps": 150},
+    {"keep_weight": 2.0, "density": 1.0, "rate": 5e-4, "steps": 75},
+    {"keep_weight": 1.0, "density": 0.5, "rate": 5e-4, "steps": 150},
+]
 # Rates times shares of the skill to keep, around what was best when they were looked for.
 ROWS = [
     {"density": 0.4, "scale": 0.3, "rate": 1e-3, "keep_share": 1 / 2},
@@ -214,6 +240,7 @@ METHODS = {
     "DARE": Method(
         lambda family, budget, setting: with_dare(family, **setting), grid(density=[0.7, 0.9], scale=[0.05, 0.1, 0.35])
     ),
+    "fitted, no training": Method(fitted, FITTED),
     "ACT as in the paper, transfer only": Method(transfer, grid(density=[0.1, 0.3], scale=[0.1, 0.2, 0.4])),
     "ACT as in the paper": Method(row_fine_tune(paper_mask), ROWS),
     "ACT, share of every module": Method(row_fine_tune(quota_mask), ROWS),
@@ -229,4 +256,5 @@ METHODS = {
     "random channels, anchored": Method(row_fine_tune(random_mask), anchored(ROWS)),
     "learned scales, anchored": Method(learned_scales(1.0, lambda budget: budget.steps), anchored(SCALES)),
     "learned scales, pruned, rows, anchored": Method(scales_then_rows, anchored(SCALES_AND_ROWS)),
+    "fitted, then rows, anchored": Method(fitted_then_rows, anchored(FITTED_AND_ROWS)),
 }
