@@ -107,7 +107,19 @@ def test_an_unaligned_header_is_read(tmp_path):
         assert shard.tensor("x").tolist() == [1.0, 2.0]
 
 
+def library_knows(dtype):
+    """Whether the installed safetensors reads a file with a tensor of a dtype."""
+    size = BITS[dtype]  # bytes of eight elements
+    try:
+        deserialize(encoded({"x": {"dtype": dtype, "shape": [8], "data_offsets": [0, size]}}, bytes(size)))
+    except SafetensorError:
+        return False
+    return True
+
+
 def test_the_dtypes_are_those_of_the_library():
+    if not library_knows("F4"):
+        pytest.skip("this safetensors does not list its dtypes in an error")
     with pytest.raises(SafetensorError, match="unknown variant `F33`") as refused:
         deserialize(encoded({"x": {"dtype": "F33", "shape": [2], "data_offsets": [0, 8]}}, bytes(8)))
     known = set(re.findall(r"`(\w+)`", str(refused.value))) - {"F33"}
@@ -124,7 +136,7 @@ def test_a_tensor_of_any_dtype_does_no_harm_to_its_neighbours(tmp_path, dtype):
         "y": {"dtype": "F32", "shape": [2], "data_offsets": [size, size + 8]},
     }
     content = encoded(header, bytes(range(size)) + torch.tensor([1.0, 2.0]).numpy().tobytes())
-    assert len(deserialize(content)) == 2  # the library finds it valid
+    assert not library_knows(dtype) or len(deserialize(content)) == 2  # the library finds it valid
     (tmp_path / "t").write_bytes(content)
     with Shard(tmp_path / "t") as shard:
         assert shard.tensor("y").tolist() == [1.0, 2.0]
@@ -146,6 +158,8 @@ def test_a_tensor_of_any_dtype_does_no_harm_to_its_neighbours(tmp_path, dtype):
 def test_unusual_dtypes_as_the_library_writes_them(tmp_path, dtype):
     if not hasattr(torch, dtype):
         pytest.skip(f"this torch has no {dtype}")
+    if not library_knows("F4"):
+        pytest.skip(f"this safetensors writes no {dtype}")
     raw = torch.arange(16, dtype=torch.int64 if dtype == "complex64" else torch.uint8).reshape(4, 4)
     save_file({"x": raw.view(getattr(torch, dtype)), "y": torch.ones(3)}, tmp_path / "t")
     with Shard(tmp_path / "t") as shard:
