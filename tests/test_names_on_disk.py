@@ -21,7 +21,8 @@ from act_peft import (
     initialize_from_donor,
     merge_checkpoint,
 )
-from tests.support.architectures import TEXT, by_name
+from tests.support.architecture_settings import TEXT
+from tests.support.architectures import by_name
 from tests.test_architectures import adapter, equal, relatives, selected
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")

@@ -14,7 +14,7 @@ from act_peft.disk.checkpoint import Checkpoint
 from act_peft.disk.keys import CheckpointKeys
 from act_peft.disk.parameters import Parameters
 from act_peft.disk.shard import Shard
-from tests.support.architectures import ENCODER
+from tests.support.architecture_settings import ENCODER
 from tests.support.tiny_models import build
 
 LAYERS = ("layers.0.mlp.up_proj.weight", "layers.1.mlp.up_proj.weight", "norm.weight", "embed_tokens.weight")

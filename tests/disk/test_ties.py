@@ -12,7 +12,8 @@ from act_peft.disk.checkpoint import Checkpoint
 from act_peft.disk.layout import Layout
 from act_peft.disk.skeleton import layout_of
 from act_peft.disk.ties import Untied, can_say_untied, untie, without_ties
-from tests.support.architectures import TEXT, by_name
+from tests.support.architecture_settings import TEXT
+from tests.support.architectures import by_name
 
 
 @pytest.fixture
