@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import transformers
 from peft import PeftModel, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers.core_model_loading import Chunk, WeightConverter
 
 from act_peft import (
     ActConfig,
@@ -19,7 +21,8 @@ from act_peft import (
     initialize_from_donor,
     merge_checkpoint,
 )
-from tests.support.architectures import TEXT, by_name
+from tests.support.architecture_settings import TEXT
+from tests.support.architectures import by_name
 from tests.test_architectures import adapter, equal, relatives, selected
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -68,6 +71,40 @@ def test_old_and_new_files_work_as_base_and_as_donor(tmp_path, name):
         merge_checkpoint(tmp_path / f"base{old}", tmp_path / "adapter00", tmp_path / f"merged{old}")
         merged.append(architecture.model_class.from_pretrained(tmp_path / f"merged{old}"))
     equal(*merged)
+
+
+@pytest.mark.parametrize(
+    ("channels", "refused"),
+    [
+        (
+            {"position_embeddings": [1]},
+            r"its channels are columns, and its weight is a part of bert\.embeddings\.both",
+        ),
+        ({"predictions.decoder": [1]}, r"predictions\.decoder\.weight shares rows of bert\.embeddings\.both"),
+    ],
+)
+def test_parts_of_tensors_that_cannot_be_merged_are_refused(tmp_path, monkeypatch, channels, refused):
+    architecture = by_name("BertForMaskedLM")
+    base, donor = relatives(architecture)
+    embeddings = ["word_embeddings.weight", "position_embeddings.weight"]
+    rule = WeightConverter("embeddings.both.weight", [f"embeddings.{name}" for name in embeddings], [Chunk(dim=0)])
+    monkeypatch.setattr("act_peft.disk.layout.get_model_conversion_mapping", lambda model: [copy.deepcopy(rule)])
+    for name, model in (("base", base), ("donor", donor)):
+        model.save_pretrained(tmp_path / name)
+        path = tmp_path / name / "model.safetensors"
+        tensors = load_file(path)
+        parts = [tensors.pop(f"bert.embeddings.{part}") for part in embeddings]
+        save_file({**tensors, "bert.embeddings.both.weight": torch.cat(parts)}, path, metadata={"format": "pt"})
+    create_adapter(tmp_path / "base", tmp_path / "donor", channels, tmp_path / "adapter", transfer_scale=1.0)
+    made = adapter(tmp_path / "adapter")
+    [delta] = [tensor for key, tensor in made.items() if key.endswith("act_delta_weight")]
+    [name] = channels
+    mine, theirs = (next(m for n, m in model.named_modules() if n.endswith(name)).weight for model in (base, donor))
+    expected = (theirs - mine).detach()
+    assert torch.equal(delta, expected[:, 1:2] if name == "position_embeddings" else expected[1:2])
+    with pytest.raises(ActValueError, match=refused):
+        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 # ------------------------------------------------------------------------------------------------------ two towers ---

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -47,16 +46,16 @@ class ActLayer(DeltaLayer):
     A subclass names its `kind`, which knows the axis of the channels, and computes `change`. All else is here.
     """
 
-    def __init__(self, base_layer: nn.Module, *, shared: Collection[str] = ()) -> None:
+    def __init__(self, base_layer: nn.Module, *, shares_weight: bool = False) -> None:
         """Wrap `base_layer`.
 
         Args:
             base_layer: the module to adapt. It is not changed.
-            shared: "weight" or "bias", if another module uses the same parameter (tied embeddings). Merging then gives
-                this module a copy, because the delta is for this module only.
+            shares_weight: whether another module uses the same weight or bias (tied embeddings). Merging then gives
+                this module copies, because the delta is for this module only.
         """
         super().__init__(base_layer)
-        self._rows = QuantizedRows() if self.is_quantized else BaseRows(self.kind, shared=shared)
+        self._rows = QuantizedRows() if self.is_quantized else BaseRows(self.kind, shares_weight=shares_weight)
 
     # -------------------------------------------------------------------------------------------------- scaling ---
 

@@ -25,7 +25,7 @@ class QuantizedRows(BaseRows):
 
     def __init__(self) -> None:
         """Keep nothing yet."""
-        super().__init__(ChannelKind.LINEAR, shared=())
+        super().__init__(ChannelKind.LINEAR, shares_weight=False)
         self._kept_weight: nn.Parameter | None = None
         self._kept_bias: torch.Tensor | None = None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -15,16 +14,16 @@ from act_peft.channels.rows import ChannelRows
 class BaseRows:
     """Rows of a module with a plain weight. Overwritten rows are kept, so restoring is exact."""
 
-    def __init__(self, kind: ChannelKind, *, shared: Collection[str]) -> None:
+    def __init__(self, kind: ChannelKind, *, shares_weight: bool) -> None:
         """Keep nothing yet.
 
         Args:
             kind: kind of the module that every method gets.
-            shared: "weight" or "bias", if another module uses the same parameter (tied embeddings). Writing then gives
-                this module a copy until the originals are restored.
+            shares_weight: whether another module uses the same weight or bias (tied embeddings). Writing then gives
+                this module copies until the originals are restored.
         """
         self._dim = kind.channel_dim
-        self._shared = frozenset(shared)
+        self._shares_weight = shares_weight
         self._kept: ChannelRows | None = None
         self._tied: dict[str, nn.Parameter] = {}
 
@@ -46,9 +45,10 @@ class BaseRows:
     def write(self, base: Any, rows: ChannelRows) -> None:
         """Overwrite the parameters of `rows.index`. It must include all channels that were written before."""
         self._kept = self.original(base, rows.index)
-        for part in self._shared - self._tied.keys():
-            self._tied[part] = getattr(base, part)
-            setattr(base, part, nn.Parameter(self._tied[part].detach().clone(), requires_grad=False))
+        if self._shares_weight and not self._tied:
+            self._tied = {part: p for part in ("weight", "bias") if (p := getattr(base, part, None)) is not None}
+            for part, parameter in self._tied.items():
+                setattr(base, part, nn.Parameter(parameter.detach().clone(), requires_grad=False))
         self._overwrite(base, rows)
 
     def restore(self, base: Any) -> None:

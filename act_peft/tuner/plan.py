@@ -36,9 +36,9 @@ class InjectionPlan:
         if isinstance(target, ActLayer):
             return target
         plain = inner_layer(target)
-        parts = {"weight": weight_of(plain), "bias": plain._parameters.get("bias")}
-        shared = [part for part, parameter in parts.items() if id(parameter) in self.shared_parameters]
-        layer = LAYER_CLASSES[kind_of(plain)](target, shared=shared)
+        parts = (weight_of(plain), plain._parameters.get("bias"))
+        shares_weight = any(id(parameter) in self.shared_parameters for parameter in parts)
+        layer = LAYER_CLASSES[kind_of(plain)](target, shares_weight=shares_weight)
         if isinstance(layer, Linear):
             layer.is_output_head = target is self.output_head
         layer.train(target.training)

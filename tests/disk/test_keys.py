@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 
 from act_peft import ActValueError
@@ -13,6 +14,7 @@ from act_peft.disk.checkpoint import Checkpoint
 from act_peft.disk.keys import CheckpointKeys
 from act_peft.disk.parameters import Parameters
 from act_peft.disk.shard import Shard
+from tests.support.architecture_settings import ENCODER
 from tests.support.tiny_models import build
 
 LAYERS = ("layers.0.mlp.up_proj.weight", "layers.1.mlp.up_proj.weight", "norm.weight", "embed_tokens.weight")
@@ -109,3 +111,18 @@ def test_a_missing_parameter_is_named_by_the_key_that_it_should_have(tmp_path):
         assert "body.lm_head.weight" not in parameters
         with pytest.raises(ActValueError, match=r"lm_head\.weight is missing in the checkpoint"):
             parameters.shape("body.lm_head.weight")
+
+
+def test_the_configuration_chooses_between_two_parts(tmp_path):
+    decoder = {**ENCODER, "is_decoder": True, "add_cross_attention": True}
+    config = transformers.EncoderDecoderConfig(
+        encoder={"model_type": "bert", **ENCODER}, decoder={"model_type": "roberta", **decoder}
+    )
+    transformers.EncoderDecoderModel(config).save_pretrained(tmp_path)
+    names = [f"encoder.layer.{layer}.attention.self.query.weight" for layer in (0, 1)]
+    with Checkpoint.open(tmp_path) as checkpoint:
+        for model_type, prefix in (("bert", "encoder."), ("roberta", "decoder.roberta.")):
+            keys = CheckpointKeys(checkpoint, names, model_types={model_type})
+            assert [keys.key(name) for name in names] == [prefix + name for name in names]
+        with pytest.raises(ActValueError, match=r"query\.weight may be decoder\.roberta\..*, encoder\.encoder\."):
+            CheckpointKeys(checkpoint, names, model_types={"llama"})

@@ -16,7 +16,8 @@ from act_peft.disk.keys import CheckpointKeys
 from act_peft.disk.layout import Layout
 from act_peft.disk.rules import WeightConverter
 from act_peft.disk.skeleton import layout_of
-from tests.support.architectures import ENCODER, TEXT, VISION, by_name
+from tests.support.architecture_settings import ENCODER, TEXT, VISION
+from tests.support.architectures import by_name
 
 FUSED = (transformers.NomicBertForMaskedLM, transformers.NomicBertConfig(**ENCODER))
 SWIGLU = (

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import pytest
 import transformers
 
 from act_peft import ActValueError
 from act_peft.disk.checkpoint import Checkpoint
+from act_peft.disk.layout import Layout
 from act_peft.disk.skeleton import layout_of
 from act_peft.disk.ties import Untied, can_say_untied, untie, without_ties
-from tests.support.architectures import TEXT, by_name
+from tests.support.architecture_settings import TEXT
+from tests.support.architectures import by_name
 
 
-def layout(folder, name, **changes):
-    model = by_name(name).build(0)
-    for key, value in changes.items():
-        setattr(model.config, key, value)
-    model.save_pretrained(folder)
-    with Checkpoint.open(folder) as checkpoint:
-        return layout_of(checkpoint)
+@pytest.fixture
+def layout(tmp_path):
+    """Makes the layout of a saved architecture."""
+    with ExitStack() as stack:
+
+        def make(name: str) -> Layout:
+            by_name(name).build(0).save_pretrained(tmp_path / name)
+            return layout_of(stack.enter_context(Checkpoint.open(tmp_path / name)))
+
+        yield make
 
 
 @pytest.mark.parametrize(
@@ -36,16 +43,16 @@ def test_whether_the_configuration_can_say_that_nothing_is_tied(name, can):
     assert can_say_untied(by_name(name).build(0)) == can
 
 
-def test_untying_takes_nothing_else_along(tmp_path):
-    bert = layout(tmp_path / "bert", "BertForMaskedLM")
+def test_untying_takes_nothing_else_along(layout):
+    bert = layout("BertForMaskedLM")
     embedding, head = "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"
     copies = {head: embedding, "cls.predictions.decoder.bias": "cls.predictions.bias"}
     assert untie(bert, [embedding]) == untie(bert, [head]) == Untied(copies, says_so=True)
     assert untie(bert, ["bert.pooler.dense.weight"]) == Untied()
 
 
-def test_where_it_cannot_only_what_is_needed_is_new(tmp_path):
-    t5 = layout(tmp_path / "t5", "T5ForConditionalGeneration")
+def test_where_it_cannot_only_what_is_needed_is_new(layout):
+    t5 = layout("T5ForConditionalGeneration")
     for part in ("lm_head.weight", "encoder.embed_tokens.weight"):
         assert untie(t5, [part]) == Untied({part: "shared.weight"}, says_so=False)
     # Without an unchanged tensor to be tied to, the others get one of their own.
@@ -55,11 +62,8 @@ def test_where_it_cannot_only_what_is_needed_is_new(tmp_path):
     assert untie(t5, ["shared.weight"]) == Untied(others, says_so=False)
 
 
-def test_what_is_always_one_tensor_is_refused(tmp_path):
-    model = by_name("LlamaForCausalLM").build(0)
-    model.save_pretrained(tmp_path)
-    with Checkpoint.open(tmp_path) as checkpoint:
-        found = layout_of(checkpoint)
+def test_what_is_always_one_tensor_is_refused(layout):
+    found = layout("LlamaForCausalLM")
     found.model.model.norm.weight = found.model.model.layers[0].input_layernorm.weight
     with pytest.raises(ActValueError, match=r"input_layernorm\.weight: is always the same tensor as model\.norm"):
         untie(found, ["model.norm.weight"])
