@@ -115,7 +115,7 @@ def find_pairs(
         exclude_modules: as in `localize`.
 
     Raises:
-        ActValueError: nothing is left; models that differ in structure; quantised weights or weights without data;
+        ActValueError: nothing is left; models that differ in structure; quantized weights or weights without data;
             a weight that is shared in another way than between embeddings and one output layer.
     """
     targets = _EVERY_MODULE if target_modules is None else target_modules
@@ -167,11 +167,11 @@ def _pair(
 
 
 def _check_weights(where: str, modules: Mapping[str, nn.Module]) -> None:
-    quantised = [name for name, module in modules.items() if is_quantized(module)]
-    if quantised:
+    quantized = [name for name, module in modules.items() if is_quantized(module)]
+    if quantized:
         raise ActValueError(
-            f"{quantised[0]}: the {where}'s weight is quantized, expected plain numbers, which the change is taken "
-            f"from ({len(quantised)} of {len(modules)} modules are quantized; load the original model)"
+            f"{quantized[0]}: the {where}'s weight is quantized, expected plain numbers, which the change is taken "
+            f"from ({len(quantized)} of {len(modules)} modules are quantized; load the original model)"
         )
     empty = [name for name, module in modules.items() if weight_of(module).device.type == "meta"]
     if empty:
