@@ -24,6 +24,7 @@ from act_peft import (
 from act_peft.channels.kinds import ChannelKind, channel_kind
 from tests.support.architectures import ARCHITECTURES, PAGE, Architecture, page_with_summary
 from tests.support.tiny_models import candidates
+from tests.support.versions import skip_as_older
 
 CASES = [pytest.param(one, id=one.model, marks=() if one.fast else pytest.mark.slow) for one in ARCHITECTURES]
 FACTORED = (ChannelKind.LINEAR, ChannelKind.CONV1D, ChannelKind.EMBEDDING)
@@ -67,7 +68,7 @@ def adapter(folder) -> dict[str, torch.Tensor]:
 def pair(request, tmp_path):
     architecture = request.param
     if not hasattr(transformers, architecture.model):
-        pytest.skip("this version of transformers does not have the class")
+        skip_as_older("transformers", f"has no {architecture.model}")
     base, donor = relatives(architecture)
     base.save_pretrained(tmp_path / "base")
     donor.save_pretrained(tmp_path / "donor")

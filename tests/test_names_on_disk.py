@@ -23,6 +23,7 @@ from act_peft import (
 )
 from tests.support.architecture_settings import TEXT
 from tests.support.architectures import by_name
+from tests.support.versions import skip_as_older
 from tests.test_architectures import adapter, equal, relatives, selected
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -58,7 +59,7 @@ def test_old_and_new_files_work_as_base_and_as_donor(tmp_path, name):
         write(donor, tmp_path / f"donor{old:d}", old=old)
     keys = [load_file(tmp_path / f"base{old}" / "model.safetensors").keys() for old in (0, 1)]
     if keys[0] == keys[1]:
-        pytest.skip("this version of transformers renames nothing here")
+        skip_as_older("transformers", "renames nothing here")
     mask = selected(base, architecture, 0.3)
     made = []
     for old_base, old_donor in ((0, 0), (0, 1), (1, 0), (1, 1)):
@@ -276,7 +277,7 @@ def test_an_adapter_loads_under_a_key_mapping(tmp_path, name, new, old, channels
     architecture = by_name(name)
     base, donor = relatives(architecture)
     if not any(new in f"{module}." for module, _ in base.named_modules()):
-        pytest.skip("this version of transformers still has the old names")
+        skip_as_older("transformers", "still has the old names")
     model = get_peft_model(base, ActConfig(channels=channels))
     initialize_from_donor(model, donor)
     model.save_pretrained(tmp_path)

@@ -18,6 +18,7 @@ from act_peft.disk.rules import WeightConverter
 from act_peft.disk.skeleton import layout_of
 from tests.support.architecture_settings import ENCODER, TEXT, VISION
 from tests.support.architectures import by_name
+from tests.support.versions import skip_as_older
 
 FUSED = (transformers.NomicBertForMaskedLM, transformers.NomicBertConfig(**ENCODER))
 SWIGLU = (
@@ -41,7 +42,7 @@ def test_a_part_of_a_fused_tensor_is_a_parameter(tmp_path, model_class, config, 
         keys = CheckpointKeys(checkpoint, list(parameters))
         parts = [name for name in parameters if keys.place(name).key is None]
         if original and not parts:
-            pytest.skip("this version of transformers stores the parts as they are")
+            skip_as_older("transformers", "stores the parts as they are")
         assert bool(parts) == original
         for name, parameter in parameters.items():
             assert keys.shape(name) == tuple(parameter.shape)
@@ -55,7 +56,7 @@ def test_a_part_of_a_fused_tensor_is_a_parameter(tmp_path, model_class, config, 
 @pytest.mark.parametrize("what", ["interleaved", "joined"])
 def test_rows_may_be_anywhere(tmp_path, monkeypatch, what):
     if what == "interleaved" and not hasattr(loading, "Interleave"):
-        pytest.skip("this version of transformers has no such operation")
+        skip_as_older("transformers", "has no such operation")
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**TEXT, "num_key_value_heads": 4}))
     state = {k: v.clone() for k, v in model.state_dict().items()}
     prefix = "model.layers.0.mlp."

@@ -18,6 +18,7 @@ from act_peft import ActTypeError, ActValueError
 from act_peft.disk import shard as module
 from act_peft.disk.shard import BITS, DTYPES, Shard
 from tests.support.tiny_checkpoints import write_shard
+from tests.support.versions import skip_as_older
 
 
 @pytest.fixture
@@ -119,7 +120,7 @@ def library_knows(dtype):
 
 def test_the_dtypes_are_those_of_the_library():
     if not library_knows("F4"):
-        pytest.skip("this safetensors does not list its dtypes in an error")
+        skip_as_older("safetensors", "does not list its dtypes in an error")
     with pytest.raises(SafetensorError, match="unknown variant `F33`") as refused:
         deserialize(encoded({"x": {"dtype": "F33", "shape": [2], "data_offsets": [0, 8]}}, bytes(8)))
     known = set(re.findall(r"`(\w+)`", str(refused.value))) - {"F33"}
@@ -157,9 +158,9 @@ def test_a_tensor_of_any_dtype_does_no_harm_to_its_neighbours(tmp_path, dtype):
 )
 def test_unusual_dtypes_as_the_library_writes_them(tmp_path, dtype):
     if not hasattr(torch, dtype):
-        pytest.skip(f"this torch has no {dtype}")
+        skip_as_older("torch", f"has no {dtype}")
     if not library_knows("F4"):
-        pytest.skip(f"this safetensors writes no {dtype}")
+        skip_as_older("safetensors", f"writes no {dtype}")
     raw = torch.arange(16, dtype=torch.int64 if dtype == "complex64" else torch.uint8).reshape(4, 4)
     save_file({"x": raw.view(getattr(torch, dtype)), "y": torch.ones(3)}, tmp_path / "t")
     with Shard(tmp_path / "t") as shard:

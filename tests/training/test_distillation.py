@@ -14,10 +14,11 @@ from act_peft.localization.pair import open_pair
 from tests.support.teaching import Gradients, keep_batch
 from tests.support.tiny_data import build_tokenizer
 from tests.support.tiny_models import build_relatives, state_bytes
+from tests.support.versions import skip_as_older
 
 trl = pytest.importorskip("trl")
 if not hasattr(trl, "DistillationTrainer"):
-    pytest.skip("this version of TRL has no stable DistillationTrainer", allow_module_level=True)
+    skip_as_older("trl", "has no stable DistillationTrainer")
 DistillationConfig, DistillationTrainer = trl.DistillationConfig, trl.DistillationTrainer
 
 pytestmark = [

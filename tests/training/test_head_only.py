@@ -19,6 +19,7 @@ from act_peft.training.head_only import find_head_only
 from tests.support.teaching import keep_batch
 from tests.support.tiny_data import build_tokenizer, prompt_completion, training_settings
 from tests.support.tiny_models import COMMON, DECODER, FAMILIES, build
+from tests.support.versions import skip_as_older
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of the libraries below TRL
@@ -72,7 +73,7 @@ def test_a_forward_of_trl_on_the_model_is_left_out(tmp_path):
         model, args=training_settings(tmp_path), train_dataset=prompt_completion(), processing_class=build_tokenizer()
     )
     if "forward" not in vars(model):
-        pytest.skip("this version of TRL puts no forward on the model")
+        skip_as_older("trl", "puts no forward on the model")
     batch = find_predictions(keep_batch())
     head, expected = head_of(model, batch)
     with evaluation(model):
