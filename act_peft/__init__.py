@@ -30,6 +30,9 @@ if TYPE_CHECKING or not _is_command():
     from act_peft.library import *  # noqa: F403 (its `__all__` is the list of the public names)
     from act_peft.library import __all__ as __all__
 else:  # torch, transformers and PEFT take seconds, which `--help` and a mistyped option should not
+    from act_peft.interrupts import end_at_once_
+
+    end_at_once_()
 
     def __getattr__(name: str) -> object:
         """A public name of the library, which the first use of one imports."""

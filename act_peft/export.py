@@ -148,7 +148,7 @@ def export_lora(
         check_output(output, source.inputs, overwrite=overwrite)
         plan = _make_plan(source, choice, max_rank=max_rank, uniform_rank=uniform_rank)
         check_room(output, size_of(_infos(plan.parts)) + _SLACK)
-        with new_folder(output) as beside:
+        with new_folder(output, overwrite=overwrite) as beside:
             errors = _write_tensors(beside / TENSORS, plan.parts)
             plan.config.save_pretrained(str(beside))
             _write_card(beside, source, plan, errors)

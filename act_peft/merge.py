@@ -93,7 +93,7 @@ def merge_checkpoint(
         needed = sum(checkpoint.shard(file).size for file in checkpoint.files)
         needed += sum(file_in(checkpoint.folder, name).stat().st_size for name in small)
         check_room(output, needed + sum(info.stop - info.start for info in grown) + _SLACK)
-        with new_folder(output) as folder:
+        with new_folder(output, overwrite=overwrite) as folder:
             for name in small:
                 (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(file_in(checkpoint.folder, name), folder / name)

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "act_peft"
 # A package or file may import those before it, and what lies in its own package.
 ORDER = [
+    "interrupts",
     "errors",
     "doors",
     "peft_modules",

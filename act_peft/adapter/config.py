@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 import os
-import tempfile
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum
-from pathlib import Path
 from typing import Any, cast
 
 from peft import PeftConfig
@@ -24,6 +22,7 @@ from act_peft.checks import finite_number, member_of
 from act_peft.disk.atomic import write_file
 from act_peft.doors import EMBEDDING_LAYER_NAMES
 from act_peft.errors import ActLoadError, ActTypeError, ActValueError, ActWarning
+from act_peft.interrupts import scratch_folder
 
 
 class Trainable(Enum):
@@ -226,9 +225,9 @@ class ActConfig(PeftConfig):
         if os.path.isfile(save_directory):
             raise ActValueError(f"{save_directory}: got a file, expected a folder to save the adapter in")
         os.makedirs(save_directory, exist_ok=True)
-        with tempfile.TemporaryDirectory() as scratch:
-            super(ActConfig, config).save_pretrained(scratch, **kwargs)
-            write_file(os.path.join(save_directory, CONFIG_NAME), Path(scratch, CONFIG_NAME).read_bytes())
+        with scratch_folder() as scratch:
+            super(ActConfig, config).save_pretrained(str(scratch), **kwargs)
+            write_file(os.path.join(save_directory, CONFIG_NAME), (scratch / CONFIG_NAME).read_bytes())
         if os.path.isfile(os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME)):
             write_model_card(save_directory, self.to_dict())
 

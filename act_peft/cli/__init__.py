@@ -23,8 +23,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from act_peft.cli.imports import INTERRUPTED, INTERRUPTED_LINE
 from act_peft.errors import ActError
+from act_peft.interrupts import INTERRUPTED, INTERRUPTED_LINE
 
 COMMANDS = {
     "demo": "act_peft.cli.demo",
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _short_warnings(arguments):
             arguments.run(arguments)
         sys.stdout.flush()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # in a program that calls this function; as a command see `interrupts.py`
         print(INTERRUPTED_LINE, file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output, `head` for example, has ended

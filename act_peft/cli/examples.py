@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from act_peft.cli.imports import importing
 from act_peft.errors import ActValueError
+from act_peft.interrupts import scratch_folder
 
 DEVICE = "cuda if there is one"
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
@@ -81,7 +81,7 @@ def load_model(name: str, arguments: argparse.Namespace) -> Any:
         from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=arguments.dtype)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=arguments.dtype, trust_remote_code=False)
     except ValueError as error:
         raise ActValueError(
             f"{name}: cannot be loaded, expected the folder or Hub id of a causal language model ({str(error)[:300]})"
@@ -118,15 +118,15 @@ def batches_of(
         from trl import SFTConfig, SFTTrainer
 
     try:
-        processing = AutoTokenizer.from_pretrained(tokenizer)
+        processing = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
     except ValueError as error:
         raise ActValueError(
             f"{tokenizer}: its tokenizer cannot be loaded, expected one in the folder of the model "
             f"({str(error)[:300]}; save it there)"
         ) from error
-    with tempfile.TemporaryDirectory() as unused:  # TRL creates the folder, although nothing is saved there
+    with scratch_folder() as unused:  # TRL creates the folder, although nothing is saved there
         settings = SFTConfig(
-            output_dir=unused,
+            output_dir=str(unused),
             per_device_train_batch_size=batch_size,
             max_length=max_length,
             assistant_only_loss=assistant_only,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,26 @@ def check_output_file(path: Path, *, overwrite: bool) -> None:
     """Refuse, before any work, a file that cannot or must not be written.
 
     Raises:
-        ActValueError: the file exists (without `overwrite`), is a folder, or its folder does not exist.
+        ActValueError: the file exists (without `overwrite`), is a folder or a device, or its folder does not exist.
     """
     if path.is_dir():
         raise ActValueError(f"{path}: got a folder, expected the name of a file to write")
+    if path.exists() and not path.is_file():
+        raise ActValueError(f"{path}: got no regular file, expected the name of a file to write (name a new one)")
     if path.exists() and not overwrite:
         raise ActValueError(f"{path}: exists, expected a new file (name another --output, or add --overwrite)")
     if not path.parent.is_dir():
         raise ActValueError(f"{path}: folder {path.parent} does not exist, expected an existing one (create it first)")
+
+
+@contextmanager
+def output_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
+    """The path of a file to write that becomes `path`; without `overwrite` it replaces nothing that has appeared."""
+    with importing():
+        from act_peft.disk.atomic import new_file
+
+    with new_file(path, overwrite=overwrite) as beside:
+        yield beside
 
 
 def load_examples(dataset: str, *, split: str, samples: int | None, seed: int) -> Any:

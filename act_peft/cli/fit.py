@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from act_peft.cli.examples import add_examples, batches_of, device_of, load_model
-from act_peft.cli.files import add_output, check_output_file, load_examples
+from act_peft.cli.files import add_output, check_output_file, load_examples, output_file
 from act_peft.cli.imports import importing
 
 SUMMARY = "Fit the base to the donor's outputs on examples of the ability, without training."
@@ -106,7 +106,8 @@ def run(arguments: argparse.Namespace) -> None:
         exclude_modules=arguments.exclude_modules,
         max_rank=arguments.max_rank,
     )
-    fitted.save(arguments.output)
+    with output_file(arguments.output, overwrite=arguments.overwrite) as path:
+        fitted.save(path)
     *ability, keep = fitted.record.num_tokens
     size = arguments.output.stat().st_size
     print(

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from act_peft.cli.examples import add_examples, batches_of, device_of, load_model
-from act_peft.cli.files import add_output, check_output_file, load_examples
+from act_peft.cli.files import add_output, check_output_file, load_examples, output_file
 from act_peft.cli.imports import importing
 
 SUMMARY = "Score every channel by how differently base and donor answer, on examples of the ability."
@@ -90,7 +90,8 @@ def run(arguments: argparse.Namespace) -> None:
         exclude_modules=_patterns(arguments.exclude_modules),
         **data,
     )
-    scores.save(arguments.output)
+    with output_file(arguments.output, overwrite=arguments.overwrite) as path:
+        scores.save(path)
     channels = sum(len(values) for values in scores.values())
     seen = "by weight" if arguments.score == "weight" else f"{scores.num_tokens} tokens"
     print(f"{arguments.output}: scores of {channels} channels in {len(scores)} modules, {seen}")

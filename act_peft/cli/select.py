@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from act_peft.cli.files import NORMALIZE, SCOPE, add_output, check_output_file
+from act_peft.cli.files import NORMALIZE, SCOPE, add_output, check_output_file, output_file
 from act_peft.cli.imports import importing
 from act_peft.errors import ActValueError
 
@@ -52,5 +52,6 @@ def run(arguments: argparse.Namespace) -> None:
             f"density: got {arguments.density}, which selects none of {sum(mask.num_channels.values())} channels, "
             "expected one that selects some (a higher --density)"
         )
-    mask.save(arguments.output)
+    with output_file(arguments.output, overwrite=arguments.overwrite) as path:
+        mask.save(path)
     print(f"{arguments.output}: {mask}")

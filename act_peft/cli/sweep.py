@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from act_peft.cli.examples import add_examples, batches_of, device_of, load_model
-from act_peft.cli.files import NORMALIZE, SCOPE, add_output, check_output_file, load_examples
+from act_peft.cli.files import NORMALIZE, SCOPE, add_output, check_output_file, load_examples, output_file
 from act_peft.cli.imports import importing
 from act_peft.cli.next_steps import next_steps
 from act_peft.errors import ActValueError
@@ -108,7 +108,6 @@ def run(arguments: argparse.Namespace) -> None:
             check_output_file(path, overwrite=arguments.overwrite)
     with importing():
         from act_peft import ChannelScores, sweep
-        from act_peft.disk.atomic import write_file
         from act_peft.plots import check_matplotlib, plot_sweep
         from act_peft.transfer.donors import is_adapter
 
@@ -146,9 +145,11 @@ def run(arguments: argparse.Namespace) -> None:
     )
     text = json.dumps(result.to_dict(), indent=2, allow_nan=False)
     if arguments.output is not None:
-        write_file(arguments.output, f"{text}\n".encode())
+        with output_file(arguments.output, overwrite=arguments.overwrite) as path:
+            path.write_text(f"{text}\n", encoding="utf-8")
     if arguments.figure is not None:
-        plot_sweep(result, arguments.figure)
+        with output_file(arguments.figure, overwrite=arguments.overwrite) as path:
+            plot_sweep(result, path)
     print(text if arguments.json else "\n".join([str(result), *next_steps(result, arguments)]))
 
 

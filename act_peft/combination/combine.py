@@ -128,7 +128,7 @@ def combine(
         infos = _infos(modules)
         check_room(output, size_of(infos) + _SLACK)
         conflicts = Conflicts([source.name for source in sources])
-        with new_folder(output) as folder:
+        with new_folder(output, overwrite=overwrite) as folder:
             write_tensors(folder / TENSORS, infos, _tensors(modules, sources, rule, conflicts))
             (folder / "README.md").write_text(_provenance(sources, rule), encoding="utf-8")
             settings.save_pretrained(str(folder))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from act_peft.demo.words import Language
 from act_peft.disk.atomic import new_folder
 from act_peft.errors import ActError, ActValueError
 from act_peft.fitting import FittedTransfer, fit
+from act_peft.interrupts import scratch_folder
 from act_peft.localization import localize
 from act_peft.plots import check_matplotlib, plot_demo
 from act_peft.training.keep import KeepCallback
@@ -189,7 +189,7 @@ class _Demo:
 
     def _copy_models(self) -> None:
         for name, source in (("base", BASE), ("donor", DONOR)):
-            with new_folder(self.output / name) as folder:
+            with new_folder(self.output / name, overwrite=True) as folder:
                 shutil.copytree(source, folder, dirs_exist_ok=True, copy_function=shutil.copyfile)
 
     def _measure_originals(self) -> dict[str, Accuracies]:
@@ -212,9 +212,9 @@ class _Demo:
     def _fitted_adapter(self, mask: ChannelMask) -> PeftModel:
         """The base with an adapter that holds the fitted rows of some channels."""
         fitted = FittedTransfer.load(self.output / "fitted.safetensors")
-        with tempfile.TemporaryDirectory() as folder:
-            fitted.to_adapter(mask, os.path.join(folder, "adapter"), base=self.output / "base")
-            return PeftModel.from_pretrained(self._model("base"), os.path.join(folder, "adapter"), is_trainable=True)
+        with scratch_folder() as folder:
+            fitted.to_adapter(mask, folder / "adapter", base=self.output / "base")
+            return PeftModel.from_pretrained(self._model("base"), folder / "adapter", is_trainable=True)
 
     def _tuned(self, model: PeftModel) -> PeftModel:
         """The model after a fine-tune of its adapter, with the base as teacher of what is kept."""
@@ -251,7 +251,7 @@ class _Demo:
 
     def _fine_tune(self, mask: ChannelMask) -> Accuracies:
         model = self._tuned(self._fitted_adapter(mask))
-        with new_folder(self.output / "adapter") as folder:
+        with new_folder(self.output / "adapter", overwrite=True) as folder:
             model.save_pretrained(folder)
         reloaded = self._reloaded_adapter()
         if not torch.equal(self._logits(reloaded), self._logits(model)):
@@ -260,7 +260,7 @@ class _Demo:
 
     def _merge(self) -> dict[str, float]:
         expected = self._logits(self._reloaded_adapter())
-        with new_folder(self.output / "merged") as folder:
+        with new_folder(self.output / "merged", overwrite=True) as folder:
             self._reloaded_adapter().merge_and_unload().save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
         got = self._logits(self._model("merged"))
@@ -305,9 +305,9 @@ class _Demo:
         learning_rate: float | None = None,
     ) -> SFTTrainer:
         s = self.settings
-        with tempfile.TemporaryDirectory() as unused:  # TRL creates the folder, although nothing is saved there
+        with scratch_folder() as unused:  # TRL creates the folder, although nothing is saved there
             arguments = SFTConfig(
-                output_dir=unused,
+                output_dir=str(unused),
                 per_device_train_batch_size=s.batch_size if batch_size is None else batch_size,
                 max_steps=s.steps,
                 learning_rate=s.learning_rate if learning_rate is None else learning_rate,

@@ -74,6 +74,15 @@ def check_output(output: Path, inputs: Iterable[Path], *, overwrite: bool) -> No
         return
     if not overwrite:
         raise ActValueError(f"{output}: exists, expected a new folder (name a new one, or pass overwrite=True)")
+    check_replaceable(output)
+
+
+def check_replaceable(output: Path) -> None:
+    """Check that what exists at `output` may be replaced.
+
+    Raises:
+        ActValueError: if it is neither an empty folder nor one of a model.
+    """
     names = os.listdir(output) if output.is_dir() and not output.is_symlink() else None
     if names is None or (names and not {"config.json", "adapter_config.json"} & set(names)):
         raise ActValueError(f"{output}: is no folder of a model, expected one to overwrite (remove it yourself)")

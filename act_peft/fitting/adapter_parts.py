@@ -54,7 +54,7 @@ def token_indices(tokens: Mapping[str, torch.Tensor]) -> dict[str, list[int]] | 
     return {name: index.tolist() for name, index in tokens.items()} or None
 
 
-def write_adapter(output: Path, tensors: Tensors, config: Any, card: str | None) -> None:
+def write_adapter(output: Path, tensors: Tensors, config: Any, card: str | None, *, overwrite: bool) -> None:
     """Write an adapter's folder, whole or not at all.
 
     Args:
@@ -62,6 +62,7 @@ def write_adapter(output: Path, tensors: Tensors, config: Any, card: str | None)
         tensors: key -> tensor.
         config: PEFT's configuration.
         card: its README; None where the configuration writes it.
+        overwrite: whether an older adapter is replaced.
 
     Raises:
         ActValueError: no room on the disk, or it refuses a write.
@@ -69,7 +70,7 @@ def write_adapter(output: Path, tensors: Tensors, config: Any, card: str | None)
     ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))
     infos = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in ordered.items()}
     check_room(output, size_of(infos) + _SLACK)
-    with new_folder(output) as folder:
+    with new_folder(output, overwrite=overwrite) as folder:
         write_tensors(folder / SAFETENSORS_WEIGHTS_NAME, infos, ordered.values())
         if card is not None:
             ModelCard(card).save(folder / "README.md")

@@ -66,7 +66,7 @@ def write_act(
     )
     config.adapted_modules = records
     config.density = sum(index.numel() for index in channels.values()) / total
-    write_adapter(output, tensors, config, None)
+    write_adapter(output, tensors, config, None, overwrite=overwrite)
 
 
 def _base_fingerprint(base: Parameters, name: str, module: FittedModule, index: torch.Tensor) -> str:

@@ -100,7 +100,8 @@ def write_lora(
     is_tied = any(module.is_tied for module in embeddings.values())
     known = [one for module in modules.values() for one in module.names]
     config = _lora_config(record, ranks, whole, tokens, factored=factored, known=known, biased=biased, is_tied=is_tied)
-    write_adapter(output, tensors, config, _lora_card(record, ranks, errors, error, left_out, is_tied=is_tied))
+    card = _lora_card(record, ranks, errors, error, left_out, is_tied=is_tied)
+    write_adapter(output, tensors, config, card, overwrite=overwrite)
     return FittedLora(output, MappingProxyType(ranks), MappingProxyType(errors), error, tuple(left_out))
 
 

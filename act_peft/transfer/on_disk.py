@@ -119,7 +119,7 @@ def create_adapter(
     record_adapter(settings, records)
     settings.base_model_name_or_path = skeleton.name_or_path
     check_room(output, sum(t.numel() * t.element_size() for t in tensors.values()) + (1 << 20))
-    with new_folder(output) as folder:
+    with new_folder(output, overwrite=overwrite) as folder:
         _CardWriter(skeleton, settings).create_or_update_model_card(str(folder))
         save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         settings.save_pretrained(str(folder))

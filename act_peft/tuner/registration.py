@@ -12,6 +12,7 @@ from peft.utils import PeftType, register_peft_method
 
 from act_peft.doors import PEFT_TYPE_TO_PREFIX_MAPPING
 from act_peft.errors import ActError
+from act_peft.tuner.saving import save_whole_folders_
 
 NAME = "ACT"
 
@@ -38,6 +39,7 @@ def register(config_class: type, model_class: Any) -> None:
     else:
         _extend_enum()
     register_peft_method(name=NAME.lower(), config_cls=config_class, model_cls=model_class, prefix=model_class.prefix)
+    save_whole_folders_()
 
 
 def _extend_enum() -> None:

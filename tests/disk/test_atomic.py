@@ -33,7 +33,7 @@ def test_a_file_is_flushed_before_it_gets_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", flushed)
     write_file(tmp_path / "f", b"12345")
     [([name], size)] = seen
-    assert (name[:3], name[-4:], size) == (".f.", ".tmp", 5)
+    assert (name[:10], name[-4:], size) == (".act_peft.", ".tmp", 5)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "disk full"), KeyboardInterrupt()])
@@ -75,13 +75,13 @@ def test_a_card_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
 
 def test_a_new_folder_appears_at_the_end(tmp_path):
     output = tmp_path / "out [x]"
-    with new_folder(output) as folder:
-        (folder / "a").write_text("new")
+    with new_folder(output, overwrite=True) as folder:
+        (folder / "config.json").write_text("new")
         assert not output.exists()
-    assert (output / "a").read_text() == "new"
-    with new_folder(output) as folder:
+    assert (output / "config.json").read_text() == "new"
+    with new_folder(output, overwrite=True) as folder:
         (folder / "b").write_text("newer")
-        assert (output / "a").exists()
+        assert (output / "config.json").exists()
     assert os.listdir(tmp_path) == ["out [x]"]
     assert os.listdir(output) == ["b"]
 
@@ -95,25 +95,25 @@ def _exchange(request, monkeypatch):
     if request.param == "at once":
         monkeypatch.setattr(os, "rename", lambda *_: pytest.fail("this was to happen in one step"))
     else:
-        monkeypatch.setattr(atomic, "_exchange_at_once", lambda *_: False)
+        monkeypatch.setattr(atomic, "exchange", lambda *_: False)
 
 
 @pytest.mark.usefixtures("_exchange")
 def test_an_older_folder_is_replaced(tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "a").write_text("old")
-    with new_folder(tmp_path / "out") as folder:
+    (tmp_path / "out" / "config.json").write_text("old")
+    with new_folder(tmp_path / "out", overwrite=True) as folder:
         (folder / "b").write_text("new")
-        assert (tmp_path / "out" / "a").read_text() == "old"
+        assert (tmp_path / "out" / "config.json").read_text() == "old"
     assert os.listdir(tmp_path) == ["out"]
     assert os.listdir(tmp_path / "out") == ["b"]
 
 
 def test_an_older_folder_comes_back_where_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "a").write_text("old")
+    (tmp_path / "out" / "config.json").write_text("old")
     rename, calls = os.rename, iter("ab")
-    monkeypatch.setattr(atomic, "_exchange_at_once", lambda *_: False)
+    monkeypatch.setattr(atomic, "exchange", lambda *_: False)
 
     def second_fails(a, b):
         if next(calls, None) == "b":
@@ -121,22 +121,25 @@ def test_an_older_folder_comes_back_where_the_new_one_cannot_take_its_place(tmp_
         rename(a, b)
 
     monkeypatch.setattr(os, "rename", second_fails)
-    with pytest.raises(ActValueError, match=r"cannot be written .*refused"), new_folder(tmp_path / "out"):
+    with (
+        pytest.raises(ActValueError, match=r"cannot be written .*refused"),
+        new_folder(tmp_path / "out", overwrite=True),
+    ):
         pass
     assert os.listdir(tmp_path) == ["out"]
-    assert (tmp_path / "out" / "a").read_text() == "old"
+    assert (tmp_path / "out" / "config.json").read_text() == "old"
 
 
 @pytest.mark.parametrize("renames", [1, 2])
 def test_killed_between_two_renames_the_older_folder_is_not_lost(tmp_path, renames):
     output = tmp_path / "out"
     output.mkdir()
-    (output / "a").write_text("old")
+    (output / "config.json").write_text("old")
     code = """
 import os, pathlib, signal, sys
 from act_peft.disk import atomic
 
-atomic._exchange_at_once = lambda *_: False
+atomic.exchange = lambda *_: False
 rename, calls = os.rename, []
 
 def counted(a, b):
@@ -146,8 +149,8 @@ def counted(a, b):
         os.kill(os.getpid(), signal.SIGKILL)
 
 os.rename = counted
-with atomic.new_folder(pathlib.Path(sys.argv[1])) as folder:
-    (folder / "a").write_text("new")
+with atomic.new_folder(pathlib.Path(sys.argv[1]), overwrite=True) as folder:
+    (folder / "config.json").write_text("new")
 """
     child = subprocess.run([sys.executable, "-c", code, str(output), str(renames)], check=False, capture_output=True)
     assert child.returncode == -signal.SIGKILL
@@ -156,11 +159,11 @@ with atomic.new_folder(pathlib.Path(sys.argv[1])) as folder:
     with pytest.raises(ValueError, match="stop"):
         fail_inside(output, ValueError("stop"))
     assert os.listdir(tmp_path) == ["out"]
-    assert (output / "a").read_text() == before
+    assert (output / "config.json").read_text() == before
 
 
 def fail_inside(output: Path, error: BaseException) -> None:
-    with new_folder(output) as folder:
+    with new_folder(output, overwrite=True) as folder:
         (folder / "a").write_text("x")
         raise error
 
@@ -174,14 +177,14 @@ def test_nothing_is_left_after_an_error(tmp_path):
 
 
 def test_leftovers_of_killed_runs_go_and_those_of_living_ones_stay(tmp_path):
-    dead = tmp_path / f".out.{'0' * 16}.tmp"
+    dead = tmp_path / f".act_peft.{'0' * 16}.tmp"
     dead.mkdir()
     (dead / "a").write_text("x")
-    foreign = tmp_path / ".out.mine.tmp"
+    foreign = tmp_path / ".act_peft.mine.tmp"
     foreign.mkdir()
-    with new_folder(tmp_path / "out") as living:
+    with new_folder(tmp_path / "out", overwrite=True) as living:
         assert not dead.exists()
-        with new_folder(tmp_path / "out"):
+        with new_folder(tmp_path / "out", overwrite=True):
             assert living.exists()
         os.rmdir(tmp_path / "out")
-    assert sorted(os.listdir(tmp_path)) == [".out.mine.tmp", "out"]
+    assert sorted(os.listdir(tmp_path)) == [".act_peft.mine.tmp", "out"]

@@ -238,7 +238,7 @@ def train_family(
         trained[name] = copy.deepcopy(model)
     output.mkdir(parents=True, exist_ok=True)
     for name, copied in trained.items():
-        with new_folder(output / name) as folder:
+        with new_folder(output / name, overwrite=True) as folder:
             copied.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
     return results

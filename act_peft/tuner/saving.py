@@ -1,0 +1,49 @@
+"""`PeftModel.save_pretrained` of a model with ACT adapters: whole or not at all.
+
+PEFT writes card, tensors and configuration one after the other into the folder itself, and asks the method for nothing
+before the tensors are there. So its method is replaced by one that lets it write into a hidden folder first. Models
+without an ACT adapter are saved as before.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Callable
+from typing import Any
+
+from peft import PeftModel
+from peft.utils import CONFIG_NAME
+
+from act_peft.adapter.config import ActConfig
+from act_peft.disk.update import updated_folder
+
+_CARD = "README.md"
+_MARK = "saves_whole_folders"
+
+
+def save_whole_folders_() -> None:
+    """Replace `PeftModel.save_pretrained`. A second call is harmless, also after a reload of the library."""
+    method = PeftModel.save_pretrained
+    PeftModel.save_pretrained = _saving(getattr(method, _MARK, method))  # type: ignore[method-assign]
+
+
+def _saving(method: Callable[..., None]) -> Callable[..., None]:
+    signature = inspect.signature(method)
+
+    @functools.wraps(method)
+    def save_pretrained(self: PeftModel, *args: Any, **kwargs: Any) -> None:
+        given = signature.bind(self, *args, **kwargs)
+        folder = given.arguments["save_directory"]
+        names = [name for name, config in self.peft_config.items() if isinstance(config, ActConfig)]
+        if not names or not given.arguments.get("is_main_process", True) or os.path.isfile(folder):
+            method(*given.args, **given.kwargs)
+            return
+        cards = [_CARD, *(f"{name}/{_CARD}" for name in self.peft_config if name != "default")]
+        with updated_folder(folder, read=cards, last=CONFIG_NAME) as hidden:
+            given.arguments["save_directory"] = os.fspath(hidden)
+            method(*given.args, **given.kwargs)
+
+    setattr(save_pretrained, _MARK, method)
+    return save_pretrained
