@@ -29,7 +29,6 @@ from peft.utils.integrations import (
 )
 from peft.utils.other import (
     EMBEDDING_LAYER_NAMES,  # names in target_modules for which PEFT saves the whole embedding
-    get_pattern_key,  # which entry of alpha_pattern is for a module
 )
 from torch import nn
 
@@ -47,7 +46,6 @@ __all__ = [
     "check_adapters_to_merge",
     "check_target_module_exists",
     "dequantize_bnb_weight",
-    "get_pattern_key",
     "hub_constants",
     "include_all_linear_layers_",
     "is_read_by_mamba_kernel",

@@ -16,6 +16,7 @@ PACKAGE = ROOT / "act_peft"
 ORDER = [
     "interrupts",
     "errors",
+    "patterns",
     "doors",
     "peft_modules",
     "checks",

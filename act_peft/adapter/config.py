@@ -164,12 +164,21 @@ class ActConfig(PeftConfig):
                 "on the model's device)"
             )
         _check_record(self.adapted_modules)
+        if self._from_file and self.adapted_modules is not None:
+            self._forget_patterns()
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ActValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ActValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
         if self.donor_revision is not None and self.donor is None:
             raise ActValueError("donor_revision: given without a donor (name the donor, or leave the revision out)")
+
+    def _forget_patterns(self) -> None:
+        """Leave out regular expressions of a file: its modules are recorded, and an expression may take for ever."""
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, None)
+        self.layers_to_transform = self.layers_pattern = None
 
     @property
     def trains(self) -> Trainable:

@@ -276,10 +276,10 @@ class _Demo:
 
     @property
     def tokenizer(self) -> Any:
-        return AutoTokenizer.from_pretrained(self.output / "base")
+        return AutoTokenizer.from_pretrained(self.output / "base", trust_remote_code=False)
 
     def _model(self, name: str) -> Any:
-        return AutoModelForCausalLM.from_pretrained(str(self.output / name))
+        return AutoModelForCausalLM.from_pretrained(str(self.output / name), trust_remote_code=False)
 
     def _reloaded_adapter(self) -> PeftModel:
         return PeftModel.from_pretrained(self._model("base"), self.output / "adapter").eval()

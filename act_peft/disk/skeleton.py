@@ -19,6 +19,7 @@ from transformers import (
 
 from act_peft.disk.checkpoint import Checkpoint
 from act_peft.disk.layout import Layout
+from act_peft.disk.sizes import check_sizes, limited_parameters
 from act_peft.errors import ActValueError
 
 # For a configuration that names no class: the first of these that knows it.
@@ -29,10 +30,12 @@ def load_config(checkpoint: Checkpoint) -> Any:
     """The transformers configuration of a checkpoint; no remote code is run.
 
     Raises:
-        ActValueError: if transformers cannot read it, or does not know the architecture.
+        ActValueError: if transformers cannot read it or does not know the architecture, or for numbers that do not
+            belong to the checkpoint.
     """
     if "auto_map" in checkpoint.config and "model_type" not in checkpoint.config:
         raise ActValueError(f"{checkpoint.location}: needs remote code, expected a model that transformers knows")
+    check_sizes(checkpoint)
     try:
         config = AutoConfig.from_pretrained(str(checkpoint.folder), trust_remote_code=False)
     except Exception as error:  # a damaged configuration fails anywhere inside transformers
@@ -44,22 +47,24 @@ def load_config(checkpoint: Checkpoint) -> Any:
     return config
 
 
-def build_skeleton(config: PretrainedConfig) -> PreTrainedModel:
+def build_skeleton(config: PretrainedConfig, checkpoint: Checkpoint) -> PreTrainedModel:
     """The model of a configuration on the meta device: modules and shapes, no weights.
 
     Its class is the one that the configuration names (`architectures`), otherwise the one that transformers' automatic
     classes choose.
 
     Raises:
-        ActValueError: if transformers cannot build it.
+        ActValueError: if transformers cannot build it, or it is much larger than the checkpoint.
     """
     named = getattr(transformers, str(next(iter(config.architectures or ()), "")), None)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), limited_parameters(checkpoint):
             if isinstance(named, type) and issubclass(named, PreTrainedModel) and _is_of(named, config):
                 return named(config)
             fitting = [auto for auto in _AUTO_CLASSES if type(config) in auto._model_mapping]
             return (fitting or [AutoModel])[0].from_config(config, trust_remote_code=False)
+    except ActValueError:
+        raise
     except Exception as error:  # a damaged configuration fails anywhere inside transformers
         raise ActValueError(
             f"{config._name_or_path}: transformers cannot build a model from config.json ({str(error)[:200]}), "
@@ -94,7 +99,7 @@ def check_ties_known(checkpoint: Checkpoint) -> None:
 def _layout(checkpoint: Checkpoint) -> Layout | ActValueError:
     if "layout" not in checkpoint.remembered:
         try:
-            checkpoint.remembered["layout"] = Layout(build_skeleton(load_config(checkpoint)), checkpoint)
+            checkpoint.remembered["layout"] = Layout(build_skeleton(load_config(checkpoint), checkpoint), checkpoint)
         except ActValueError as error:
             checkpoint.remembered["layout"] = error
     return cast("Layout | ActValueError", checkpoint.remembered["layout"])

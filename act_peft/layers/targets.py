@@ -178,6 +178,8 @@ def target_answers(config: ActConfig, names: Iterable[str]) -> dict[str, Any]:
 
 def _is_target(config: ActConfig, channels: Mapping[str, Any], name: str) -> Any:
     entry = matching_key(name, channels)
+    if config.from_file:  # the record says which modules they are, whatever was chosen once
+        return entry is not None
     if config.chosen_targets is None:
         if entry is None or (config.layers_to_transform is not None and "." not in name):
             return False

@@ -176,11 +176,12 @@ def _load_adapter(base: nn.Module, location: str) -> nn.Module:
             f"donor: {location} has no {CONFIG}, expected the folder or Hub id of an adapter (load a whole model, for "
             "example with AutoModelForCausalLM.from_pretrained, and pass the model)"
         )
-    with Shard(place.file(TENSORS)) as shard:  # PEFT writes biases and resized embeddings into the model
-        donor = twin(base, own={plain_name(key.removeprefix(OUTER)) for key in shard.tensors})
     try:
         config = PeftConfig.from_pretrained(str(folder))
         _check_kind(config, location)
+        with Shard(place.file(TENSORS)) as shard:  # PEFT writes biases and resized embeddings into the model
+            check_foreign_config_(config, [name for name, _ in base.named_modules()], shard)
+            donor = twin(base, own={plain_name(key.removeprefix(OUTER)) for key in shard.tensors})
         return PeftModel.from_pretrained(donor, str(folder), config=config, is_trainable=False)
     except ActError:
         raise

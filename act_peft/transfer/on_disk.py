@@ -88,7 +88,7 @@ def create_adapter(
         inputs = [checkpoint.folder, *([Path(donor)] if os.path.isdir(donor) else [])]
         check_output(output, inputs, overwrite=overwrite)
         config = load_config(checkpoint)
-        skeleton = build_skeleton(config)
+        skeleton = build_skeleton(config, checkpoint)
         settings.task_type = _task_of(skeleton)
         shapes = {n: tuple(p.shape) for n, p in skeleton.named_parameters(remove_duplicate=False)}
         parameters = Parameters(checkpoint, list(shapes))

@@ -26,7 +26,7 @@ _MARK = "saves_whole_folders"
 def save_whole_folders_() -> None:
     """Replace `PeftModel.save_pretrained`. A second call is harmless, also after a reload of the library."""
     method = PeftModel.save_pretrained
-    PeftModel.save_pretrained = _saving(getattr(method, _MARK, method))  # type: ignore[method-assign]
+    PeftModel.save_pretrained = _saving(getattr(method, _MARK, method))
 
 
 def _saving(method: Callable[..., None]) -> Callable[..., None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,8 +16,9 @@ from act_peft.disk.keys import CheckpointKeys
 from act_peft.disk.locations import Location
 from act_peft.disk.parameters import Parameters
 from act_peft.disk.shard import Shard
-from act_peft.doors import OUTER, get_pattern_key
+from act_peft.doors import OUTER
 from act_peft.errors import ActLoadError, ActValueError
+from act_peft.patterns import KeyPatterns
 from act_peft.transfer.donors.base import OpenDonor
 
 # End of a key that PEFT writes -> its name here. `weight` and `bias` are whole parameters.
@@ -36,8 +36,8 @@ _ENDS = {
 # With one of these settings the adapter is more than base + factors.
 _UNSUPPORTED = ("alora_invocation_tokens", "layer_replication", "use_qalora", "use_bdlora", "velora_config")
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initializations that change the base
+_MORE_PATTERNS = 100  # entries of alpha_pattern beyond one for each module
 _MERGE_IT = "merge the adapter with model.merge_and_unload(), save the model and name its folder as donor"
-_GROUP_REPEATED = re.compile(r"\)[*+?{]")  # takes exponential time on some names
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,7 @@ class LoraDonor(OpenDonor):
             module = name.removesuffix(f".{end}").removesuffix(".base_layer")
             found.setdefault(module, {})[_ENDS[end]] = key
         own_keys = CheckpointKeys(base, [f"{name}.weight" for name in found], fits=partial(self._may_be, found))
+        alphas = self._alphas(config, most=len(found) + _MORE_PATTERNS)
         modules = {}
         for name, keys in found.items():
             own = own_keys.own_name(f"{name}.weight").rpartition(".")[0]
@@ -110,7 +111,7 @@ class LoraDonor(OpenDonor):
                 )
             if ("a" in keys) != ("b" in keys):
                 raise ActLoadError(f"{self.location}: {name} has one factor of two (the file is incomplete)")
-            modules[own] = _Module(keys, self._scaling(config, name, keys))
+            modules[own] = _Module(keys, self._scaling(config, alphas, name, keys))
         return modules
 
     def _may_be(self, found: Mapping[str, Mapping[str, str]], parameter: str, shape: Sequence[int]) -> bool:
@@ -123,19 +124,23 @@ class LoraDonor(OpenDonor):
         )  # [r, I], [O, r]; their sizes may be swapped
         return len(a) == len(b) == len(shape) == 2 and {a[1], b[0]} == set(shape)
 
-    def _scaling(self, config: Mapping[str, Any], name: str, keys: Mapping[str, str]) -> float:
+    def _alphas(self, config: Mapping[str, Any], *, most: int) -> KeyPatterns:
+        """The keys of `alpha_pattern`."""
+        patterns = config.get("alpha_pattern") or {}
+        where = f"{self.location}: adapter_config.json: alpha_pattern"
+        if not isinstance(patterns, dict):
+            raise ActValueError(f"{where} is {str(patterns)[:80]}, expected names of modules with alphas")
+        try:
+            return KeyPatterns(patterns, most=most)
+        except ActValueError as error:
+            raise ActValueError(f"{where}: {error}") from error
+
+    def _scaling(self, config: Mapping[str, Any], alphas: KeyPatterns, name: str, keys: Mapping[str, str]) -> float:
         if "a" not in keys:
             return 1.0
-        patterns = config.get("alpha_pattern") or {}
         where = f"{self.location}: adapter_config.json"
-        if not isinstance(patterns, dict) or any(_GROUP_REPEATED.search(pattern) for pattern in patterns):
-            raise ActValueError(
-                f"{where}: alpha_pattern is {str(patterns)[:80]}, expected names of modules with alphas"
-            )
-        try:
-            alpha: Any = patterns.get(get_pattern_key(list(patterns), name), config.get("lora_alpha"))
-        except re.error as error:
-            raise ActValueError(f"{where}: alpha_pattern holds no regular expression ({error})") from error
+        key = alphas.first(name)
+        alpha: Any = config.get("lora_alpha") if key is None else config["alpha_pattern"][key]
         shape = self._shard.info(keys["a"]).shape
         if type(alpha) not in (int, float) or not math.isfinite(alpha) or not shape or not shape[0]:
             raise ActValueError(
