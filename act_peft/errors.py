@@ -2,12 +2,17 @@
 
 Every error that the library raises on purpose is an `ActError`. It is also the built-in exception that PEFT and torch
 raise in such a case, so `except ValueError` around PEFT code still works. The form of a message is
-`where: got, expected (what to do)`.
+`where: got, expected (what to do)`. A message is one line of printable characters, whatever it quotes.
 """
+
+from act_peft.plain import one_line
 
 
 class ActError(Exception):
     """Base class of all errors that act_peft raises on purpose."""
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*(one_line(each) if isinstance(each, str) else each for each in arguments))
 
 
 class ActValueError(ActError, ValueError):
@@ -24,3 +29,6 @@ class ActLoadError(ActValueError, RuntimeError):
 
 class ActWarning(UserWarning):
     """A fact that the user should know; the work continues."""
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*(one_line(each) if isinstance(each, str) else each for each in arguments))

@@ -35,6 +35,7 @@ from act_peft.disk.writing import size_of, write_tensors
 from act_peft.doors import OUTER
 from act_peft.errors import ActTypeError, ActValueError
 from act_peft.layers.changes import changes_in_model
+from act_peft.plain import in_markdown, one_line
 
 _NAMED = 8  # modules that a message lists by name
 _SLACK = 1 << 20  # bytes kept free for configuration and card
@@ -330,7 +331,9 @@ def _infos(parts: Sequence[_Part]) -> dict[str, tuple[torch.dtype, tuple[int, ..
 def _write_card(folder: Path, source: AdapterChanges, plan: _Plan, errors: Mapping[str, float]) -> None:
     config = source.config
     base = config.base_model_name_or_path
-    data = ModelCardData(base_model=base or None, library_name="peft", tags=["lora", "peft", "act"])
+    data = ModelCardData(
+        base_model=one_line(base) if base else None, library_name="peft", tags=["lora", "peft", "act"]
+    )
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(_card_lines(source, plan, errors)) + "\n")
     card.save(folder / "README.md")
 
@@ -340,22 +343,22 @@ def _card_lines(source: AdapterChanges, plan: _Plan, errors: Mapping[str, float]
     yield "## LoRA adapter made from an ACT adapter\n"
     yield f"Made from {source.origin} ([ACT](https://arxiv.org/abs/2601.09398)) with `act_peft.export_lora`."
     yield "PEFT loads it as any LoRA adapter; act_peft is not needed.\n"
-    yield f"- base: {config.base_model_name_or_path or 'unknown'}"
-    yield f"- donor of the ACT adapter: {config.donor or 'none, or one in memory'}"
+    yield f"- base: {in_markdown(config.base_model_name_or_path or 'unknown')}"
+    yield f"- donor of the ACT adapter: {in_markdown(config.donor or 'none, or one in memory')}"
     yield f"- modules with LoRA factors: {len(plan.ranks)}, rank {min(plan.ranks.values())} to {plan.config.r}"
     inexact = {name: error for name, error in errors.items() if error}
     if inexact:
         worst = max(inexact, key=lambda name: inexact[name])
         yield (
-            f"- approximated modules: {len(inexact)}; the greatest relative error is {inexact[worst]:.3g}, in {worst}"
+            f"- approximated modules: {len(inexact)}; the greatest relative error is {inexact[worst]:.3g}, in {in_markdown(worst)}"
         )
     else:
         yield "- the factors are exact"
     if plan.saved:
-        yield f"- saved as a whole, base weights included: {', '.join(plan.saved)}"
+        yield f"- saved as a whole, base weights included: {in_markdown(', '.join(plan.saved))}"
     yield "\n| module | rank | relative error |\n|---|---|---|"
     for name, rank in plan.ranks.items():
-        yield f"| {name} | {rank} | {errors[name]:.3g} |"
+        yield f"| {in_markdown(name)} | {rank} | {errors[name]:.3g} |"
 
 
 def factors(rows: torch.Tensor, max_rank: int | None) -> tuple[torch.Tensor, torch.Tensor, float]:

@@ -1,8 +1,8 @@
 """Regular expressions from files, matched in a time that their author does not choose.
 
-Python's `re` tries one way after the other, which takes exponential time for some expressions. This one follows all ways
-at once: its time grows with the length of the expression times that of the name. It knows what names of modules need:
-characters, classes, groups, alternatives, repetitions, `^` and `$`. Anything else is refused.
+Python's `re` tries one way after the other, which takes exponential time for some expressions. This one follows all
+ways at once: its time grows with the length of the expression times that of the name. It knows what names of modules
+need: characters, classes, groups, alternatives, repetitions, `^` and `$`. Anything else is refused.
 """
 
 from __future__ import annotations
@@ -181,8 +181,8 @@ class LinearPattern:
 
     def _refuse(self, reason: str) -> ActValueError:
         return ActValueError(
-            f"regular expression {self._text[:80]!r}: {reason}, expected characters, classes, groups, alternatives and "
-            "repetitions (write the names of the modules in its place)"
+            f"regular expression {self._text[:80]!r}: {reason}, expected characters, classes, groups, "
+            "alternatives and repetitions (write the names of the modules in its place)"
         )
 
 

@@ -15,6 +15,7 @@ PACKAGE = ROOT / "act_peft"
 # A package or file may import those before it, and what lies in its own package.
 ORDER = [
     "interrupts",
+    "plain",
     "errors",
     "patterns",
     "doors",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from act_peft.disk.atomic import write_file
+from act_peft.plain import in_markdown, one_line
 
 BEGIN = "<!-- act_peft: begin -->"
 END = "<!-- act_peft: end -->"
@@ -24,9 +26,12 @@ def write_model_card(folder: str, config: dict[str, Any]) -> None:
     empty = ModelCard.from_template(ModelCardData(), template_str=_EMPTY)
     card = ModelCard.load(path) if path.exists() else empty
     card.data["library_name"] = "peft"
-    tags = {tag for tag in card.data.get("tags") or [] if not tag.endswith(":")}  # PEFT's tag for an unnamed base
+    tags = {
+        one_line(tag) for tag in card.data.get("tags") or [] if not tag.endswith(":")
+    }  # PEFT's tag for an unnamed base
     card.data["tags"] = sorted({*tags, "peft", "act"})
-    card.data["base_model"] = card.data.get("base_model") or config["base_model_name_or_path"]
+    base = card.data.get("base_model") or config["base_model_name_or_path"]
+    card.data["base_model"] = one_line(base) if isinstance(base, str) else base
     card.text = _with_section(card.text, _section(config))
     write_file(path, str(card).encode())
 
@@ -43,8 +48,8 @@ def _with_section(text: str, section: str) -> str:
 
 def _section(config: dict[str, Any]) -> str:
     base = config["base_model_name_or_path"] or "BASE"
-    donor = config["donor"] or "none (trained from zero, or a donor in memory)"
-    revision = f" (revision {config['donor_revision']})" if config["donor_revision"] else ""
+    donor = in_markdown(config["donor"] or "none (trained from zero, or a donor in memory)")
+    revision = f" (revision {in_markdown(config['donor_revision'])})" if config["donor_revision"] else ""
     modules = config["adapted_modules"] or {}
     selected = sum(entry["selected"] for entry in modules.values())
     scale = "transfer scale λ" if config["trainable"] == "deltas" else "learned scales, which started at"
@@ -57,7 +62,7 @@ This adapter changes {selected} channels in {len(modules)} modules of its base m
 
 | | |
 |---|---|
-| base | {base} |
+| base | {in_markdown(base)} |
 | donor | {donor}{revision} |
 | density | {density} |
 | {scale} | {config["transfer_scale"]} |
@@ -67,7 +72,7 @@ import act_peft  # registers the method with PEFT; without it loading ends with 
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained("{base}")
+base = AutoModelForCausalLM.from_pretrained({json.dumps(one_line(base))})
 model = PeftModel.from_pretrained(base, "path or Hub id of this adapter")
 merged = model.merge_and_unload()  # an ordinary model again, if you want one
 ```

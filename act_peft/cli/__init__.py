@@ -25,6 +25,7 @@ from typing import Any
 
 from act_peft.errors import ActError
 from act_peft.interrupts import INTERRUPTED, INTERRUPTED_LINE
+from act_peft.plain import one_line, without_controls
 
 COMMANDS = {
     "demo": "act_peft.cli.demo",
@@ -81,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: by argparse; 2 after bad arguments, 0 after `--help` and `--version`.
     """
+    if argv is None:  # the process is the command: nothing of it writes to a terminal but through these
+        sys.stdout, sys.stderr = _Printable(sys.stdout), _Printable(sys.stderr)
     arguments = argparse.Namespace()
     try:
         arguments = build_parser().parse_args(argv)
@@ -94,11 +97,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ActError, OSError) as error:
         if getattr(arguments, "debug", False):
-            traceback.print_exc()
+            print(without_controls(traceback.format_exc(), keep="\n\t"), end="", file=sys.stderr)
         else:
             print(f"act-peft: {_with_options(_one_line(error), arguments)}", file=sys.stderr)
         return FAILED
     return DONE
+
+
+class _Printable:
+    """A stream that gets printable characters only, also from other libraries that quote a file."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> Any:
+        return self._stream.write(without_controls(text, keep="\n\r\t"))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _parser(make, debug, *args: str, description: str, example: str, **options: str):  # type: ignore[no-untyped-def]
@@ -130,8 +146,8 @@ def _short_warnings(arguments: argparse.Namespace) -> Iterator[None]:
 def _one_line(error: Exception | str) -> str:
     """The message of an error or a warning in one line. If the system refused a file, the file comes first."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+        return one_line(f"{error.filename}: {error.strerror}")
+    return one_line(" ".join(str(error).split())) or type(error).__name__
 
 
 def _with_options(line: str, arguments: argparse.Namespace) -> str:

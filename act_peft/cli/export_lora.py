@@ -6,6 +6,7 @@ import argparse
 
 from act_peft.cli.files import add_output
 from act_peft.cli.imports import importing
+from act_peft.plain import one_line
 
 SUMMARY = "Export an adapter as an ordinary LoRA adapter; exact, unless a rank is given."
 EXAMPLE = "act-peft export-lora ability --output ability-lora --max-rank 64"
@@ -46,4 +47,4 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{arguments.output}: LoRA adapter of {len(result.ranks)} modules, ranks {min(ranks)} to {max(ranks)}")
     for name, error in result.errors.items():
         if error:
-            print(f"  {name}: rank {result.ranks[name]}, relative error {error:.4f}")
+            print(f"  {one_line(name)}: rank {result.ranks[name]}, relative error {error:.4f}")

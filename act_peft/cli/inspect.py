@@ -9,6 +9,7 @@ from typing import Any
 
 from act_peft.cli.imports import importing
 from act_peft.errors import ActValueError
+from act_peft.plain import one_line
 from act_peft.tables import aligned
 
 SUMMARY = "Show the content of a file of scores, a mask, a fitted transfer or an adapter."
@@ -27,11 +28,11 @@ def run(arguments: argparse.Namespace) -> None:
     """Read the file and print a summary."""
     summary = describe(arguments.path)
     if arguments.json:
-        print(json.dumps(summary, indent=2))
+        print(json.dumps(summary, indent=2).replace("\x7f", "\\u007f"))
         return
     modules = summary.pop("modules")
     for key, value in summary.items():
-        print(f"{key.replace('_', ' ')}: {value}")
+        print(f"{key.replace('_', ' ')}: {one_line(value)}")
     rows = [(name, ", ".join(f"{key} {value}" for key, value in entry.items())) for name, entry in modules.items()]
     for line in aligned(rows, left=(0, 1)):
         print(f"  {line}")

@@ -9,6 +9,7 @@ from typing import Any
 from act_peft.cli.examples import add_examples, batches_of, device_of, load_model
 from act_peft.cli.files import add_output, check_output_file, load_examples, output_file
 from act_peft.cli.imports import importing
+from act_peft.plain import one_line
 
 SUMMARY = "Score every channel by how differently base and donor answer, on examples of the ability."
 EXAMPLE = "act-peft localize --base org/base --donor org/donor --dataset ability.jsonl --output scores.safetensors"
@@ -99,7 +100,7 @@ def run(arguments: argparse.Namespace) -> None:
         excluded = _patterns(arguments.exclude_modules)
         left_out = [name for name in left_out_by_default(base) if not matches(name, excluded)]
         if left_out:
-            print(f"left out: {', '.join(left_out)} (name them in --target-modules to score them)")
+            print(f"left out: {one_line(', '.join(left_out))} (name them in --target-modules to score them)")
 
 
 def _patterns(names: list[str] | None) -> list[str] | str | None:

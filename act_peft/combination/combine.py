@@ -29,6 +29,7 @@ from act_peft.doors import OUTER
 from act_peft.errors import ActTypeError, ActValueError, ActWarning
 from act_peft.layers.changes import changes_in_model
 from act_peft.layers.deltas import PREFIX
+from act_peft.plain import in_markdown
 
 _SLACK = 1 << 20  # bytes kept free for configuration and card
 
@@ -214,7 +215,10 @@ def _provenance(sources: Sequence[Source], rule: Rule) -> str:
     ]
     for source in sources:
         config = source.changes.config
-        lines.append(f"| {source.name} | {source.weight:g} | {config.donor or ''} | {config.transfer_scale:g} |")
+        lines.append(
+            f"| {in_markdown(source.name)} | {source.weight:g} | {in_markdown(config.donor or '')} "
+            f"| {config.transfer_scale:g} |"
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -21,6 +21,7 @@ from act_peft.errors import ActValueError
 from act_peft.fitting.adapter_parts import Tensors, needed_base, token_indices, token_tensors, write_adapter
 from act_peft.fitting.module import FitRecord, FittedModule, Modules
 from act_peft.fitting.token_factors import token_factors
+from act_peft.plain import in_markdown, one_line
 
 
 @dataclass(frozen=True)
@@ -221,21 +222,23 @@ def _lora_card(
     *,
     is_tied: bool,
 ) -> str:
-    data = ModelCardData(base_model=record.base or None, library_name="peft", tags=["lora", "peft", "act"])
-    donors = ", ".join(name or "a model in memory" for name in record.donors)
-    left = ", ".join(left_out)
+    data = ModelCardData(
+        base_model=one_line(record.base) if record.base else None, library_name="peft", tags=["lora", "peft", "act"]
+    )
+    donors = in_markdown(", ".join(name or "a model in memory" for name in record.donors))
+    left = in_markdown(", ".join(left_out))
     lines = [
         f"---\n{data.to_yaml()}\n---\n",
         "## LoRA adapter made from a fitted transfer\n",
         "Made with `act_peft.fit`: the part of the donor's difference that its inputs on the ability ask for, cut to",
         "a rank in the metric of these inputs. PEFT loads it as any LoRA adapter; act_peft is not needed.\n",
-        f"- base: {record.base or 'unknown'}",
+        f"- base: {in_markdown(record.base or 'unknown')}",
         f"- donor: {donors}",
         f"- share of the fitted gain that the rank loses: {error:.3g}",
         *([f"- fitted, but not in this adapter: {left}"] if left else []),
         *(["- use it unmerged: PEFT would add the change of the tied embedding twice"] if is_tied else []),
         "\n| module | rank | lost |\n|---|---|---|",
-        *(f"| {name} | {rank} | {_shown(errors.get(name))} |" for name, rank in ranks.items()),
+        *(f"| {in_markdown(name)} | {rank} | {_shown(errors.get(name))} |" for name, rank in ranks.items()),
     ]
     return "\n".join(lines) + "\n"
 

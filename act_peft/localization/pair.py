@@ -23,6 +23,7 @@ from act_peft.disk.locations import open_location
 from act_peft.disk.shard import Shard
 from act_peft.doors import OUTER
 from act_peft.errors import ActError, ActTypeError, ActValueError
+from act_peft.localization.foreign_config import check_foreign_config_
 from act_peft.peft_modules import (
     _MODELS,
     _WRAPPERS,
