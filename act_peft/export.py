@@ -35,7 +35,7 @@ from act_peft.disk.writing import size_of, write_tensors
 from act_peft.doors import OUTER
 from act_peft.errors import ActTypeError, ActValueError
 from act_peft.layers.changes import changes_in_model
-from act_peft.plain import in_markdown, one_line
+from act_peft.plain import in_markdown, model_name
 
 _NAMED = 8  # modules that a message lists by name
 _SLACK = 1 << 20  # bytes kept free for configuration and card
@@ -330,10 +330,8 @@ def _infos(parts: Sequence[_Part]) -> dict[str, tuple[torch.dtype, tuple[int, ..
 
 def _write_card(folder: Path, source: AdapterChanges, plan: _Plan, errors: Mapping[str, float]) -> None:
     config = source.config
-    base = config.base_model_name_or_path
-    data = ModelCardData(
-        base_model=one_line(base) if base else None, library_name="peft", tags=["lora", "peft", "act"]
-    )
+    base = model_name(config.base_model_name_or_path)
+    data = ModelCardData(base_model=base, library_name="peft", tags=["lora", "peft", "act"])
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(_card_lines(source, plan, errors)) + "\n")
     card.save(folder / "README.md")
 
@@ -350,7 +348,8 @@ def _card_lines(source: AdapterChanges, plan: _Plan, errors: Mapping[str, float]
     if inexact:
         worst = max(inexact, key=lambda name: inexact[name])
         yield (
-            f"- approximated modules: {len(inexact)}; the greatest relative error is {inexact[worst]:.3g}, in {in_markdown(worst)}"
+            f"- approximated modules: {len(inexact)}; the greatest relative error is {inexact[worst]:.3g}, in "
+            f"{in_markdown(worst)}"
         )
     else:
         yield "- the factors are exact"

@@ -1,7 +1,7 @@
 """Text from strangers as it may be shown: on a terminal, in a log or an error, in a model card.
 
 Names, paths and descriptions in files can hold anything: sequences that a terminal obeys, characters that turn the
-direction of writing, lines that look like ours, HTML. Whatever shows such text takes it through one of these functions.
+direction of writing, lines that look like ours, HTML. Whatever shows such text takes it through one of these.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import html
 import re
 
 _BREAKS = re.compile(r"[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]+ *")
+_MODEL = re.compile(r"[\w./\\:~+@ ,=()-]{1,300}")
 _MARKDOWN = re.compile(r"([\\`*\[\]|~#!])")
 
 
@@ -35,3 +36,8 @@ def without_controls(text: str, *, keep: str = "") -> str:
 def in_markdown(text: object) -> str:
     """Text in one line that Markdown shows as it is: no table, heading, link or HTML of its own."""
     return _MARKDOWN.sub(r"\\\1", html.escape(one_line(text), quote=False))
+
+
+def model_name(text: object) -> str | None:
+    """The name or folder of a model as it may stand in code and in metadata; None for what can be neither."""
+    return text if isinstance(text, str) and text.isprintable() and _MODEL.fullmatch(text) else None

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from act_peft.disk.atomic import write_file
-from act_peft.plain import in_markdown, one_line
+from act_peft.plain import in_markdown, model_name
 
 BEGIN = "<!-- act_peft: begin -->"
 END = "<!-- act_peft: end -->"
@@ -26,12 +26,10 @@ def write_model_card(folder: str, config: dict[str, Any]) -> None:
     empty = ModelCard.from_template(ModelCardData(), template_str=_EMPTY)
     card = ModelCard.load(path) if path.exists() else empty
     card.data["library_name"] = "peft"
-    tags = {
-        one_line(tag) for tag in card.data.get("tags") or [] if not tag.endswith(":")
-    }  # PEFT's tag for an unnamed base
+    # PEFT names the base in a tag, which ends with a colon if it has no name.
+    tags = {tag for tag in card.data.get("tags") or [] if model_name(tag) and not tag.endswith(":")}
     card.data["tags"] = sorted({*tags, "peft", "act"})
-    base = card.data.get("base_model") or config["base_model_name_or_path"]
-    card.data["base_model"] = one_line(base) if isinstance(base, str) else base
+    card.data["base_model"] = model_name(card.data.get("base_model")) or model_name(config["base_model_name_or_path"])
     card.text = _with_section(card.text, _section(config))
     write_file(path, str(card).encode())
 
@@ -72,7 +70,7 @@ import act_peft  # registers the method with PEFT; without it loading ends with 
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained({json.dumps(one_line(base))})
+base = AutoModelForCausalLM.from_pretrained({json.dumps(model_name(base) or "BASE", ensure_ascii=False)})
 model = PeftModel.from_pretrained(base, "path or Hub id of this adapter")
 merged = model.merge_and_unload()  # an ordinary model again, if you want one
 ```

@@ -19,6 +19,7 @@ from act_peft.disk.checkpoint import Checkpoint
 from act_peft.disk.parameters import Parameters
 from act_peft.disk.writing import TensorInfos
 from act_peft.errors import ActError, ActLoadError, ActValueError
+from act_peft.plain import in_markdown
 
 
 class ModuleChange(ABC):
@@ -128,7 +129,7 @@ def changes_in_folder(folder: AdapterFolder, checkpoint: Checkpoint | None) -> A
         extra={},
         known=list(folder.modules),
         inputs=[folder.folder, *([] if checkpoint is None else [checkpoint.folder])],
-        origin=f"`{name}`",
+        origin=f"`{in_markdown(name)}`",
     )
 
 

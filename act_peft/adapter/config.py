@@ -23,6 +23,7 @@ from act_peft.disk.atomic import write_file
 from act_peft.doors import EMBEDDING_LAYER_NAMES
 from act_peft.errors import ActLoadError, ActTypeError, ActValueError, ActWarning
 from act_peft.interrupts import scratch_folder
+from act_peft.plain import one_line
 
 
 class Trainable(Enum):
@@ -164,8 +165,10 @@ class ActConfig(PeftConfig):
                 "on the model's device)"
             )
         _check_record(self.adapted_modules)
-        if self._from_file and self.adapted_modules is not None:
-            self._forget_patterns()
+        if self._from_file:
+            self._show_plainly()
+            if self.adapted_modules is not None:
+                self._forget_patterns()
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ActValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")
         if self.layers_pattern and self.layers_to_transform is None:
@@ -179,6 +182,12 @@ class ActConfig(PeftConfig):
             if isinstance(getattr(self, name), str):
                 setattr(self, name, None)
         self.layers_to_transform = self.layers_pattern = None
+
+    def _show_plainly(self) -> None:
+        """Take what a file says about itself as one printable line: PEFT quotes it in warnings and in its card."""
+        for name in ("base_model_name_or_path", "revision", "donor", "donor_revision"):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, one_line(getattr(self, name)))
 
     @property
     def trains(self) -> Trainable:

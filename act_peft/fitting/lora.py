@@ -21,7 +21,7 @@ from act_peft.errors import ActValueError
 from act_peft.fitting.adapter_parts import Tensors, needed_base, token_indices, token_tensors, write_adapter
 from act_peft.fitting.module import FitRecord, FittedModule, Modules
 from act_peft.fitting.token_factors import token_factors
-from act_peft.plain import in_markdown, one_line
+from act_peft.plain import in_markdown, model_name
 
 
 @dataclass(frozen=True)
@@ -222,9 +222,7 @@ def _lora_card(
     *,
     is_tied: bool,
 ) -> str:
-    data = ModelCardData(
-        base_model=one_line(record.base) if record.base else None, library_name="peft", tags=["lora", "peft", "act"]
-    )
+    data = ModelCardData(base_model=model_name(record.base), library_name="peft", tags=["lora", "peft", "act"])
     donors = in_markdown(", ".join(name or "a model in memory" for name in record.donors))
     left = in_markdown(", ".join(left_out))
     lines = [
