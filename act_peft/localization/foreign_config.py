@@ -33,7 +33,7 @@ def check_foreign_config_(config: Any, modules: Sequence[str], shard: Shard) -> 
     for name, value in list(vars(config).items()):
         if name.endswith("modules") and isinstance(value, str) and value.lower() != _ALL_LINEAR:
             pattern = LinearPattern(value)
-            setattr(config, name, {module for module in modules if pattern.matches(module)} or None)
+            setattr(config, name, {module for module in modules if pattern.matches(module)})
         elif name.endswith("_pattern") and isinstance(value, Mapping):
             keys = KeyPatterns(value, most=len(modules) + _MORE_PATTERNS)
             found = {module: keys.first(module) for module in modules}

@@ -16,7 +16,6 @@ import pytest
 import act_peft
 from act_peft import ActValueError, ActWarning, cli
 from act_peft.cli import COMMANDS, build_parser, main
-from act_peft.cli.imports import importing
 
 ROOT = Path(act_peft.__file__).parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -249,19 +248,6 @@ def test_a_script_registers_at_once(tmp_path, start):
     (tmp_path / "script.py").write_text(code)
     done = run(*(part.format(code=code) for part in start), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-
-
-def test_the_handler_of_ctrl_c_is_put_back():
-    before = signal.getsignal(signal.SIGINT)
-    with importing():
-        assert signal.getsignal(signal.SIGINT) is not before
-    assert signal.getsignal(signal.SIGINT) is before
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with importing():
-            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 # A module among the imports that catches what is raised in it, as some of transformers' do, and takes its time.
