@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from act_peft.disk.folders import check_replaceable
 from act_peft.disk.hidden import hidden_folder, lock_of, name_of_older, unlock
 from act_peft.disk.renames import exchange, rename_new
@@ -90,7 +92,7 @@ def new_folder(output: Path, *, overwrite: bool) -> Iterator[Path]:
             hidden.honour_umask()
             with uninterrupted():
                 _place(hidden.path, output, overwrite=overwrite)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors' own error of a full disk
         raise ActValueError(
             f"{output}: cannot be written ({error}), nothing was left behind (is there room, may you write here?)"
         ) from error

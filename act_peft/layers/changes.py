@@ -14,6 +14,7 @@ from act_peft.doors import OUTER
 from act_peft.errors import ActValueError
 from act_peft.layers import ActLayer
 from act_peft.layers.lookup import adapter_layers, base_model
+from act_peft.plain import in_markdown
 
 
 def changes_in_model(model: nn.Module, adapter_name: str) -> AdapterChanges:
@@ -40,7 +41,7 @@ def changes_in_model(model: nn.Module, adapter_name: str) -> AdapterChanges:
         extra=extra,
         known=[name for name, module in root.named_modules() if getattr(module, "weight", None) is not None],
         inputs=[],
-        origin=f"adapter `{adapter_name}` of a model in memory",
+        origin=f"adapter `{in_markdown(adapter_name)}` of a model in memory",
     )
 
 
