@@ -16,6 +16,7 @@ from act_peft.errors import ActValueError
 
 _COUNTS = re.compile(r"layer|block|depth|stage|expert|head|label")  # of parts that are built one after the other
 _SIZES = re.compile(r"size|dim|vocab|position|channels|features|width|kernel|embd|inner|capacity|eps")
+_NAMES = ("label2id", "id2label")  # tables of the user's words
 _LARGEST = 1 << 24  # of a size: no model is as wide, or reads as many tokens
 _COUNTED = 4096  # parts that are built in any case
 _TIMES = 8  # parameters of a model for each tensor of its checkpoint
@@ -48,7 +49,7 @@ def _numbers(config: Any) -> Iterator[tuple[str, int]]:
         elif isinstance(value, (list, tuple)):
             waiting += [(key, one) for one in value]
         elif hasattr(value, "items"):
-            waiting += [(str(name), one) for name, one in value.items()]
+            waiting += [(str(name), one) for name, one in value.items() if name not in _NAMES]
 
 
 @contextmanager

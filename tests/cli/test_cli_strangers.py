@@ -57,20 +57,6 @@ def test_no_code_of_a_checkpoint_runs(evil, tmp_path, capsys, monkeypatch, comma
     assert len(capsys.readouterr().err.splitlines()) >= 1
 
 
-def test_no_code_of_a_tokenizer_runs(tmp_path, evil):
-    shutil.copyfile(DONOR / "config.json", evil / "config.json")
-    path = evil / "tokenizer_config.json"
-    config = json.loads(path.read_text()) | {
-        "tokenizer_class": "Words",
-        "auto_map": {"AutoTokenizer": [None, "evil.Words"]},
-    }
-    path.write_text(json.dumps(config))
-    (tmp_path / "data.jsonl").write_text('{"prompt": "3 plus 4 ", "completion": "is 7"}\n' * 8)
-    line = ["localize", "--base", evil, "--donor", DONOR, "--dataset", tmp_path / "data.jsonl", "--device", "cpu"]
-    main([*map(str, line), "--output", str(tmp_path / "out")])
-    assert not (tmp_path / "ran").exists()
-
-
 @pytest.mark.parametrize("name", ["scores", "mask"])
 def test_a_file_that_appears_while_a_command_works_stays(tmp_path, capsys, monkeypatch, name):
     ChannelScores({"a": torch.arange(9.0)}, 1).save(tmp_path / "input")

@@ -61,6 +61,7 @@ def test_usual_numbers_are_none(base):
             "num_experts": 512,
             "tokenizer_model_max_length": 10**30,
             "use_cache": True,
+            "label2id": {"stagecoach": 20_000},
         }
         checkpoint.__dict__["config"] = usual
         sizes.check_sizes(checkpoint)
