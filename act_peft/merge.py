@@ -74,7 +74,7 @@ def merge_checkpoint(
         ActTypeError: a weight that is not a number.
 
     Warns:
-        ActWarning: once for each adapter that was made for a base with different weights.
+        ActWarning: once for each adapter that was made for a base with other weights.
 
     Example:
         >>> merge_checkpoint(BASE, ["math", "code"], "merged", weights=[1.0, 0.5])

@@ -81,7 +81,7 @@ class BaseComparison:
             return None
         than = "" if self._base is None else f" than {self._base}"
         return (
-            f"{self._adapter} was made for a base with different weights{than}: {len(self._differing)} of "
+            f"{self._adapter} was made for a base with other weights{than}: {len(self._differing)} of "
             f"{self._compared} modules differ, the first is {self._differing[0]}"
         )
 

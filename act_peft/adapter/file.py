@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from act_peft.adapter.base_record import fingerprint, recorded_base
+from act_peft.adapter.state import ANY, BIAS, INDEX, SCALES, SELECTED, WEIGHT, ExpectedState, check_state
 from act_peft.channels.kinds import ChannelKind
 from act_peft.channels.rows import scaled_channels
 from act_peft.disk.checkpoint import read_json
 from act_peft.disk.keys import CheckpointKeys
 from act_peft.disk.locations import Location, open_location
-from act_peft.disk.shard import Shard
-from act_peft.doors import OUTER
+from act_peft.disk.shard import DTYPES, Shard
+from act_peft.doors import COMPILED, OUTER
 from act_peft.errors import ActLoadError, ActValueError
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 _ALL = slice(None)
+_PARTS = (INDEX, WEIGHT, BIAS, SCALES)
+_TRAINED_SCALES = ("scales", "both")
 _COMPARED = 4  # modules whose base rows are read to recognize a part of a checkpoint
-_PARTS = ("act_delta_index", "act_delta_weight", "act_delta_bias", "act_delta_channel_scale")
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,11 @@ class AdapterFolder:
                 f"{self.location}: got an adapter of type {str(self.config.get('peft_type'))[:40]}, expected ACT "
                 "(merge other adapters with PEFT)"
             )
-        recorded = self.config.get("adapted_modules") or {}
-        self._recorded: Mapping[str, Any] = recorded if isinstance(recorded, dict) else {}
+        self._recorded = _record_of(self.config)
         self.shard = Shard(place.file(TENSORS))
         try:
-            self.modules = self._read_modules()
+            _check_parts(self.location, self.shard)
+            self.modules = read_deltas(self.shard, self.config, self.location)
         except BaseException:
             self.shard.close()
             raise
@@ -137,54 +139,103 @@ class AdapterFolder:
         scales = self.modules[module].scales
         return rows if scales is None else scaled_channels(rows, scales[channels], dim)
 
-    def _read_modules(self) -> dict[str, StoredDelta]:
-        parts: dict[str, dict[str, str]] = {}
-        for key in self.shard.tensors:
-            module, _, part = key.removeprefix(OUTER).rpartition(".")
-            if part not in _PARTS or not module or not key.startswith(OUTER):
-                raise ActLoadError(
-                    f"{self.location}: {key}: got a tensor that is no channel delta, expected only "
-                    f"{', '.join(_PARTS)} (modules_to_save and trainable tokens have to be merged in memory, with "
-                    "model.merge_and_unload())"
-                )
+
+def read_deltas(shard: Shard, config: Mapping[str, Any], where: str) -> dict[str, StoredDelta]:
+    """The channel deltas in a file, checked as far as the file and its configuration alone can tell.
+
+    Tensors of modules that the adapter saves as a whole, and of tokens, are not looked at.
+
+    Args:
+        shard: the file.
+        config: the content of `adapter_config.json`; empty if it is not known.
+        where: the adapter, for messages.
+
+    Raises:
+        ActLoadError: a tensor that is missing, has a wrong dtype or shape, or contradicts the record of its module;
+            indices that are not ascending, not unique or out of range; modules that the record does not have, or
+            that only the record has.
+    """
+    parts: dict[str, dict[str, str]] = {}
+    for key in shard.tensors:
+        module, _, part = key.removeprefix(OUTER).rpartition(".")
+        if part in _PARTS:
             parts.setdefault(module, {})[part] = key
-        return {module: self._read_module(module, keys) for module, keys in parts.items()}
-
-    def _read_module(self, module: str, keys: Mapping[str, str]) -> StoredDelta:
-        where = f"{self.location}: {module}"
-        missing = [part for part in _PARTS[:2] if part not in keys]
-        if missing:
-            raise ActLoadError(f"{where}: the adapter has no {missing[0]}, expected one (the file is incomplete)")
-        info = self.shard.info(keys["act_delta_index"])
-        if info.dtype != "I64" or len(info.shape) != 1:
-            raise ActLoadError(
-                f"{where}: channel indices are {info.dtype} of shape {list(info.shape)}, expected I64 of shape [K]"
-            )
-        index = self.shard.tensor(keys["act_delta_index"])
-        if index.numel() and (int(index[0]) < 0 or not bool((index[1:] > index[:-1]).all())):
-            raise ActLoadError(
-                f"{where}: channel indices from {int(index.min())} to {int(index.max())}, expected ascending ones "
-                "from 0 on without repetition (the file is damaged)"
-            )
-        weight = self.shard.info(keys["act_delta_weight"])
-        bias = self.shard.info(keys["act_delta_bias"]) if "act_delta_bias" in keys else None
-        for part, tensor in (("act_delta_weight", weight), ("act_delta_bias", bias)):
-            if tensor is not None and not tensor.is_plain:
-                raise ActLoadError(f"{where}: {part} is {tensor.dtype}, expected a floating point dtype")
-        if bias is not None and bias.shape != tuple(index.shape):
-            raise ActLoadError(f"{where}: act_delta_bias has {list(bias.shape)}, expected {list(index.shape)}")
-        scales = (
-            self._read_scales(where, keys["act_delta_channel_scale"], index)
-            if "act_delta_channel_scale" in keys
-            else None
+    recorded = {name.removeprefix(COMPILED): entry for name, entry in _record_of(config).items()}
+    if recorded:
+        _check_same_modules(where, recorded, {name.removeprefix(COMPILED) for name in parts})
+    deltas = {}
+    for module, keys in parts.items():
+        entry = recorded.get(module.removeprefix(COMPILED))
+        state = {part: _looked_at(shard, part, key) for part, key in keys.items()}
+        expected = _expected(entry if isinstance(entry, Mapping) else {}, config.get("trainable"))
+        check_state(expected, state, f"{where}: {module}")
+        deltas[module] = StoredDelta(
+            state[INDEX], keys[WEIGHT], tuple(state[WEIGHT].shape), keys.get(BIAS), state.get(SCALES)
         )
-        return StoredDelta(index, keys["act_delta_weight"], weight.shape, keys.get("act_delta_bias"), scales)
+    return deltas
 
-    def _read_scales(self, where: str, key: str, index: torch.Tensor) -> torch.Tensor:
-        info = self.shard.info(key)
-        if not info.is_plain or info.shape != tuple(index.shape):
+
+def _record_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    recorded = config.get("adapted_modules")
+    return recorded if isinstance(recorded, Mapping) else {}
+
+
+def _looked_at(shard: Shard, part: str, key: str) -> torch.Tensor:
+    """Indices and scales with their values; of other tensors only dtype and shape."""
+    info = shard.info(key)
+    small = {INDEX: info.dtype == "I64" and len(info.shape) == 1, SCALES: info.is_plain and len(info.shape) == 1}
+    if small.get(part):
+        return shard.tensor(key)
+    return torch.empty(info.shape, dtype=DTYPES.get(info.dtype, torch.uint8), device="meta")
+
+
+def _expected(entry: Mapping[str, Any], trainable: Any) -> ExpectedState:
+    """What the record of a module says about its tensors. Adapters of version 0.1 record less."""
+    kinds = {kind.value: kind for kind in ChannelKind}
+    kind = kinds.get(str(entry.get("kind")))
+    weights = {
+        (SELECTED,) if known.is_norm else (SELECTED, ANY) if known.channel_dim == 0 else (ANY, SELECTED)
+        for known in (kinds.values() if kind is None else [kind])
+    }
+    scales = trainable in _TRAINED_SCALES
+    return ExpectedState(
+        num_channels=_count(entry, "channels"),
+        num_selected=_count(entry, "selected"),
+        shapes={
+            WEIGHT: sorted(weights, key=str),
+            BIAS: [(SELECTED,)],
+            **({SCALES: [(SELECTED,)]} if scales or trainable is None else {}),
+        },
+        optional=frozenset({BIAS} if scales else {BIAS, SCALES}),
+    )
+
+
+def _count(entry: Mapping[str, Any], name: str) -> int | None:
+    value = entry.get(name)
+    return value if type(value) is int else None
+
+
+def _check_same_modules(where: str, recorded: Mapping[str, Any], stored: Collection[str]) -> None:
+    lost = [name for name, entry in recorded.items() if name not in stored and _count(entry, "selected") != 0]
+    if lost:
+        raise ActLoadError(
+            f"{where}: adapter_config.json records channels of {lost[0]}, expected their tensors too ({len(lost)} of "
+            f"{len(recorded)} modules have none; the file is incomplete)"
+        )
+    unknown = sorted(name for name in stored if name not in recorded)
+    if unknown:
+        raise ActLoadError(
+            f"{where}: {unknown[0]} has tensors, expected an entry of it in adapted_modules too ({len(unknown)} of "
+            f"{len(stored)} modules have none; adapter_config.json does not belong to the tensors)"
+        )
+
+
+def _check_parts(where: str, shard: Shard) -> None:
+    """Check that an adapter holds channel deltas only."""
+    for key in shard.tensors:
+        module, _, part = key.removeprefix(OUTER).rpartition(".")
+        if part not in _PARTS or not module or not key.startswith(OUTER):
             raise ActLoadError(
-                f"{where}: act_delta_channel_scale is {info.dtype} {list(info.shape)}, expected floating point "
-                f"numbers of shape {list(index.shape)}"
+                f"{where}: {key}: got a tensor that is no channel delta, expected only {', '.join(_PARTS)} "
+                "(modules_to_save and trainable tokens have to be merged in memory, with model.merge_and_unload())"
             )
-        return self.shard.tensor(key)
