@@ -226,7 +226,7 @@ def _deltas_between(change: TensorMerge, first: int, stop: int) -> Iterator[Scal
 
 def _write_config(checkpoint: Checkpoint, folder: Path) -> None:
     """Say in the configuration that nothing is tied."""
-    config = without_ties(read_json(checkpoint.folder, "config.json"), load_config(checkpoint))
+    config = without_ties(read_json(checkpoint.folder, "config.json", finite=False), load_config(checkpoint))
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

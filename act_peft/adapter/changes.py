@@ -12,13 +12,14 @@ from typing import Any, cast
 import torch
 
 from act_peft.adapter.config import ActConfig
-from act_peft.adapter.file import AdapterFolder, StoredDelta
+from act_peft.adapter.file import AdapterFolder
+from act_peft.adapter.stored import StoredDelta
 from act_peft.channels.kinds import ChannelKind
 from act_peft.channels.rows import merged_rows, wide_dtype
 from act_peft.disk.checkpoint import Checkpoint
 from act_peft.disk.parameters import Parameters
 from act_peft.disk.writing import TensorInfos
-from act_peft.errors import ActError, ActLoadError, ActValueError
+from act_peft.errors import ActLoadError
 
 
 class ModuleChange(ABC):
@@ -104,15 +105,7 @@ def changes_in_folder(folder: AdapterFolder, checkpoint: Checkpoint | None) -> A
         ActValueError: if its configuration cannot be used.
         ActLoadError: if configuration and tensors do not belong together.
     """
-    try:
-        config = ActConfig.from_pretrained(os.fspath(folder.folder))
-    except ActError:
-        raise
-    except (ValueError, TypeError) as error:
-        raise ActValueError(
-            f"{folder.location}: adapter_config.json cannot be used ({str(error)[:200]}), expected that of an ACT "
-            "adapter (the file is damaged)"
-        ) from error
+    config = folder.config
     base = None
     if checkpoint is not None:
         names = [f"{name}.{part}" for name, delta in folder.modules.items() for part in _parts(delta)]

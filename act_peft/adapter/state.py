@@ -2,7 +2,7 @@
 
 | who | when | what is known then |
 |---|---|---|
-| `adapter.file.read_deltas` | `ActConfig.from_pretrained` of a folder; `AdapterFolder` (merge, combine, export, donor, inspect) | the file: header, indices, the record in `adapter_config.json` |
+| `adapter.stored.read_deltas` | `ActConfig.from_pretrained` of a folder; `AdapterFolder` (merge, combine, export, donor, inspect) | the file: header, indices, the record in `adapter_config.json` |
 | `ActModel._remap_adapter_state_dict_for_load` | PEFT has read a whole adapter | the model; nothing may be missing |
 | `ActModel._load_from_state_dict` | torch, before any copy (`load_state_dict`) | the model; shapes too |
 | `DeltaLayer._load_from_state_dict` | torch, for each layer | the module |

@@ -11,7 +11,6 @@ measures it.
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 import os
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from act_peft.disk.json_text import parse_json
 from act_peft.errors import ActTypeError, ActValueError
 
 # The dtypes that can be read -> their torch dtype.
@@ -338,15 +338,10 @@ def _read_header(path: Path, file: Any, size: int) -> tuple[dict[str, Any], int]
             f"{path}: got {size} bytes and a header of {length}, expected a whole safetensors file "
             "(it is cut off, damaged or of a different format; copy or download it again)"
         )
-    try:
-        header = json.loads(file.read(length))
-    except (ValueError, RecursionError) as error:
-        raise ActValueError(
-            f"{path}: its header is not JSON ({error}), expected a safetensors file (copy or download it again)"
-        ) from error
-    metadata = header.get("__metadata__") if isinstance(header, dict) else None
-    if not isinstance(header, dict) or not isinstance(metadata, (dict, type(None))):
-        raise ActValueError(f"{path}: its header is no table of tensors, expected a safetensors file")
+    header = parse_json(file.read(length), f"{path}: its header")
+    metadata = header.get("__metadata__")
+    if not isinstance(metadata, (dict, type(None))):
+        raise ActValueError(f"{path}: its header has the metadata {str(metadata)[:80]}, expected an object of texts")
     return header, 8 + length
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from act_peft.adapter.file import read_deltas
 from act_peft.adapter.state import INDEX, check_state
+from act_peft.adapter.stored import read_deltas
 from act_peft.disk.shard import Shard
 from act_peft.doors import HAS_ADAPTERS, READS_FILES
 from act_peft.errors import ActError, ActLoadError
@@ -56,7 +56,7 @@ class Awaited:
             for path in checkpoint_files or ():
                 if str(path).endswith(".safetensors"):
                     with Shard(path) as shard:
-                        read_deltas(shard, {}, str(path))
+                        read_deltas(shard, str(path))
         result = getattr(type(self._model), READS_FILES)(*args, checkpoint_files=checkpoint_files, **settings)
         self.settle()
         return result

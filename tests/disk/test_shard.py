@@ -209,10 +209,10 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8), **more):
 
 
 HEADERS = {
-    "not JSON": (b"{" * 20, b"", "its header is not JSON"),
-    "deep": (b"[" * 100_000, b"", "its header is not JSON"),
-    "a list": ([1, 2, 3], b"", "its header is no table of tensors"),
-    "metadata": ({"__metadata__": 3}, b"", "its header is no table of tensors"),
+    "not JSON": (b"{" * 20, b"", "its header: is not JSON"),
+    "deep": (b"[" * 100_000, b"", "its header: is not JSON"),
+    "a list": ([1, 2, 3], b"", r"its header: got \[1, 2, 3\], expected an object"),
+    "metadata": ({"__metadata__": 3}, b"", "its header has the metadata 3, expected an object"),
     "no shape": ({"x": {"dtype": "F32", "data_offsets": [0, 8]}}, bytes(8), "the header says"),
     "no table": ({"x": 3}, bytes(8), "the header says 3, expected dtype, shape, data_offsets"),
     "negative": (entry(shape=(-2,)), bytes(8), "the header says"),
