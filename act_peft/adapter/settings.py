@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from act_peft.checks import finite_number, whole_number
+from act_peft.checks import finite_number, shown, whole_number
 from act_peft.errors import ActTypeError, ActValueError
 
 _TEXTS = ("base_model_name_or_path", "revision", "donor_revision", "peft_version")
@@ -54,7 +54,7 @@ def check_settings(config: Any) -> None:
 
 def _check(name: str, value: Any, kind: type, expected: str) -> None:
     if value is not None and not isinstance(value, kind):
-        raise ActTypeError(f"{name}: got {value!r:.80}, expected {expected}")
+        raise ActTypeError(f"{name}: got {shown(value)}, expected {expected}")
 
 
 def _check_pattern(name: str, value: str) -> None:
@@ -68,12 +68,12 @@ def _check_pattern(name: str, value: str) -> None:
 
 def _check_names(name: str, value: Any) -> None:
     if not isinstance(value, _GROUP) or not all(isinstance(each, str) for each in value):
-        raise ActTypeError(f"{name}: got {value!r:.80}, expected a list of names")
+        raise ActTypeError(f"{name}: got {shown(value)}, expected a list of names")
 
 
 def _listed(name: str, value: Any) -> Iterable[Any]:
     if not isinstance(value, _GROUP):
-        raise ActTypeError(f"{name}: got {value!r:.80}, expected a list of integers")
+        raise ActTypeError(f"{name}: got {shown(value)}, expected a list of integers")
     return value
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from act_peft.channels.kinds import ChannelKind
+from act_peft.checks import MOST
 from act_peft.disk import tensorfile
 from act_peft.errors import ActError, ActValueError
 from act_peft.fitting.module import FitRecord, FittedModule, Modules
@@ -80,7 +81,10 @@ def _record(metadata: Mapping[str, Any]) -> FitRecord:
     if not all(name is None or isinstance(name, str) for name in names):
         raise ValueError("base, donors and task_type are names")
     counts = tuple(metadata["num_tokens"])
-    if not all(type(count) is int and count >= 0 for count in counts) or len(counts) != len(metadata["donors"]) + 1:
+    if (
+        not all(type(count) is int and 0 <= count <= MOST for count in counts)
+        or len(counts) != len(metadata["donors"]) + 1
+    ):
         raise ValueError(f"num_tokens: {counts!r:.100}")
     return FitRecord(
         settings=FitSettings(**metadata["settings"]),
