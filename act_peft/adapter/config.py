@@ -26,7 +26,7 @@ from act_peft.disk.atomic import write_file
 from act_peft.disk.json_text import parse_json
 from act_peft.disk.shard import Shard
 from act_peft.doors import EMBEDDING_LAYER_NAMES
-from act_peft.errors import ActTypeError, ActValueError, ActWarning
+from act_peft.errors import ActError, ActTypeError, ActValueError, ActWarning
 
 
 class Trainable(Enum):
@@ -258,7 +258,14 @@ class ActConfig(PeftConfig):
             raise ActValueError(
                 f"{pretrained_model_name_or_path}: got a file, expected the adapter's folder (with {CONFIG_NAME})"
             )
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        try:
+            config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        except ActError:
+            raise
+        except (ValueError, TypeError, KeyError) as error:
+            raise ActValueError(
+                f"{folder}: {CONFIG_NAME} cannot be used ({_reason(error)}), expected the configuration of an adapter"
+            ) from error
         tensors = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
         if isinstance(config, ActConfig) and os.path.isfile(tensors):  # those on the Hub are not here yet
             with Shard(tensors) as shard:
@@ -297,8 +304,13 @@ def config_from(content: Mapping[str, Any], where: str) -> ActConfig:
         return cast(ActConfig, ActConfig.from_peft_type(**content))
     except (ValueError, TypeError) as error:
         raise ActValueError(
-            f"{where}: cannot be used ({str(error)[:300]}), expected the configuration of an ACT adapter"
+            f"{where}: cannot be used ({_reason(error)}), expected the configuration of an ACT adapter"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    kind = f"{type(error).__name__}: " if isinstance(error, KeyError) else ""
+    return f"{kind}{str(error)[:300]}"
 
 
 def record_adapter(config: ActConfig, modules: Mapping[str, dict[str, Any]], *, kept: float | None = None) -> None:

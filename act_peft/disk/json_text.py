@@ -14,7 +14,7 @@ from act_peft.errors import ActValueError
 
 _BOM = b"\xef\xbb\xbf"
 _MAX_DIGITS = 400  # of an integer; reading longer ones takes quadratic time
-_MAX_DEPTH = 500  # of lists and objects; Python's reader stops later, but what works on the result may not
+_MAX_DEPTH = 100  # of lists and objects; Python's reader stops later, but what works on the result may not
 
 
 def parse_json(content: bytes | str, where: str, *, finite: bool = True) -> dict[str, Any]:
