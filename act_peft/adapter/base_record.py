@@ -113,9 +113,13 @@ def _check_record(modules: Any) -> None:
     """
     if modules is None:
         return
-    if not isinstance(modules, Mapping) or not all(_is_record(entry) for entry in modules.values()):
+    if not isinstance(modules, Mapping):
+        found: Any = f"{modules!s:.80}"
+    else:
+        found = next((f"{each!s:.80} for {name}" for name, each in modules.items() if not _is_record(each)), None)
+    if found is not None:
         raise ActValueError(
-            f"adapted_modules: got {str(modules)[:80]}, expected module name -> "
+            f"adapted_modules: got {found}, expected module name -> "
             "{'kind': str, 'selected': int, 'channels': int, 'base': str} (adapter_config.json is damaged)"
         )
 

@@ -26,7 +26,7 @@ from act_peft.disk.atomic import write_file
 from act_peft.disk.json_text import parse_json
 from act_peft.disk.shard import Shard
 from act_peft.doors import EMBEDDING_LAYER_NAMES
-from act_peft.errors import ActError, ActTypeError, ActValueError, ActWarning
+from act_peft.errors import ActError, ActLoadError, ActTypeError, ActValueError, ActWarning
 
 
 class Trainable(Enum):
@@ -246,13 +246,13 @@ class ActConfig(PeftConfig):
             kwargs: as in PEFT.
 
         Raises:
-            ActValueError: if the path is a file.
-            ActLoadError: if the folder's tensors cannot be read.
+            ActValueError: if the path is a file, or the configuration cannot be used.
+            ActLoadError: if the folder's tensors cannot be read, or do not fit the configuration.
 
         Warns:
             ActWarning: if a local folder holds pickled tensors only.
         """
-        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
+        folder = os.path.join(pretrained_model_name_or_path, *([subfolder] if subfolder else []))
         _check_pickled(folder)
         if os.path.isfile(pretrained_model_name_or_path):
             raise ActValueError(
@@ -268,8 +268,11 @@ class ActConfig(PeftConfig):
             ) from error
         tensors = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
         if isinstance(config, ActConfig) and os.path.isfile(tensors):  # those on the Hub are not here yet
-            with Shard(tensors) as shard:
-                read_deltas(shard, folder, recorded=config.adapted_modules, has_scales=config.trains.has_scales)
+            try:
+                with Shard(tensors) as shard:
+                    read_deltas(shard, folder, recorded=config.adapted_modules, has_scales=config.trains.has_scales)
+            except ActValueError as error:
+                raise ActLoadError(str(error)) from error
         return config
 
     @classmethod

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 
 import torch
 
+from act_peft.disk.shard import PLAIN
 from act_peft.errors import ActLoadError
 
 INDEX, WEIGHT, BIAS, SCALES = "act_delta_index", "act_delta_weight", "act_delta_bias", "act_delta_channel_scale"
 SELECTED = -1  # in a shape: the number of selected channels, which the adapter's indices decide
 ANY = -2  # in a shape: a number that is not known
-_PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def check_state(
         if name not in state:
             continue
         tensor = state[name]
-        if tensor.dtype not in _PLAIN:
+        if tensor.dtype not in PLAIN:
             raise ActLoadError(f"{where}: {name} is {tensor.dtype}, expected a floating point dtype")
         if with_shapes and not any(_fits(tensor.shape, pattern, count) for pattern in patterns):
             allowed = " or ".join(dict.fromkeys(_shape_text(pattern, count) for pattern in patterns))

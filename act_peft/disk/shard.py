@@ -52,6 +52,7 @@ DTYPES = {
 BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()}
 BITS |= {"F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
 PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")  # weights of these dtypes are ordinary numbers
+PLAIN = frozenset(DTYPES[name] for name in PLAIN_DTYPES)
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 _MAX_DIMS = 8
 _MAX_ELEMENTS = 2**40  # more than a terabyte; this also limits the shapes of empty tensors

@@ -12,6 +12,7 @@ import torch
 from act_peft.channels.kinds import ChannelKind
 from act_peft.checks import MOST
 from act_peft.disk import tensorfile
+from act_peft.disk.shard import PLAIN
 from act_peft.errors import ActError, ActValueError
 from act_peft.fitting.module import FitRecord, FittedModule, Modules
 from act_peft.fitting.settings import FitSettings
@@ -133,7 +134,7 @@ def _check_shapes(name: str, module: FittedModule) -> None:
         tensor = getattr(module, part)
         if tensor is None:
             continue
-        wrong_dtype = tensor.dtype is not torch.float64 if part in _DOUBLE else not tensor.is_floating_point()
+        wrong_dtype = tensor.dtype is not torch.float64 if part in _DOUBLE else tensor.dtype not in PLAIN
         if tuple(tensor.shape) != shape or not rows or wrong_dtype:
             raise ActValueError(
                 f"{name}: {part} is {tensor.dtype} of shape {list(tensor.shape)}, expected "

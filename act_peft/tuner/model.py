@@ -14,7 +14,7 @@ from act_peft.adapter.config import ActConfig, record_adapter
 from act_peft.adapter.state import INDEX, check_state
 from act_peft.combination.rules import CombinationType, MajoritySign, make_rule
 from act_peft.doors import OUTER
-from act_peft.errors import ActValueError
+from act_peft.errors import ActError, ActValueError
 from act_peft.layers import ActLayer
 from act_peft.layers.deltas import PREFIX
 from act_peft.layers.lookup import act_layers, output_head, record, shared_parameters
@@ -115,8 +115,10 @@ class ActModel(BaseTuner):
                     copy_adapter_(self._layers(adapter_name), source, adapter_name)
                 elif config.channels is not None and state_dict is None:
                     self._fill(config, model, adapter_name, indices, transfer)
-            except BaseException:
+            except BaseException as error:
                 withdraw(model, adapter_name, trainable)
+                if config.from_file and isinstance(error, ValueError) and not isinstance(error, ActError):
+                    raise ActValueError(f"adapter {adapter_name!r}: {error}") from error  # of PEFT, about names
                 raise
             finally:
                 self._plan = None

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from tests.fuzz.run import Outcome, run_case, run_cases, table
+from tests.fuzz.run import SECONDS, Outcome, run_case, run_cases, table
 from tests.fuzz.targets import TARGETS, make_originals, quiet
 
 
@@ -30,9 +31,11 @@ def main() -> int:
         cases, begin = [], time.time()
         numbers = range(arguments.first, arguments.first + arguments.cases)
         for case in run_cases(numbers, originals, work, seed=arguments.seed, only=arguments.only):
+            faulthandler.dump_traceback_later(4 * SECONDS, exit=True)  # a hang that no signal ends
             cases.append(case)
             if case.outcome.is_fault or case.outcome is Outcome.FOREIGN:
                 print(case, flush=True)
+        faulthandler.cancel_dump_traceback_later()
         print(table(cases))
         print(f"{len(cases)} cases in {time.time() - begin:.0f} s")
         return int(any(case.outcome.is_fault for case in cases))
