@@ -142,7 +142,25 @@ def batches_of(
                 f"dataset with the columns {examples.column_names}: TRL cannot tokenize it, expected examples in one "
                 f"of its formats ({reason_of(error)})"
             ) from error
+        _check_tokens(tokenizing.train_dataset, processing, model, tokenizer)
         return tokenizing.get_train_dataloader()
+
+
+def _check_tokens(examples: Any, processing: Any, model: Any, tokenizer: str) -> None:
+    """Check that the model has a row for every token.
+
+    Raises:
+        ActValueError: it has not.
+    """
+    known = model.get_input_embeddings().weight.shape[0]
+    used = examples["input_ids"] if "input_ids" in examples.column_names else []
+    largest = max((max(ids, default=0) for ids in used), default=0)
+    padding = getattr(processing, "pad_token_id", None) or 0
+    if max(largest, padding) >= known:
+        raise ActValueError(
+            f"{tokenizer}: its tokenizer gives the token {max(largest, padding)}, expected one of the model's {known} "
+            "(the tokenizer belongs to a different model, or a file of it is damaged)"
+        )
 
 
 def _integer_from(smallest: int) -> Callable[[str], int]:

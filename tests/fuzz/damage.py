@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -123,7 +124,7 @@ def spoil_json(value: Any, chance: random.Random) -> Any:
     holder = value
     while True:
         if not isinstance(holder, (dict, list)) or not holder:
-            return chance.choice(VALUES)
+            return copy.deepcopy(chance.choice(VALUES))
         key = chance.choice(sorted(holder) if isinstance(holder, dict) else range(len(holder)))
         if not isinstance(holder[key], (dict, list)) or not holder[key] or chance.random() < 0.3:
             break
@@ -143,7 +144,7 @@ def spoil_json(value: Any, chance: random.Random) -> Any:
     elif isinstance(holder[key], int) and not isinstance(holder[key], bool) and chance.random() < 0.5:
         holder[key] += chance.choice([-1, 1, -holder[key], holder[key]])
     else:
-        holder[key] = chance.choice(VALUES)
+        holder[key] = copy.deepcopy(chance.choice(VALUES))
     return value
 
 

@@ -148,6 +148,7 @@ def test_other_active_adapters_run_while_one_is_awaited(saved):
     model = PeftModel.from_pretrained(base, folder)
     expected = model(batch()).logits
     inject_adapter_in_model(ActConfig.from_pretrained(str(folder)), model.get_base_model(), "second")
+    model.set_adapter("default")
     assert torch.equal(model(batch()).logits, expected)
 
 
