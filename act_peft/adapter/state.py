@@ -5,7 +5,7 @@
 | `adapter.stored.read_deltas` | `ActConfig.from_pretrained` of a folder; `AdapterFolder` (merge, combine, export, donor, inspect) | the file: header, indices, the record in `adapter_config.json` |
 | `ActModel._remap_adapter_state_dict_for_load` | PEFT has read a whole adapter | the model; nothing may be missing |
 | `ActModel._load_from_state_dict` | torch, before any copy (`load_state_dict`) | the model; shapes too |
-| `DeltaLayer._load_from_state_dict` | torch, for each layer | the module |
+| `LoadableLayer._load_from_state_dict` | torch, for each layer | the module |
 | `tuner.awaited.Awaited.settle` | transformers' `load_adapter` has assigned the tensors; before the first forward pass or merge | the model, and what has arrived in it |
 
 Files may come from strangers.
@@ -111,9 +111,10 @@ def _check_index(expected: ExpectedState, index: torch.Tensor, where: str) -> No
         )
     if index.device.type == "meta" or not index.numel():
         return
-    low, high = int(index.min()), int(index.max())
-    most = expected.num_channels
-    if low < 0 or (most is not None and high >= most) or not bool((index[1:] > index[:-1]).all()):
+    channels, most = index.detach().cpu().numpy(), expected.num_channels
+    inside = channels[0] >= 0 and (most is None or channels[-1] < most)
+    if not inside or not (channels[1:] > channels[:-1]).all():
+        low, high = int(channels.min()), int(channels.max())
         raise ActLoadError(
             f"{where}: channel indices from {low} to {high}, expected ascending ones "
             f"{'from 0 on' if most is None else f'in [0, {most})'} without repetition (the file is damaged or was "

@@ -77,19 +77,22 @@ def _looked_at(shard: Shard, part: str, key: str) -> torch.Tensor:
     return torch.empty(info.shape, dtype=DTYPES.get(info.dtype, torch.uint8), device="meta")
 
 
+_KINDS = {kind.value: kind for kind in ChannelKind}
+_WEIGHTS = {
+    kind: (SELECTED,) if kind.is_norm else (SELECTED, ANY) if kind.channel_dim == 0 else (ANY, SELECTED)
+    for kind in ChannelKind
+}
+_ANY_WEIGHT = sorted(set(_WEIGHTS.values()), key=str)
+
+
 def _expected(entry: Mapping[str, Any], has_scales: bool | None) -> ExpectedState:
     """What the record of a module says about its tensors. Adapters of version 0.1 record less."""
-    kinds = {kind.value: kind for kind in ChannelKind}
-    kind = kinds.get(entry.get("kind", ""))
-    weights = {
-        (SELECTED,) if known.is_norm else (SELECTED, ANY) if known.channel_dim == 0 else (ANY, SELECTED)
-        for known in (kinds.values() if kind is None else [kind])
-    }
+    kind = _KINDS.get(entry.get("kind", ""))
     return ExpectedState(
         num_channels=entry.get("channels"),
         num_selected=entry.get("selected"),
         shapes={
-            WEIGHT: sorted(weights, key=str),
+            WEIGHT: _ANY_WEIGHT if kind is None else [_WEIGHTS[kind]],
             BIAS: [(SELECTED,)],
             **({} if has_scales is False else {SCALES: [(SELECTED,)]}),
         },

@@ -107,6 +107,8 @@ class Shard:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.location = str(self.path)
+        if self.path.exists() and not self.path.is_file():  # opening a pipe would wait for its writer
+            raise ActValueError(f"{self.path}: is no regular file, expected a safetensors file (check the path)")
         try:
             self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 (closed by `close`)
         except OSError as error:

@@ -120,7 +120,7 @@ def _check_shapes(name: str, module: FittedModule) -> None:
     delta = module.delta
     rows, width = delta.shape if delta.dim() == 2 else (0, 0)
     wide = width + (module.bias is not None)
-    rank = 0 if module.directions is None else module.directions.shape[-1]
+    rank = 0 if module.directions is None or module.directions.dim() != 2 else module.directions.shape[1]
     expected: dict[str, tuple[int, ...]] = {
         "delta": (rows, 1 if module.kind.is_norm else width),
         "bias": (rows,),

@@ -248,6 +248,13 @@ def test_other_files_are_refused(tmp_path, content):
         Shard(tmp_path / "t")
 
 
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(ActValueError, match="is no regular file, expected a safetensors file"):
+            Shard(place)
+
+
 def test_a_missing_file_and_one_that_shrinks_are_refused(path):
     with pytest.raises(ActValueError, match="cannot be opened"):
         Shard(path.with_name("nothing"))
