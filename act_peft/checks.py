@@ -14,7 +14,17 @@ from typing import Any, TypeVar
 
 from act_peft.errors import ActTypeError, ActValueError
 
+MOST = 2**53  # of counts: a float and an int64 hold every integer up to here
+
 Choice = TypeVar("Choice", bound=Enum)
+
+
+def shown(value: Any) -> str:
+    """The beginning of a value's text, for a message. Python refuses to write integers of thousands of digits."""
+    try:
+        return f"{value!r:.80}"
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__} that is too long to write"
 
 
 def member_of(choices: type[Choice], value: str | Choice, argument: str) -> Choice:
@@ -32,7 +42,7 @@ def member_of(choices: type[Choice], value: str | Choice, argument: str) -> Choi
         return choices(value)
     except ValueError as error:
         allowed = ", ".join(repr(choice.value) for choice in choices)
-        raise ActValueError(f"{argument}: got {value!r}, expected one of {allowed}") from error
+        raise ActValueError(f"{argument}: got {shown(value)}, expected one of {allowed}") from error
 
 
 def number(value: Any, argument: str, *, expected: str = "a number") -> float:
@@ -53,7 +63,7 @@ def number(value: Any, argument: str, *, expected: str = "a number") -> float:
             return math.inf
         except (TypeError, ValueError, RuntimeError):  # several numbers, such as a tensor
             pass
-    raise ActTypeError(f"{argument}: got {value!r:.80}, expected {expected}")
+    raise ActTypeError(f"{argument}: got {shown(value)}, expected {expected}")
 
 
 def finite_number(
@@ -85,7 +95,7 @@ def finite_number(
         expected += " (5% is 0.05)"
     found = number(value, argument, expected=expected)
     if not math.isfinite(found) or not _is_inside(found, above, least, most) or (nonzero and found == 0):
-        raise ActValueError(f"{argument}: got {value!r:.80}, expected {expected}")
+        raise ActValueError(f"{argument}: got {shown(value)}, expected {expected}")
     return found
 
 
@@ -102,15 +112,15 @@ def whole_number(value: Any, argument: str, *, least: int | None = None, most: i
         ActTypeError: it is no integer; 2.0 is none.
         ActValueError: it is outside the range.
     """
-    expected = "an integer" + _range_text(None, least, most)
+    expected = "an integer" + _range_text(None, least, None if most == MOST else most)
     try:
         found = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         found = None
     if found is None:
-        raise ActTypeError(f"{argument}: got {value!r:.80}, expected {expected}")
+        raise ActTypeError(f"{argument}: got {shown(value)}, expected {expected}")
     if not _is_inside(found, None, least, most):
-        raise ActValueError(f"{argument}: got {found}, expected {expected}")
+        raise ActValueError(f"{argument}: got {shown(found)}, expected {expected}")
     return found
 
 

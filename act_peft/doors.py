@@ -36,9 +36,12 @@ __all__ = [
     "COMPILED",
     "DENSITY_WARNING",
     "EMBEDDING_LAYER_NAMES",
+    "HAS_ADAPTERS",
+    "MISSING_WARNING",
     "OUTER",
     "PEFT_TYPE_TO_PREFIX_MAPPING",
     "POLICY",
+    "READS_FILES",
     "REFERENCE",
     "BufferDict",
     "LoraLayer",
@@ -55,6 +58,9 @@ __all__ = [
 
 OUTER = "base_model.model."  # PEFT: before the names of modules in an adapter's file and in a PeftModel's state dict
 COMPILED = "_orig_mod."  # torch.compile: before the names of a model's modules
+HAS_ADAPTERS = "_hf_peft_config_loaded"  # transformers: a model's flag for adapters that `load_adapter` put into it
+READS_FILES = "_load_pretrained_model"  # transformers: the method of a model by which `load_adapter` reads files
+MISSING_WARNING = "Found missing adapter keys"  # PEFT: start of its warning about tensors that a file does not have
 DENSITY_WARNING = "The density 1.0 is greater than or equal to 1"  # PEFT's merge_utils: start of a harmless warning
 # TRL: its trainers add an adapter of the first name with the configuration of the second one, and expect a copy of it.
 # They copy only parameters whose names go on after the adapter's name. ACT has none of these.

@@ -74,7 +74,7 @@ def merge_checkpoint(
         ActTypeError: a weight that is not a number.
 
     Warns:
-        ActWarning: once for each adapter that was made for a base with different weights.
+        ActWarning: once for each adapter that was made for a base with other weights.
 
     Example:
         >>> merge_checkpoint(BASE, ["math", "code"], "merged", weights=[1.0, 0.5])
@@ -226,7 +226,7 @@ def _deltas_between(change: TensorMerge, first: int, stop: int) -> Iterator[Scal
 
 def _write_config(checkpoint: Checkpoint, folder: Path) -> None:
     """Say in the configuration that nothing is tied."""
-    config = without_ties(read_json(checkpoint.folder, "config.json"), load_config(checkpoint))
+    config = without_ties(read_json(checkpoint.folder, "config.json", finite=False), load_config(checkpoint))
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

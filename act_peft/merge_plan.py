@@ -11,7 +11,8 @@ from typing import cast
 import torch
 
 from act_peft.adapter.base_record import BaseComparison, Fingerprint, fingerprint
-from act_peft.adapter.file import AdapterFolder, StoredDelta
+from act_peft.adapter.file import AdapterFolder
+from act_peft.adapter.stored import StoredDelta
 from act_peft.disk.checkpoint import Checkpoint
 from act_peft.disk.keys import CheckpointKeys
 from act_peft.disk.layout import Layout, Piece, Place
@@ -238,7 +239,7 @@ def compare_base(checkpoint: Checkpoint, source: Source, plan: Plan) -> str | No
             current = partial(_base_of, plan.keys, module, source.adapter.modules[module].index, dim, seen)
             comparison.add_(module, source.adapter.recorded_base(module), current)
     note = comparison.note()
-    home = source.adapter.config.get("base_model_name_or_path") or "the base that it was trained on"
+    home = source.adapter.config.base_model_name_or_path or "the base that it was trained on"
     return None if note is None else f"{note} (merge it into {home})"
 
 

@@ -6,6 +6,7 @@ If a test here fails with a new version of a library, its message names the line
 from __future__ import annotations
 
 import ast
+import copy
 import importlib
 import importlib.util
 import inspect
@@ -24,13 +25,24 @@ from huggingface_hub import constants as hub_constants
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import act_peft.doors
 from act_peft import ActConfig, ActModel
-from act_peft.doors import COMPILED, DENSITY_WARNING, OUTER, REFERENCE, is_read_by_mamba_kernel, merge_utils
+from act_peft.doors import (
+    COMPILED,
+    DENSITY_WARNING,
+    HAS_ADAPTERS,
+    MISSING_WARNING,
+    OUTER,
+    READS_FILES,
+    REFERENCE,
+    is_read_by_mamba_kernel,
+    merge_utils,
+)
 from act_peft.layers import ActLayer, Linear
 
 PACKAGE = Path(act_peft.doors.__file__).parent
@@ -73,7 +85,7 @@ HOOKS = {
         "unmerge",
         "_move_adapter_to_device_of_base_layer",
     },
-    (ActConfig, PeftConfig): {"from_pretrained", "save_pretrained", "to_dict"},
+    (ActConfig, PeftConfig): {"from_json_file", "from_pretrained", "save_pretrained", "to_dict"},
     (ActLayer, nn.Module): {"forward", "_apply", "_load_from_state_dict"},
 }
 HELD_BY_WRAPPERS = ("active_adapters", "disable_adapters", "enable_adapters", "modules_to_save", "original_module")
@@ -283,6 +295,24 @@ def test_the_warning_of_pefts_pruning():
         warnings.simplefilter("always")
         merge_utils.prune(torch.ones(2), 1.0, "magnitude")
     assert [str(w.message).startswith(DENSITY_WARNING) for w in found] == [True], changed("DENSITY_WARNING = ")
+
+
+def test_the_warning_of_peft_about_tensors_that_a_file_lacks(tmp_path):
+    base = nn.Sequential(nn.Linear(2, 2))
+    get_peft_model(copy.deepcopy(base), LoraConfig(target_modules=["0"])).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({name: value for name, value in load_file(path).items() if "lora_A" in name}, path)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        PeftModel.from_pretrained(base, str(tmp_path))
+    assert any(str(w.message).startswith(MISSING_WARNING) for w in found), changed("MISSING_WARNING = ")
+
+
+def test_transformers_reads_adapters_by_a_method_of_the_model():
+    source = inspect.getsource(LlamaForCausalLM.load_adapter)
+    assert f"self.{READS_FILES}(" in source, changed("READS_FILES = ")
+    assert "checkpoint_files=checkpoint_files" in source, changed("checkpoint_files: Any = None")
+    assert hasattr(LlamaForCausalLM, HAS_ADAPTERS), changed("HAS_ADAPTERS = ")
 
 
 def test_prefixes_of_names():

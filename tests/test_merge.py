@@ -292,11 +292,11 @@ def test_quantized_tensors_are_refused_where_they_would_change(tmp_path, part):
 
 
 def test_another_base_is_worth_a_warning(folders):
-    with pytest.warns(ActWarning, match=r"a was made for a base with different weights than .*: \d+ of 21 modules"):
+    with pytest.warns(ActWarning, match=r"a was made for a base with other weights than .*: \d+ of 21 modules"):
         merge_checkpoint(folders / "donor", folders / "a", folders / "out")
     assert (folders / "out").is_dir()
     shutil.rmtree(folders / "out")
-    refused(folders, "was made for a base with different weights", ActWarning, base=folders / "donor")
+    refused(folders, "was made for a base with other weights", ActWarning, base=folders / "donor")
 
 
 @pytest.fixture(scope="module")

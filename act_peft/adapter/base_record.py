@@ -81,7 +81,7 @@ class BaseComparison:
             return None
         than = "" if self._base is None else f" than {self._base}"
         return (
-            f"{self._adapter} was made for a base with different weights{than}: {len(self._differing)} of "
+            f"{self._adapter} was made for a base with other weights{than}: {len(self._differing)} of "
             f"{self._compared} modules differ, the first is {self._differing[0]}"
         )
 
@@ -113,15 +113,21 @@ def _check_record(modules: Any) -> None:
     """
     if modules is None:
         return
-    good = isinstance(modules, Mapping) and all(
-        isinstance(entry, Mapping)
-        and isinstance(entry.get("selected"), int)
-        and isinstance(entry.get("base"), (str, type(None)))
-        and isinstance(entry.get("kind"), (str, type(None)))
-        for entry in modules.values()
-    )
-    if not good:
+    if not isinstance(modules, Mapping):
+        found: Any = f"{modules!s:.80}"
+    else:
+        found = next((f"{each!s:.80} for {name}" for name, each in modules.items() if not _is_record(each)), None)
+    if found is not None:
         raise ActValueError(
-            f"adapted_modules: got {str(modules)[:80]}, expected module name -> "
+            f"adapted_modules: got {found}, expected module name -> "
             "{'kind': str, 'selected': int, 'channels': int, 'base': str} (adapter_config.json is damaged)"
         )
+
+
+def _is_record(entry: Any) -> bool:
+    """Whether a value is an entry of `adapted_modules`. Those of version 0.1 lack kind and channels."""
+    if not isinstance(entry, Mapping) or type(entry.get("selected")) is not int or entry["selected"] < 0:
+        return False
+    channels = entry.get("channels")
+    texts = all(isinstance(entry.get(name), (str, type(None))) for name in ("base", "kind"))
+    return texts and (channels is None or (type(channels) is int and entry["selected"] <= channels))

@@ -12,13 +12,14 @@ from typing import Any, cast
 import torch
 
 from act_peft.adapter.config import ActConfig
-from act_peft.adapter.file import AdapterFolder, StoredDelta
+from act_peft.adapter.file import AdapterFolder
+from act_peft.adapter.stored import StoredDelta
 from act_peft.channels.kinds import ChannelKind
 from act_peft.channels.rows import merged_rows, wide_dtype
 from act_peft.disk.checkpoint import Checkpoint
 from act_peft.disk.parameters import Parameters
 from act_peft.disk.writing import TensorInfos
-from act_peft.errors import ActError, ActLoadError, ActValueError
+from act_peft.errors import ActLoadError
 from act_peft.plain import in_markdown
 
 
@@ -105,15 +106,7 @@ def changes_in_folder(folder: AdapterFolder, checkpoint: Checkpoint | None) -> A
         ActValueError: if its configuration cannot be used.
         ActLoadError: if configuration and tensors do not belong together.
     """
-    try:
-        config = ActConfig.from_pretrained(os.fspath(folder.folder))
-    except ActError:
-        raise
-    except (ValueError, TypeError) as error:
-        raise ActValueError(
-            f"{folder.location}: adapter_config.json cannot be used ({str(error)[:200]}), expected that of an ACT "
-            "adapter (the file is damaged)"
-        ) from error
+    config = folder.config
     base = None
     if checkpoint is not None:
         names = [f"{name}.{part}" for name, delta in folder.modules.items() for part in _parts(delta)]
@@ -155,20 +148,14 @@ class FileChange(ModuleChange):
         delta = folder.modules[name]
         self._where = f"{folder.location}: {name}"
         entry = (config.adapted_modules or {}).get(name, {})
-        count, num_channels = delta.index.numel(), entry.get("channels")
-        if type(num_channels) is not int or int(delta.index[-1]) >= num_channels:
+        num_channels = entry.get("channels")
+        if num_channels is None:
             raise ActLoadError(
-                f"{self._where}: adapted_modules says {str(num_channels)[:40]} channels, expected a number greater "
-                f"than the greatest selected channel, {int(delta.index[-1])} (adapter_config.json does not belong to "
-                "the tensors)"
+                f"{self._where}: adapted_modules does not say how many channels it has (load the adapter with PEFT "
+                "and save it again)"
             )
         kind = _kind_of_file(self._where, delta, entry.get("kind"))
         dim = kind.channel_dim
-        if len(delta.weight_shape) != (1 if kind.is_norm else 2) or delta.weight_shape[dim] != count:
-            raise ActLoadError(
-                f"{self._where}: act_delta_weight has {list(delta.weight_shape)}, expected that of a {kind.value} "
-                f"with {count} channels (the file is damaged)"
-            )
         stored = folder.shard.dtype(delta.weight)
         self._folder, self._base, self._keys = folder, base, _parts(delta)
         weight = (*delta.weight_shape[:dim], num_channels, *delta.weight_shape[dim + 1 :])

@@ -8,20 +8,24 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum
+from pathlib import Path
 from typing import Any, cast
 
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
-from safetensors import SafetensorError, safe_open
 
 from act_peft.adapter.base_record import _check_record
 from act_peft.adapter.card import write_model_card
+from act_peft.adapter.settings import check_settings
+from act_peft.adapter.stored import read_deltas
 from act_peft.channels.masks import ChannelMask, checked_indices
 from act_peft.channels.scores import ChannelScores
 from act_peft.checks import finite_number, member_of
 from act_peft.disk.atomic import write_file
+from act_peft.disk.json_text import parse_json
+from act_peft.disk.shard import Shard
 from act_peft.doors import EMBEDDING_LAYER_NAMES
-from act_peft.errors import ActLoadError, ActTypeError, ActValueError, ActWarning
+from act_peft.errors import ActError, ActLoadError, ActTypeError, ActValueError, ActWarning
 from act_peft.interrupts import scratch_folder
 from act_peft.plain import one_line
 
@@ -147,6 +151,7 @@ class ActConfig(PeftConfig):
                 "adapter leave peft_type out: ActConfig(channels=..., donor=...))"
             )
         self.peft_type = PeftType("ACT")
+        check_settings(self)
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
@@ -259,18 +264,74 @@ class ActConfig(PeftConfig):
             kwargs: as in PEFT.
 
         Raises:
-            ActValueError: if the path is a file.
-            ActLoadError: if the folder's tensors cannot be read.
+            ActValueError: if the path is a file, or the configuration cannot be used.
+            ActLoadError: if the folder's tensors cannot be read, or do not fit the configuration.
 
         Warns:
             ActWarning: if a local folder holds pickled tensors only.
         """
-        _check_tensor_file(os.path.join(pretrained_model_name_or_path, subfolder or ""))
+        folder = os.path.join(pretrained_model_name_or_path, *([subfolder] if subfolder else []))
+        _check_pickled(folder)
         if os.path.isfile(pretrained_model_name_or_path):
             raise ActValueError(
                 f"{pretrained_model_name_or_path}: got a file, expected the adapter's folder (with {CONFIG_NAME})"
             )
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        try:
+            config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        except ActError:
+            raise
+        except (ValueError, TypeError, KeyError) as error:
+            raise ActValueError(
+                f"{folder}: {CONFIG_NAME} cannot be used ({_reason(error)}), expected the configuration of an adapter"
+            ) from error
+        tensors = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+        if isinstance(config, ActConfig) and os.path.isfile(tensors):  # those on the Hub are not here yet
+            try:
+                with Shard(tensors) as shard:
+                    read_deltas(shard, folder, recorded=config.adapted_modules, has_scales=config.trains.has_scales)
+            except ActValueError as error:
+                raise ActLoadError(str(error)) from error
+        return config
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> Any:
+        """Read the content of an `adapter_config.json`, which PEFT makes a configuration of.
+
+        Args:
+            path_json_file: the file.
+            kwargs: as in PEFT, without a meaning.
+
+        Raises:
+            ActValueError: it cannot be read, or is no JSON object.
+        """
+        try:
+            content = Path(path_json_file).read_bytes()
+        except OSError as error:
+            raise ActValueError(f"{path_json_file}: cannot be read ({error.strerror}), expected a file") from error
+        return parse_json(content, path_json_file)
+
+
+def config_from(content: Mapping[str, Any], where: str) -> ActConfig:
+    """The configuration that an `adapter_config.json` holds.
+
+    Args:
+        content: what was read.
+        where: the file, for messages.
+
+    Raises:
+        ActValueError: it cannot be used.
+    """
+    try:
+        return cast(ActConfig, ActConfig.from_peft_type(**content))
+    except (ValueError, TypeError) as error:
+        raise ActValueError(
+            f"{where}: cannot be used ({_reason(error)}), expected the configuration of an ACT adapter"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    kind = f"{type(error).__name__}: " if isinstance(error, KeyError) else ""
+    return f"{kind}{str(error)[:300]}"
 
 
 def record_adapter(config: ActConfig, modules: Mapping[str, dict[str, Any]], *, kept: float | None = None) -> None:
@@ -290,18 +351,10 @@ def record_adapter(config: ActConfig, modules: Mapping[str, dict[str, Any]], *, 
     config.name_targets(modules)
 
 
-def _check_tensor_file(folder: str) -> None:
-    """Check the tensor file of a local adapter before PEFT changes the model; PEFT checks adapters on the Hub."""
-    path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
-    if os.path.isfile(path):
-        try:
-            with safe_open(path, framework="pt") as file:
-                file.keys()
-        except (SafetensorError, OSError) as error:
-            raise ActLoadError(
-                f"{path}: cannot be read, expected a safetensors file ({error}; copy or download it again)"
-            ) from error
-    elif os.path.isfile(os.path.join(folder, WEIGHTS_NAME)):
+def _check_pickled(folder: str) -> None:
+    names = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+    safe, pickled = (os.path.isfile(os.path.join(folder, name)) for name in names)
+    if pickled and not safe:
         warnings.warn(
             f"{folder}: the adapter is pickled ({WEIGHTS_NAME}), which PEFT reads with torch's restricted unpickler "
             "(save it with safe_serialization=True instead)",

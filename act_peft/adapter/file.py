@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
 from act_peft.adapter.base_record import fingerprint, recorded_base
+from act_peft.adapter.config import ActConfig, config_from
+from act_peft.adapter.stored import PARTS, read_deltas
 from act_peft.channels.kinds import ChannelKind
 from act_peft.channels.rows import scaled_channels
 from act_peft.disk.checkpoint import read_json
@@ -23,21 +23,6 @@ CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 _ALL = slice(None)
 _COMPARED = 4  # modules whose base rows are read to recognize a part of a checkpoint
-_PARTS = ("act_delta_index", "act_delta_weight", "act_delta_bias", "act_delta_channel_scale")
-
-
-@dataclass(frozen=True)
-class StoredDelta:
-    """The deltas of one module in a file: channels, int64 `[K]`, ascending, and the keys of the tensors.
-
-    `scales` are the learned scales, float `[K]`, that the rows are multiplied with; None if there are none.
-    """
-
-    index: torch.Tensor
-    weight: str
-    weight_shape: tuple[int, ...]
-    bias: str | None
-    scales: torch.Tensor | None
 
 
 class AdapterFolder:
@@ -49,7 +34,7 @@ class AdapterFolder:
     Attributes:
         location: the folder or Hub id that the user gave.
         folder: the local folder.
-        config: the content of `adapter_config.json`.
+        config: its configuration.
         modules: module name -> `StoredDelta`.
 
     Raises:
@@ -60,17 +45,19 @@ class AdapterFolder:
     def __init__(self, location: str | os.PathLike[str] | Location) -> None:
         place = open_location(location, expected=f"an adapter ({CONFIG})", files=[CONFIG, TENSORS])
         self.location, self.folder = place.name, place.folder
-        self.config = read_json(self.folder, CONFIG)
-        if self.config.get("peft_type") != "ACT":
+        content = read_json(self.folder, CONFIG)
+        if content.get("peft_type") != "ACT":
             raise ActValueError(
-                f"{self.location}: got an adapter of type {str(self.config.get('peft_type'))[:40]}, expected ACT "
-                "(merge other adapters with PEFT)"
+                f"{self.location}: got an adapter of type {str(content.get('peft_type'))[:40]}, expected ACT "
+                "(use PEFT for adapters of other methods)"
             )
-        recorded = self.config.get("adapted_modules") or {}
-        self._recorded: Mapping[str, Any] = recorded if isinstance(recorded, dict) else {}
+        self.config: ActConfig = config_from(content, f"{self.folder / CONFIG}")
+        self._recorded = self.config.adapted_modules or {}
         self.shard = Shard(place.file(TENSORS))
         try:
-            self.modules = self._read_modules()
+            _check_parts(self.location, self.shard)
+            has_scales = self.config.trains.has_scales
+            self.modules = read_deltas(self.shard, self.location, recorded=self._recorded, has_scales=has_scales)
         except BaseException:
             self.shard.close()
             raise
@@ -91,9 +78,8 @@ class AdapterFolder:
 
     def recorded_axis(self, module: str) -> int | None:
         """The axis of a module's channels, by its recorded kind; None if there is none."""
-        entry = self._recorded.get(module)
         kinds = {kind.value: kind for kind in ChannelKind}
-        kind = kinds.get(str(entry.get("kind"))) if isinstance(entry, dict) else None
+        kind = kinds.get(self._recorded.get(module, {}).get("kind", ""))
         return None if kind is None else kind.channel_dim
 
     def fits(self, parameter: str, shape: Sequence[int]) -> bool:
@@ -102,8 +88,7 @@ class AdapterFolder:
         delta = self.modules.get(module)
         if delta is None or part != "weight":
             return True
-        entry = self._recorded.get(module)
-        channels = entry.get("channels") if isinstance(entry, dict) else None
+        channels = self._recorded.get(module, {}).get("channels")
         return any(
             delta.weight_shape == (*shape[:dim], delta.index.numel(), *shape[dim + 1 :])
             and channels in (None, shape[dim])
@@ -137,54 +122,13 @@ class AdapterFolder:
         scales = self.modules[module].scales
         return rows if scales is None else scaled_channels(rows, scales[channels], dim)
 
-    def _read_modules(self) -> dict[str, StoredDelta]:
-        parts: dict[str, dict[str, str]] = {}
-        for key in self.shard.tensors:
-            module, _, part = key.removeprefix(OUTER).rpartition(".")
-            if part not in _PARTS or not module or not key.startswith(OUTER):
-                raise ActLoadError(
-                    f"{self.location}: {key}: got a tensor that is no channel delta, expected only "
-                    f"{', '.join(_PARTS)} (modules_to_save and trainable tokens have to be merged in memory, with "
-                    "model.merge_and_unload())"
-                )
-            parts.setdefault(module, {})[part] = key
-        return {module: self._read_module(module, keys) for module, keys in parts.items()}
 
-    def _read_module(self, module: str, keys: Mapping[str, str]) -> StoredDelta:
-        where = f"{self.location}: {module}"
-        missing = [part for part in _PARTS[:2] if part not in keys]
-        if missing:
-            raise ActLoadError(f"{where}: the adapter has no {missing[0]}, expected one (the file is incomplete)")
-        info = self.shard.info(keys["act_delta_index"])
-        if info.dtype != "I64" or len(info.shape) != 1:
+def _check_parts(where: str, shard: Shard) -> None:
+    """Check that an adapter holds channel deltas only."""
+    for key in shard.tensors:
+        module, _, part = key.removeprefix(OUTER).rpartition(".")
+        if part not in PARTS or not module or not key.startswith(OUTER):
             raise ActLoadError(
-                f"{where}: channel indices are {info.dtype} of shape {list(info.shape)}, expected I64 of shape [K]"
+                f"{where}: {key}: got a tensor that is no channel delta, expected only {', '.join(PARTS)} "
+                "(modules_to_save and trainable tokens have to be merged in memory, with model.merge_and_unload())"
             )
-        index = self.shard.tensor(keys["act_delta_index"])
-        if index.numel() and (int(index[0]) < 0 or not bool((index[1:] > index[:-1]).all())):
-            raise ActLoadError(
-                f"{where}: channel indices from {int(index.min())} to {int(index.max())}, expected ascending ones "
-                "from 0 on without repetition (the file is damaged)"
-            )
-        weight = self.shard.info(keys["act_delta_weight"])
-        bias = self.shard.info(keys["act_delta_bias"]) if "act_delta_bias" in keys else None
-        for part, tensor in (("act_delta_weight", weight), ("act_delta_bias", bias)):
-            if tensor is not None and not tensor.is_plain:
-                raise ActLoadError(f"{where}: {part} is {tensor.dtype}, expected a floating point dtype")
-        if bias is not None and bias.shape != tuple(index.shape):
-            raise ActLoadError(f"{where}: act_delta_bias has {list(bias.shape)}, expected {list(index.shape)}")
-        scales = (
-            self._read_scales(where, keys["act_delta_channel_scale"], index)
-            if "act_delta_channel_scale" in keys
-            else None
-        )
-        return StoredDelta(index, keys["act_delta_weight"], weight.shape, keys.get("act_delta_bias"), scales)
-
-    def _read_scales(self, where: str, key: str, index: torch.Tensor) -> torch.Tensor:
-        info = self.shard.info(key)
-        if not info.is_plain or info.shape != tuple(index.shape):
-            raise ActLoadError(
-                f"{where}: act_delta_channel_scale is {info.dtype} {list(info.shape)}, expected floating point "
-                f"numbers of shape {list(index.shape)}"
-            )
-        return self.shard.tensor(key)

@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 import torch
 
-from act_peft.checks import module_name, whole_number
+from act_peft.checks import MOST, module_name, whole_number
 from act_peft.disk import tensorfile
 from act_peft.errors import ActError, ActTypeError, ActValueError
 
@@ -49,7 +49,7 @@ class ChannelMask(Mapping[str, torch.Tensor]):
 
     def __init__(self, channels: Mapping[str, Iterable[int] | torch.Tensor], num_channels: Mapping[str, int]) -> None:
         counts = {
-            module_name(name): whole_number(count, f"{name}: number of channels", least=1)
+            module_name(name): whole_number(count, f"{name}: number of channels", least=1, most=MOST)
             for name, count in num_channels.items()
         }
         missing = [name for name in channels if name not in counts]

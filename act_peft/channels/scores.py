@@ -15,7 +15,7 @@ import torch
 from act_peft.channels.contrast import contrast, mean_of_all
 from act_peft.channels.masks import ChannelMask
 from act_peft.channels.selection import Normalization, Scope, dominance_text, select_channels
-from act_peft.checks import member_of, module_name, whole_number
+from act_peft.checks import MOST, member_of, module_name, whole_number
 from act_peft.disk import tensorfile
 from act_peft.errors import ActError, ActTypeError, ActValueError, ActWarning
 
@@ -99,7 +99,7 @@ class ChannelScores(Mapping[str, torch.Tensor]):
         keep: ChannelScores | None = None,
     ) -> None:
         kind = member_of(ScoreKind, kind, "kind")
-        num_tokens = whole_number(num_tokens, "num_tokens", least=1 if kind.is_mean else 0)
+        num_tokens = whole_number(num_tokens, "num_tokens", least=1 if kind.is_mean else 0, most=MOST)
         if not kind.is_mean and num_tokens != 0:
             raise ActValueError(f"num_tokens: got {num_tokens}, expected 0 (scores by {kind.value} are no mean)")
         if not sums:

@@ -101,6 +101,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print(f"act-peft: {_with_options(_one_line(error), arguments)}", file=sys.stderr)
         return FAILED
+    except Exception as error:  # of a library below; no input may end in a traceback
+        if getattr(arguments, "debug", False):
+            traceback.print_exc()
+        else:
+            text = f"{type(error).__name__}: {_one_line(error)[:300]}"
+            print(f"act-peft: {text} (unexpected; --debug shows where it happened)", file=sys.stderr)
+        return FAILED
     return DONE
 
 

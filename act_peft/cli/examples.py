@@ -6,13 +6,13 @@ import argparse
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from act_peft.cli.files import reason_of
 from act_peft.cli.imports import importing
 from act_peft.errors import ActValueError
 from act_peft.interrupts import scratch_folder
 
 DEVICE = "cuda if there is one"
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
-_BAD_EXAMPLES = (AttributeError, KeyError, RuntimeError, TypeError, ValueError)  # raised by TRL
 
 
 def add_examples(parser: argparse.ArgumentParser, *, samples: int, batch_size: int) -> None:
@@ -82,9 +82,9 @@ def load_model(name: str, arguments: argparse.Namespace) -> Any:
 
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=arguments.dtype, trust_remote_code=False)
-    except ValueError as error:
+    except Exception as error:  # damaged files fail anywhere inside transformers
         raise ActValueError(
-            f"{name}: cannot be loaded, expected the folder or Hub id of a causal language model ({str(error)[:300]})"
+            f"{name}: cannot be loaded, expected the folder or Hub id of a causal language model ({reason_of(error)})"
         ) from error
     return model.to(arguments.device)
 
@@ -119,10 +119,10 @@ def batches_of(
 
     try:
         processing = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
-    except ValueError as error:
+    except Exception as error:  # damaged files fail anywhere inside transformers
         raise ActValueError(
             f"{tokenizer}: its tokenizer cannot be loaded, expected one in the folder of the model "
-            f"({str(error)[:300]}; save it there)"
+            f"({reason_of(error)}; save it there)"
         ) from error
     with scratch_folder() as unused:  # TRL creates the folder, although nothing is saved there
         settings = SFTConfig(
@@ -137,12 +137,30 @@ def batches_of(
         )
         try:
             tokenizing = SFTTrainer(model, args=settings, train_dataset=examples, processing_class=processing)
-        except _BAD_EXAMPLES as error:
+        except Exception as error:  # damaged examples and tokenizers fail anywhere inside TRL
             raise ActValueError(
                 f"dataset with the columns {examples.column_names}: TRL cannot tokenize it, expected examples in one "
-                f"of its formats ({type(error).__name__}: {str(error)[:300]})"
+                f"of its formats ({reason_of(error)})"
             ) from error
+        _check_tokens(tokenizing.train_dataset, processing, model, tokenizer)
         return tokenizing.get_train_dataloader()
+
+
+def _check_tokens(examples: Any, processing: Any, model: Any, tokenizer: str) -> None:
+    """Check that the model has a row for every token.
+
+    Raises:
+        ActValueError: it has not.
+    """
+    known = model.get_input_embeddings().weight.shape[0]
+    used = examples["input_ids"] if "input_ids" in examples.column_names else []
+    largest = max((max(ids, default=0) for ids in used), default=0)
+    padding = getattr(processing, "pad_token_id", None) or 0
+    if max(largest, padding) >= known:
+        raise ActValueError(
+            f"{tokenizer}: its tokenizer gives the token {max(largest, padding)}, expected one of the model's {known} "
+            "(the tokenizer belongs to a different model, or a file of it is damaged)"
+        )
 
 
 def _integer_from(smallest: int) -> Callable[[str], int]:

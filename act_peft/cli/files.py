@@ -48,6 +48,12 @@ def output_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
         yield beside
 
 
+def reason_of(error: BaseException) -> str:
+    """What another library says of a failure, short, with the kind of error where that says more."""
+    text = " ".join(str(error).split())[:300]
+    return text if isinstance(error, (OSError, ValueError)) and text else f"{type(error).__name__}: {text}"
+
+
 def load_examples(dataset: str, *, split: str, samples: int | None, seed: int) -> Any:
     """Load a dataset in one of TRL's formats.
 
@@ -75,10 +81,10 @@ def load_examples(dataset: str, *, split: str, samples: int | None, seed: int) -
             examples = load_dataset(dataset, split=split)
     except StopIteration:  # raised for an empty file
         examples = []
-    except (DatasetGenerationError, FileNotFoundError, TypeError, ValueError, ConnectionError) as error:
+    except Exception as error:  # damaged files fail anywhere inside datasets
         where = "cannot be loaded" if path.exists() else "there is no such file or folder, nor can it be loaded"
         reason = error.__cause__ if isinstance(error, DatasetGenerationError) else error  # the message of the reader
-        raise ActValueError(f"dataset {dataset!r}: {where}, {expected} ({reason or error})") from error
+        raise ActValueError(f"dataset {dataset!r}: {where}, {expected} ({reason_of(reason or error)})") from error
     if not len(examples):
         raise ActValueError(f"dataset {dataset!r}: got no examples, expected at least one (in split {split!r})")
     _check_columns(dataset, examples.column_names)

@@ -50,7 +50,7 @@ def describe(path: Path) -> dict[str, Any]:
 
     if path.is_dir():
         _check_adapter(path)
-        config = ActConfig.from_pretrained(str(path))
+        config = ActConfig.from_pretrained(str(path))  # which compares it with the tensors
         return {
             "kind": "adapter",
             "base": config.base_model_name_or_path,
@@ -114,7 +114,9 @@ def _check_adapter(folder: Path) -> None:
     Raises:
         ActValueError: it holds no adapter, or one of a different method.
     """
-    from act_peft.adapter.file import CONFIG
+    from peft.utils import WEIGHTS_NAME as PICKLED
+
+    from act_peft.adapter.file import CONFIG, TENSORS
     from act_peft.disk.checkpoint import read_json
 
     expected = "expected an ACT adapter, or a file of a mask or of scores"
@@ -125,3 +127,5 @@ def _check_adapter(folder: Path) -> None:
         raise ActValueError(
             f"{folder}: got an adapter of type {str(kind)[:40]}, {expected} (use PEFT for adapters of other methods)"
         )
+    if not (folder / TENSORS).is_file() and not (folder / PICKLED).is_file():
+        raise ActValueError(f"{folder}: has no {TENSORS}, expected the adapter's tensors (copy it again)")

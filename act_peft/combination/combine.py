@@ -101,7 +101,7 @@ def combine(
         ActTypeError: a weight or density that is no number.
 
     Warns:
-        ActWarning: once, if the adapters name different bases or were made for bases with different weights.
+        ActWarning: once, if the adapters name different bases or were made for bases with other weights.
 
     Example:
         >>> combined = combine({"sums": "math", "programs": "code"}, "both", weights={"sums": 1.0, "programs": 0.5})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from act_peft.disk.folders import file_in
+from act_peft.disk.json_text import parse_json
 from act_peft.disk.locations import Location, open_location
 from act_peft.disk.shard import Shard, TensorInfo
 from act_peft.errors import ActValueError
@@ -105,7 +105,7 @@ class Checkpoint:
         Raises:
             ActValueError: if there is no such file, or it holds no JSON object.
         """
-        return MappingProxyType(read_json(self.folder, "config.json"))
+        return MappingProxyType(read_json(self.folder, "config.json", finite=False))
 
     def file_of(self, name: str) -> str:
         """The name of the file that holds a tensor.
@@ -191,23 +191,22 @@ class Checkpoint:
         )
 
 
-def read_json(folder: Path, name: str) -> dict[str, Any]:
+def read_json(folder: Path, name: str, *, finite: bool = True) -> dict[str, Any]:
     """The object in a JSON file of a folder.
 
+    Args:
+        folder: the folder.
+        name: the file in it.
+        finite: whether numbers must be finite.
+
     Raises:
-        ActValueError: if there is no such file, or it is no JSON object.
+        ActValueError: if there is no such file, it cannot be read, or it is no JSON object.
     """
     try:
-        value = json.loads(file_in(folder, name).read_bytes())
-    except ActValueError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise ActValueError(
-            f"{folder / name}: is not JSON ({str(error)[:120]}), expected an object (the file is damaged)"
-        ) from error
-    if not isinstance(value, dict):
-        raise ActValueError(f"{folder / name}: got {str(value)[:80]}, expected an object (the file is damaged)")
-    return value
+        content = file_in(folder, name).read_bytes()
+    except OSError as error:
+        raise ActValueError(f"{folder / name}: cannot be read ({error.strerror}), expected a JSON file") from error
+    return parse_json(content, str(folder / name), finite=finite)
 
 
 def _is_shard_name(file: Any) -> bool:

@@ -7,11 +7,10 @@ from collections.abc import Collection, Sequence
 import torch
 
 from act_peft.disk.keys import CheckpointKeys, Fits, Recognize
-from act_peft.disk.shard import DTYPES, PLAIN_DTYPES
+from act_peft.disk.shard import PLAIN
 from act_peft.disk.sources import TensorSource
 from act_peft.errors import ActValueError
 
-_PLAIN = frozenset(DTYPES[name] for name in PLAIN_DTYPES)
 _PARTS = ("weight", "bias")
 
 
@@ -74,7 +73,7 @@ class Parameters:
 
     def is_plain(self, name: str) -> bool:
         """Whether a parameter holds ordinary floating point numbers."""
-        return self.dtype(name) in _PLAIN
+        return self.dtype(name) in PLAIN
 
     def rows(self, name: str, index: torch.Tensor, dim: int = 0) -> torch.Tensor:
         """A copy of rows (`dim` 0) or columns (`dim` 1) of a parameter; `index` is int64 `[K]`, ascending.

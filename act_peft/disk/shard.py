@@ -11,7 +11,6 @@ measures it.
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 import os
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from act_peft.disk.json_text import parse_json
 from act_peft.errors import ActTypeError, ActValueError
 
 # The dtypes that can be read -> their torch dtype.
@@ -52,6 +52,7 @@ DTYPES = {
 BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()}
 BITS |= {"F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
 PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")  # weights of these dtypes are ordinary numbers
+PLAIN = frozenset(DTYPES[name] for name in PLAIN_DTYPES)
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 _MAX_DIMS = 8
 _MAX_ELEMENTS = 2**40  # more than a terabyte; this also limits the shapes of empty tensors
@@ -106,6 +107,8 @@ class Shard:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.location = str(self.path)
+        if self.path.exists() and not self.path.is_file():  # opening a pipe would wait for its writer
+            raise ActValueError(f"{self.path}: is no regular file, expected a safetensors file (check the path)")
         try:
             self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 (closed by `close`)
         except OSError as error:
@@ -338,15 +341,10 @@ def _read_header(path: Path, file: Any, size: int) -> tuple[dict[str, Any], int]
             f"{path}: got {size} bytes and a header of {length}, expected a whole safetensors file "
             "(it is cut off, damaged or of a different format; copy or download it again)"
         )
-    try:
-        header = json.loads(file.read(length))
-    except (ValueError, RecursionError) as error:
-        raise ActValueError(
-            f"{path}: its header is not JSON ({error}), expected a safetensors file (copy or download it again)"
-        ) from error
-    metadata = header.get("__metadata__") if isinstance(header, dict) else None
-    if not isinstance(header, dict) or not isinstance(metadata, (dict, type(None))):
-        raise ActValueError(f"{path}: its header is no table of tensors, expected a safetensors file")
+    header = parse_json(file.read(length), f"{path}: its header")
+    metadata = header.get("__metadata__")
+    if not isinstance(metadata, (dict, type(None))):
+        raise ActValueError(f"{path}: its header has the metadata {str(metadata)[:80]}, expected an object of texts")
     return header, 8 + length
 
 

@@ -38,6 +38,9 @@ def load_config(checkpoint: Checkpoint) -> Any:
     check_sizes(checkpoint)
     try:
         config = AutoConfig.from_pretrained(str(checkpoint.folder), trust_remote_code=False)
+        parts = {type(part) for part in (config.get_text_config(), config.get_text_config(decoder=True))}
+        if not all(issubclass(part, PretrainedConfig) for part in parts):
+            raise TypeError(f"the part for text is a {parts.pop().__name__}")
     except Exception as error:  # a damaged configuration fails anywhere inside transformers
         raise ActValueError(
             f"{checkpoint.location}: config.json cannot be opened by transformers ({str(error)[:200]}), expected the "
@@ -56,8 +59,8 @@ def build_skeleton(config: PretrainedConfig, checkpoint: Checkpoint) -> PreTrain
     Raises:
         ActValueError: if transformers cannot build it, or it is much larger than the checkpoint.
     """
-    named = getattr(transformers, str(next(iter(config.architectures or ()), "")), None)
     try:
+        named = getattr(transformers, str(next(iter(config.architectures or ()), "")), None)
         with torch.device("meta"), limited_parameters(checkpoint):
             if isinstance(named, type) and issubclass(named, PreTrainedModel) and _is_of(named, config):
                 return named(config)

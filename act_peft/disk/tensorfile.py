@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 
 from act_peft.disk.atomic import new_file, write_file
+from act_peft.disk.json_text import parse_json
+from act_peft.disk.shard import Shard
 from act_peft.disk.writing import write_tensors
 from act_peft.errors import ActValueError
 
@@ -87,9 +88,9 @@ def read(path: str | os.PathLike[str], kind: str, version: int) -> tuple[dict[st
         ActValueError: if there is no such file, it is a folder, damaged or no safetensors file, or of a different kind
             or a newer version.
     """
-    with _opened(Path(path), f"a file of kind {kind!r}") as (file, header):
+    with _opened(Path(path), f"a file of kind {kind!r}") as (shard, header):
         _check_header(Path(path), header, kind, version)
-        tensors = {name: file.get_tensor(name).clone() for name in sorted(file.keys())}
+        tensors = {name: shard.tensor(name) for name in sorted(shard.names)}
     return tensors, header["metadata"]
 
 
@@ -121,7 +122,7 @@ def kind_of(path: str | os.PathLike[str]) -> str:
 
 
 @contextmanager
-def _opened(path: Path, expected: str) -> Iterator[tuple[Any, dict[str, Any]]]:
+def _opened(path: Path, expected: str) -> Iterator[tuple[Shard, dict[str, Any]]]:
     """The open file and its checked header."""
     if path.is_dir():
         raise ActValueError(f"{path}: got a folder, expected a file (name the file inside it)")
@@ -129,32 +130,20 @@ def _opened(path: Path, expected: str) -> Iterator[tuple[Any, dict[str, Any]]]:
         raise ActValueError(f"{path}: no such file, expected {expected} (check the path)")
     if path.stat().st_size == 0:  # mapping an empty file is a different error on every system
         raise ActValueError(f"{path}: got an empty file, expected a safetensors file (save it again)")
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            yield file, _parse_header(path, file.metadata())
-    except SafetensorError as error:
-        raise ActValueError(
-            f"{path}: got a file that safetensors cannot read ({error}), expected a whole safetensors file "
-            "(it is damaged, cut off or of a different format; save or download it again)"
-        ) from error
+    with Shard(path) as shard:
+        yield shard, _parse_header(path, shard.metadata)
 
 
-def _parse_header(path: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
-    text = (metadata or {}).get(_METADATA_KEY)
-    if text is None:
+def _parse_header(path: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    text = metadata.get(_METADATA_KEY)
+    if not isinstance(text, str):
         raise ActValueError(
             f"{path}: got a safetensors file without {_METADATA_KEY!r} metadata, expected a file that act_peft saved "
             "(is it a checkpoint?)"
         )
-    try:
-        header = json.loads(text)
-    except ValueError as error:
-        raise ActValueError(
-            f"{path}: {_METADATA_KEY!r} metadata is not JSON ({error}) (save the file again)"
-        ) from error
+    header = parse_json(text, f"{path}: {_METADATA_KEY!r} metadata")
     if (
-        not isinstance(header, dict)
-        or not isinstance(header.get("kind"), str)
+        not isinstance(header.get("kind"), str)
         or type(header.get("version")) is not int
         or not isinstance(header.get("metadata"), dict)
     ):

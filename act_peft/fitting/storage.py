@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from act_peft.channels.kinds import ChannelKind
+from act_peft.checks import MOST
 from act_peft.disk import tensorfile
+from act_peft.disk.shard import PLAIN
 from act_peft.errors import ActError, ActValueError
 from act_peft.fitting.module import FitRecord, FittedModule, Modules
 from act_peft.fitting.settings import FitSettings
@@ -80,7 +82,10 @@ def _record(metadata: Mapping[str, Any]) -> FitRecord:
     if not all(name is None or isinstance(name, str) for name in names):
         raise ValueError("base, donors and task_type are names")
     counts = tuple(metadata["num_tokens"])
-    if not all(type(count) is int and count >= 0 for count in counts) or len(counts) != len(metadata["donors"]) + 1:
+    if (
+        not all(type(count) is int and 0 <= count <= MOST for count in counts)
+        or len(counts) != len(metadata["donors"]) + 1
+    ):
         raise ValueError(f"num_tokens: {counts!r:.100}")
     return FitRecord(
         settings=FitSettings(**metadata["settings"]),
@@ -115,7 +120,7 @@ def _check_shapes(name: str, module: FittedModule) -> None:
     delta = module.delta
     rows, width = delta.shape if delta.dim() == 2 else (0, 0)
     wide = width + (module.bias is not None)
-    rank = 0 if module.directions is None else module.directions.shape[-1]
+    rank = 0 if module.directions is None or module.directions.dim() != 2 else module.directions.shape[1]
     expected: dict[str, tuple[int, ...]] = {
         "delta": (rows, 1 if module.kind.is_norm else width),
         "bias": (rows,),
@@ -129,7 +134,7 @@ def _check_shapes(name: str, module: FittedModule) -> None:
         tensor = getattr(module, part)
         if tensor is None:
             continue
-        wrong_dtype = tensor.dtype is not torch.float64 if part in _DOUBLE else not tensor.is_floating_point()
+        wrong_dtype = tensor.dtype is not torch.float64 if part in _DOUBLE else tensor.dtype not in PLAIN
         if tuple(tensor.shape) != shape or not rows or wrong_dtype:
             raise ActValueError(
                 f"{name}: {part} is {tensor.dtype} of shape {list(tensor.shape)}, expected "

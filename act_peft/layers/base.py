@@ -12,7 +12,7 @@ from act_peft.channels.rows import ChannelRows, merged_rows
 from act_peft.checks import finite_number
 from act_peft.doors import check_adapters_to_merge
 from act_peft.errors import ActValueError, ActWarning
-from act_peft.layers.deltas import DeltaLayer
+from act_peft.layers.loadable import LoadableLayer
 from act_peft.layers.quantized import QuantizedRows
 from act_peft.layers.rows import BaseRows
 
@@ -33,7 +33,7 @@ def remove_adapter(model: nn.Module, name: str, adapter_name: str) -> None:
             setattr(model.get_submodule(parent), child, layer.base_layer)
 
 
-class ActLayer(DeltaLayer):
+class ActLayer(LoadableLayer):
     """A module whose selected channels carry deltas.
 
     The wrapped module runs unchanged. For each active adapter the change of the selected outputs is added to them:
@@ -110,11 +110,14 @@ class ActLayer(DeltaLayer):
 
         Raises:
             ActValueError: the numbers of names and samples differ, or an adapter is merged.
+            ActLoadError: an adapter's tensors are not loaded, or do not fit.
         """
         if self._disable_adapters:
             if self.merged_adapters:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
+        if self._awaited:
+            self.settle(self.active_adapters if adapter_names is None else set(adapter_names))
         if adapter_names is not None:
             return self._forward_mixed(x, adapter_names, *args, **kwargs)
         # Looking up a submodule costs about as much as a small kernel, and decoding passes here for every token.
@@ -223,11 +226,13 @@ class ActLayer(DeltaLayer):
         Raises:
             ActValueError: with `safe_merge`, a merged row is not finite. Nothing is written then.
             ActTypeError: the weight has an unknown quantized form. Nothing is written then.
+            ActLoadError: an adapter's tensors are not loaded, or do not fit.
 
         Warns:
             ActWarning: if the weight is quantized.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.act_delta_weight]
+        self.settle(names)
         if not names:
             return
         if safe_merge:

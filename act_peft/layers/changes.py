@@ -25,7 +25,7 @@ def changes_in_model(model: nn.Module, adapter_name: str) -> AdapterChanges:
     """
     layers = adapter_layers(model, adapter_name)
     for name, layer in layers.items():
-        if not layer.knows_channels(adapter_name) or layer.act_delta_weight[adapter_name].device.type == "meta":
+        if layer.act_delta_weight[adapter_name].device.type == "meta":
             raise ActValueError(
                 f"{name}: adapter {adapter_name!r} has no tensors yet, expected a loaded adapter (load its state dict)"
             )

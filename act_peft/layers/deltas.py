@@ -13,15 +13,15 @@ from act_peft.adapter.config import Trainable
 from act_peft.channels.kinds import ChannelKind, features, is_quantized
 from act_peft.channels.rows import ChannelRows, scaled_channels, wide_dtype
 from act_peft.doors import BufferDict
-from act_peft.layers.state import SELECTED, ExpectedState, check_adapter_state
 
 PREFIX = "act_delta_"  # `act_` alone would also match modules such as `mlp.act_fn`
 CPU = torch.device("cpu")
+UNKNOWN = -1  # in place of a channel of an adapter that is not loaded yet
 
 
 def unknown_index(num_selected: int) -> torch.Tensor:
     """Placeholder for the channels of an adapter that is not loaded yet: int64 `[K]`, all -1."""
-    return torch.full((num_selected,), -1)
+    return torch.full((num_selected,), UNKNOWN)
 
 
 class DeltaLayer(nn.Module, BaseTunerLayer):
@@ -261,58 +261,6 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         """Dtype of `delta`."""
         dtype = self.act_delta_weight[adapter_name].dtype
         return wide_dtype(dtype) if adapter_name in self._learns_scales else dtype
-
-    # -------------------------------------------------------------------------------------------------- loading ---
-
-    def expected_state(self, adapter_name: str) -> ExpectedState:
-        """The tensors that the layer expects of an adapter that is being loaded."""
-        shapes = {"act_delta_weight": self.delta_shape(SELECTED)}
-        if self.has_bias:
-            shapes["act_delta_bias"] = (SELECTED,)
-        if adapter_name in self.act_delta_channel_scale:
-            shapes["act_delta_channel_scale"] = (SELECTED,)
-        return ExpectedState(
-            self.num_channels, self.act_delta_index[adapter_name], self.knows_channels(adapter_name), shapes
-        )
-
-    def knows_channels(self, adapter_name: str) -> bool:
-        """Whether the adapter's channels are known already, before its tensors are loaded."""
-        index = self.act_delta_index[adapter_name]
-        return index.device.type != "meta" and index.numel() > 0 and int(index[0]) >= 0
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        # torch calls this before it loads the parameters inside, so they are checked and resized in time.
-        for adapter_name in list(self.act_delta_index.keys()):
-            state = self.adapter_state(state_dict, prefix, adapter_name)
-            check_adapter_state(self.expected_state(adapter_name), state, prefix.rstrip("."))
-            index = state.get("act_delta_index")
-            if index is not None and self.act_delta_index[adapter_name].numel() != index.numel():
-                self._resize(adapter_name, index.numel())
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def adapter_state(
-        self, state_dict: dict[str, torch.Tensor], prefix: str, adapter_name: str
-    ) -> dict[str, torch.Tensor]:
-        """The tensors of one adapter of this layer in a state dict, without prefix and adapter name."""
-        names = (*self.adapter_layer_names, "act_delta_index")
-        keys = {name: f"{prefix}{name}.{adapter_name}" for name in names}
-        return {name: state_dict[key] for name, key in keys.items() if key in state_dict}
-
-    def _resize(self, adapter_name: str, num_selected: int) -> None:
-        old = self.act_delta_index[adapter_name]
-        self.act_delta_index[adapter_name] = unknown_index(num_selected).to(old.device)
-        for container, shape in (
-            (self.act_delta_weight, self.delta_shape(num_selected)),
-            (self.act_delta_bias, (num_selected,)),
-            (self.act_delta_channel_scale, (num_selected,)),
-        ):
-            if adapter_name in container:
-                parameter = container[adapter_name]
-                container[adapter_name] = nn.Parameter(
-                    torch.zeros(shape, dtype=parameter.dtype, device=parameter.device), parameter.requires_grad
-                )
 
 
 def _move(container: nn.ParameterDict | BufferDict, adapter_name: str, target: torch.device) -> None:

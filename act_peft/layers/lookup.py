@@ -77,8 +77,11 @@ def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, ActLayer]:
 
     Raises:
         ActValueError: if there is none.
+        ActLoadError: if its tensors are not loaded, or do not fit.
     """
     layers = act_layers(base_model(model), adapter_name)
+    for layer in layers.values():
+        layer.settle([adapter_name])
     if not layers:
         raise ActValueError(
             f"{type(model).__name__}: has no ACT adapter {adapter_name!r}, expected one "

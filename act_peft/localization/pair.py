@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Container, Mapping
 from types import FunctionType, MethodType
 from typing import Any, cast
 
 from peft import PeftConfig, PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
-from safetensors import SafetensorError
 from torch import nn
 
+from act_peft.adapter.config import ActConfig
 from act_peft.adapter.file import CONFIG, TENSORS
-from act_peft.disk.locations import open_location
+from act_peft.disk.checkpoint import read_json
+from act_peft.disk.locations import Location, open_location
 from act_peft.disk.shard import Shard
-from act_peft.doors import OUTER
+from act_peft.doors import MISSING_WARNING, OUTER
 from act_peft.errors import ActError, ActTypeError, ActValueError
 from act_peft.localization.foreign_config import check_foreign_config_
 from act_peft.peft_modules import (
@@ -178,19 +180,29 @@ def _load_adapter(base: nn.Module, location: str) -> nn.Module:
             "example with AutoModelForCausalLM.from_pretrained, and pass the model)"
         )
     try:
-        config = PeftConfig.from_pretrained(str(folder))
+        config = _read_config(place)
         _check_kind(config, location)
         with Shard(place.file(TENSORS)) as shard:  # PEFT writes biases and resized embeddings into the model
             check_foreign_config_(config, [name for name, _ in base.named_modules()], shard)
             donor = twin(base, own={plain_name(key.removeprefix(OUTER)) for key in shard.tensors})
-        return PeftModel.from_pretrained(donor, str(folder), config=config, is_trainable=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=MISSING_WARNING)  # PEFT would go on with random numbers
+            return PeftModel.from_pretrained(donor, str(folder), config=config, is_trainable=False)
     except ActError:
         raise
-    except (AttributeError, KeyError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+    except Exception as error:  # a damaged file fails anywhere inside PEFT
         raise ActValueError(
             f"donor: {location} cannot be loaded as an adapter of the base, expected an adapter that was made for it "
             f"({str(error)[:300]})"
         ) from error
+
+
+def _read_config(place: Location) -> PeftConfig:
+    """The configuration of an adapter of any method, by our own reader of JSON."""
+    content = read_json(place.folder, CONFIG)
+    if content.get("peft_type") == "ACT":
+        return cast(PeftConfig, ActConfig.from_pretrained(str(place.folder)))
+    return cast(PeftConfig, PeftConfig.from_peft_type(**content))
 
 
 def _check_kind(config: PeftConfig, location: str) -> None:

@@ -53,8 +53,9 @@ def model_types(config: Any) -> frozenset[str]:
 
 
 def _rope_theta(config: Any) -> Any:
-    parameters = getattr(config, "rope_parameters", None) or {}
-    return parameters.get("rope_theta", getattr(config, "rope_theta", None))
+    parameters = getattr(config, "rope_parameters", None)
+    theta = getattr(config, "rope_theta", None)
+    return parameters.get("rope_theta", theta) if isinstance(parameters, Mapping) else theta
 
 
 def _max_positions(config: Any) -> Any:

@@ -1,14 +1,4 @@
-"""Checks of a whole adapter that is being loaded.
-
-| hook | called | checks |
-|---|---|---|
-| `ActModel._remap_adapter_state_dict_for_load` | by PEFT, for a whole adapter | names, missing ones, dtypes, indices |
-| `ActModel._load_from_state_dict` | by torch, before any copy | dtypes, indices, shapes, the base's weights |
-| `DeltaLayer._load_from_state_dict` | by torch, for each layer | dtypes, indices, shapes |
-
-A plain `load_state_dict` does not call the first hook. Loading a single layer calls only the last one. The first
-hook leaves shapes to the later ones, because PEFT's `ignore_mismatched_sizes` drops tensors in between.
-"""
+"""Checks of an adapter that is loaded into a model, beyond those of one module (`adapter.state`)."""
 
 from __future__ import annotations
 

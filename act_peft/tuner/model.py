@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from types import MappingProxyType
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -12,21 +11,22 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from act_peft.adapter.config import ActConfig, record_adapter
+from act_peft.adapter.state import INDEX, check_state
 from act_peft.combination.rules import CombinationType, MajoritySign, make_rule
 from act_peft.doors import OUTER
-from act_peft.errors import ActLoadError, ActValueError
+from act_peft.errors import ActError, ActValueError
 from act_peft.layers import ActLayer
 from act_peft.layers.deltas import PREFIX
 from act_peft.layers.lookup import act_layers, output_head, record, shared_parameters
 from act_peft.layers.output_head import seen_from_outside
-from act_peft.layers.state import check_adapter_state
 from act_peft.layers.targets import Targets, find_targets, read_mask, renamed_record, target_answers
 from act_peft.peft_modules import same_gradients
 from act_peft.transfer.difference import Transfer
 from act_peft.transfer.in_model import donor_for_model, fill_deltas
+from act_peft.tuner.awaited import Awaited
 from act_peft.tuner.combined import check_new_name, combined_adapter
 from act_peft.tuner.copies import copy_adapter_, find_twin
-from act_peft.tuner.loading import check_base, check_names
+from act_peft.tuner.loading import check_names
 from act_peft.tuner.mixed_batches import adapter_per_sample
 from act_peft.tuner.plan import InjectionPlan, withdraw
 from act_peft.tuner.ties import configuration_of_ties
@@ -46,9 +46,7 @@ class ActModel(BaseTuner):
     tuner_layer_cls = ActLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (PEFT's own annotation)
 
-    # Adapters whose tensors are not loaded yet, with the parameters that trained before. A class attribute, because
-    # PEFT injects the first adapter before `__init__` could set it.
-    _awaiting: Mapping[str, list[nn.Parameter]] = MappingProxyType({})
+    # A class attribute, because PEFT injects the first adapter before `__init__` could set it.
     _plan: InjectionPlan | None = None  # while an adapter is being injected
 
     # ------------------------------------------------------------------------------------------------- creation ---
@@ -89,7 +87,7 @@ class ActModel(BaseTuner):
         **settings: bool,
     ) -> None:
         config = self.peft_config[adapter_name]
-        source = find_twin(adapter_name, configs=self.peft_config, awaiting=self._awaiting)
+        source = find_twin(adapter_name, configs=self.peft_config, awaiting=self._awaited())
         if source is None:
             if config.channels is None and config.adapted_modules is not None:
                 config.adapted_modules = renamed_record(config.adapted_modules, model)
@@ -117,14 +115,16 @@ class ActModel(BaseTuner):
                     copy_adapter_(self._layers(adapter_name), source, adapter_name)
                 elif config.channels is not None and state_dict is None:
                     self._fill(config, model, adapter_name, indices, transfer)
-            except BaseException:
+            except BaseException as error:
                 withdraw(model, adapter_name, trainable)
+                if config.from_file and isinstance(error, ValueError) and not isinstance(error, ActError):
+                    raise ActValueError(f"adapter {adapter_name!r}: {error}") from error  # of PEFT, about names
                 raise
             finally:
                 self._plan = None
         config.name_targets(indices)
         if source is None and (config.channels is None or state_dict is not None):
-            self._awaiting = {**self._awaiting, adapter_name: trainable}
+            Awaited(model, adapter_name, self.peft_config, trainable)
 
     def _fill(
         self,
@@ -373,28 +373,23 @@ class ActModel(BaseTuner):
     def _accept(self, adapter_name: str, state_dict: dict[str, torch.Tensor], prefix: str, *, complete: bool) -> None:
         """Check tensors before they are loaded. An adapter that waits for them is removed if they do not fit."""
         layers = self._layers(adapter_name)
-        awaited = adapter_name in self._awaiting
         states = {n: layer.adapter_state(state_dict, f"{prefix}{n}.", adapter_name) for n, layer in layers.items()}
-        if not awaited and not any(states.values()):
+        awaited = self._awaited().get(adapter_name)
+        if awaited is None and not any(states.values()):
             return
-        try:
+        with nullcontext() if awaited is None else awaited.removed_if_refused():
             if complete:
                 check_names(state_dict, self.model, prefix)
             for name, layer in layers.items():
-                check_adapter_state(layer.expected_state(adapter_name), states[name], name, complete=complete)
-        except ActLoadError:
-            if awaited:
-                withdraw(self.model, adapter_name, self._pop_awaiting(adapter_name))
-                self.peft_config.pop(adapter_name, None)
-                if not self.peft_config:
-                    self.model.__dict__.pop("peft_config", None)
-            raise
-        if awaited and not complete:
-            self._pop_awaiting(adapter_name)
-            indices = {n: s["act_delta_index"] for n, s in states.items() if "act_delta_index" in s}
-            check_base(self.peft_config[adapter_name], adapter_name, layers, indices)
+                expected = layer.expected_state(adapter_name)
+                # PEFT's `ignore_mismatched_sizes` drops tensors of other shapes after the first check.
+                check_state(expected, states[name], name, complete=complete, with_shapes=not complete)
+        if awaited is not None and complete:
+            awaited.seen_whole()
+        elif awaited is not None and awaited.is_complete(states):
+            awaited.accepted({name: state[INDEX] for name, state in states.items() if INDEX in state})
 
-    def _pop_awaiting(self, adapter_name: str) -> list[nn.Parameter]:
-        trainable = self._awaiting[adapter_name]
-        self._awaiting = {name: value for name, value in self._awaiting.items() if name != adapter_name}
-        return trainable
+    def _awaited(self) -> dict[str, Awaited]:
+        """The adapters that are being loaded."""
+        layers = act_layers(self.model).values()
+        return {name: cast(Awaited, awaited) for layer in layers for name, awaited in layer._awaited.items()}

@@ -33,7 +33,7 @@ def test_a_comparison_counts_what_differs():
     comparison.add_("c", "1", lambda: "2")
     comparison.add_("d", "1", lambda: "3")
     assert comparison.note() == (
-        "adapter 'x' was made for a base with different weights: 2 of 3 modules differ, the first is c"
+        "adapter 'x' was made for a base with other weights: 2 of 3 modules differ, the first is c"
     )
 
 
@@ -42,7 +42,7 @@ def test_a_comparison_names_the_base_and_reads_only_what_is_recorded():
     comparison.add_("a", None, lambda: 1 / 0)
     comparison.add_("b", "1", lambda: "2")
     assert comparison.note() == (
-        "x was made for a base with different weights than org/base: 1 of 1 modules differ, the first is b"
+        "x was made for a base with other weights than org/base: 1 of 1 modules differ, the first is b"
     )
 
 

@@ -159,3 +159,44 @@ def test_the_modules_that_follow_from_the_channels_are_named_but_not_written(tmp
     assert not any("base_layer" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
     again = get_peft_model(build("llama"), config)  # the same configuration for another model
     assert type(again.get_base_model().lm_head).__module__.startswith("act_peft")
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "match"),
+    [
+        ({"target_modules": 3.5}, ActTypeError, "target_modules: got 3.5, expected a list of names"),
+        ({"target_modules": "("}, ActValueError, r"target_modules: got '\(', expected names or a regular expression"),
+        ({"exclude_modules": [3]}, ActTypeError, r"exclude_modules: got \[3\], expected a list of names"),
+        ({"modules_to_save": [["x"]]}, ActTypeError, "modules_to_save: got .*, expected a list of names"),
+        ({"layers_to_transform": "x"}, ActTypeError, "layers_to_transform: got 'x', expected an integer"),
+        ({"layers_to_transform": [-1]}, ActValueError, "layers_to_transform: got -1, expected an integer"),
+        (
+            {"layers_pattern": ["["], "layers_to_transform": 1},
+            ActValueError,
+            "layers_pattern: got '\\[', expected names",
+        ),
+        ({"trainable_token_indices": {"x": 3}}, ActTypeError, "trainable_token_indices: got 3, expected a list of"),
+        (
+            {"trainable_token_indices": [10**400]},
+            ActValueError,
+            "trainable_token_indices: got 10000.*, expected an integer",
+        ),
+        ({"density": 3}, ActValueError, "density: got 3, expected a number from 0 to 1"),
+        ({"revision": 3}, ActTypeError, "revision: got 3, expected text"),
+        ({"inference_mode": "no"}, ActTypeError, "inference_mode: got 'no', expected True or False"),
+        ({"transfer_scale": 10**5000}, ActValueError, "transfer_scale: got a int that is too long to write"),
+    ],
+)
+def test_settings_of_other_types_are_refused(settings, error, match):
+    with pytest.raises(error, match=match):
+        ActConfig(channels={"q_proj": [1]}, **settings)
+
+
+def test_a_configuration_file_that_cannot_be_read_is_refused(tmp_path):
+    with pytest.raises(ActValueError, match=r"cannot be read \(No such file or directory\), expected a file"):
+        ActConfig.from_json_file(str(tmp_path / "x"))
+    with pytest.raises(ActValueError, match=r"adapter_config\.json cannot be used .Can't find"):
+        ActConfig.from_pretrained(str(tmp_path))
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "NONE_SUCH"}')
+    with pytest.raises(ActValueError, match=r"adapter_config\.json cannot be used .KeyError: 'NONE_SUCH'"):
+        ActConfig.from_pretrained(str(tmp_path))

@@ -43,6 +43,25 @@ def with_config(**changes):
 
 DAMAGES = {
     "another method": (with_config(peft_type="LORA"), "got an adapter of type LORA, expected ACT"),
+    "record of another form": (with_config(adapted_modules={"lm_head": 3}), "adapted_modules: got .*damaged"),
+    "settings of other types": (with_config(target_modules=3.5), "target_modules: got 3.5, expected a list of names"),
+    "learned scales that are missing": (with_config(trainable="both"), "the adapter has no act_delta_channel_scale"),
+    "learned scales that are not wanted": (
+        with_key(HEAD + "act_delta_channel_scale", lambda _: torch.ones(14)),
+        "lm_head: the adapter has act_delta_channel_scale, expected .* only",
+    ),
+    "rows without channels": (with_key(HEAD + "act_delta_index", lambda t: t[:0]), "the adapter has 0 channels"),
+    "a module lost": (
+        lambda f: [with_key(HEAD + f"act_delta_{part}", lambda _: None)(f) for part in ("index", "weight", "bias")],
+        "records channels of lm_head, expected their tensors too",
+    ),
+    "a module more": (
+        lambda f: [
+            change_adapter(f, f"base_model.model.x.act_delta_{part}", lambda _, value=value: value)
+            for part, value in (("index", torch.tensor([0])), ("weight", torch.ones(1, 3)))
+        ],
+        "x has tensors, expected an entry of it in adapted_modules too",
+    ),
     "no tensors": (lambda f: (f / "adapter_model.safetensors").unlink(), "adapter_model.safetensors: no such file"),
     "no configuration": (lambda f: (f / "adapter_config.json").unlink(), "adapter_config.json: no such file"),
     "a whole module": (
@@ -52,17 +71,20 @@ DAMAGES = {
     "another prefix": (with_key("lm_head.act_delta_index", lambda _: torch.ones(3)), "no channel delta"),
     "no index": (with_key(HEAD + "act_delta_index", lambda _: None), "lm_head: the adapter has no act_delta_index"),
     "no weight": (with_key(HEAD + "act_delta_weight", lambda _: None), "lm_head: the adapter has no act_delta_weight"),
-    "index of another dtype": (with_key(HEAD + "act_delta_index", lambda t: t.int()), "channel indices are I32"),
+    "index of another dtype": (
+        with_key(HEAD + "act_delta_index", lambda t: t.int()),
+        r"channel indices are torch\.int32",
+    ),
     "index of another shape": (with_key(HEAD + "act_delta_index", lambda t: t[None]), r"of shape \[1, 14\]"),
     "negative": (
         with_key(HEAD + "act_delta_index", lambda t: t - 100),
         "channel indices from -.*, expected ascending",
     ),
     "descending": (with_key(HEAD + "act_delta_index", lambda t: t.flip(0)), "expected ascending ones"),
-    "integers": (with_key(HEAD + "act_delta_weight", lambda t: t.int()), "act_delta_weight is I32"),
+    "integers": (with_key(HEAD + "act_delta_weight", lambda t: t.int()), r"act_delta_weight is torch\.int32"),
     "another bias": (
         with_key(HEAD + "act_delta_bias", lambda _: torch.ones(2)),
-        r"act_delta_bias has \[2\], expected \[14\]",
+        r"size mismatch for act_delta_bias: the adapter has \[2\], expected \[14\]",
     ),
 }
 
@@ -77,12 +99,11 @@ def test_damaged_adapters_are_refused(tmp_path, what):
     assert issubclass(ActLoadError, ActValueError)
 
 
-def test_a_damaged_record_is_no_record(tmp_path):
+def test_an_adapter_without_a_record_has_no_fingerprints(tmp_path):
     save_adapter(tmp_path)
-    for record in (3, {"lm_head": 3}, {"lm_head": {"base": 3}}):
-        with_config(adapted_modules=record)(tmp_path)
-        with AdapterFolder(tmp_path) as adapter:
-            assert adapter.recorded_base("lm_head") is None
+    with_config(adapted_modules=None)(tmp_path)
+    with AdapterFolder(tmp_path) as adapter:
+        assert adapter.recorded_base("lm_head") is None
 
 
 def test_the_hub_is_asked_for_what_is_no_folder(tmp_path, monkeypatch):

@@ -130,7 +130,7 @@ def test_an_output_that_exists_is_refused(folder, capsys, command, output):
         (["select", "{}/scores.safetensors", "--density", "1.5", "--output", "{}/m"], "density"),
         (["select", "{}/scores.safetensors", "--density", "0.1", "--output", "{}"], "got a folder"),
         (["select", "{}/scores.safetensors", "--density", "0.1", "--output", "{}/no/m"], "does not exist"),
-        (["inspect", "{}/examples.jsonl"], "safetensors cannot read"),
+        (["inspect", "{}/examples.jsonl"], "expected a whole safetensors file"),
         (["inspect", "{}/nothing"], "no such file"),
         (
             ["localize", "--base", "x", "--donor", "x", "--dataset", "{}/no", "--output", "{}/s"],

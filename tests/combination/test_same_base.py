@@ -36,7 +36,7 @@ def test_fingerprints_of_equal_channels_are_compared(tmp_path):
     first = r"model\.layers\.0\.mlp\.up_proj"
     with pytest.warns(
         ActWarning,
-        match=f"{NO_ONE_BASE}b was made .* different weights than that of a: 2 of 2 modules differ, .* {first}",
+        match=f"{NO_ONE_BASE}b was made .* other weights than that of a: 2 of 2 modules differ, .* {first}",
     ):
         combine([a, b], tmp_path / "out")
     assert (tmp_path / "out").is_dir()
@@ -84,7 +84,7 @@ def test_a_base_with_other_weights_is_noticed(tmp_path):
     b = save(tmp_path / "b", build("llama"), {"up_proj": [0, 2]})
     with pytest.warns(
         ActWarning,
-        match=r"a was made for a base with different weights than .*donor: 3 of 3 modules differ, the first is "
+        match=r"a was made for a base with other weights than .*donor: 3 of 3 modules differ, the first is "
         r"model\.layers.*; b was made .*: 2 of 2 modules",
     ):
         combine([a, b], tmp_path / "out", base=tmp_path / "donor")

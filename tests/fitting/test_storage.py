@@ -101,6 +101,8 @@ def test_damaged_metadata(tmp_path, metadata, message: str) -> None:
     [
         ({"delta": torch.ones(2, 3, 1)}, r"layer: delta is torch.float32 of shape \[2, 3, 1\], expected"),
         ({"delta": torch.ones(2, 3, dtype=torch.int64)}, r"layer: delta is torch.int64 of shape \[2, 3\], expected"),
+        ({"delta": torch.ones(2, 3).to(torch.float8_e4m3fn)}, r"layer: delta is torch.float8_e4m3fn .*, expected"),
+        ({"directions": torch.tensor(1.0)}, r"layer: directions is .* of shape \[\], expected .* \[2, 0\]"),
         ({"bias": torch.ones(3)}, r"layer: bias is torch.float32 of shape \[3\], expected .* of shape \[2\]"),
         ({"gains": torch.ones(2)}, r"layer: gains is torch.float32 of shape \[2\], expected float64 of shape \[2\]"),
         ({"directions": torch.ones(2, 5)}, r"layer: directions is .* of shape \[2, 5\], expected .* \[2, 2\]"),

@@ -502,9 +502,8 @@ def test_scales_that_do_not_fit_are_refused(tmp_path):
         with pytest.raises(ActLoadError, match=match):
             PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter")
         base.save_pretrained(tmp_path / "base")
-        if change(torch.ones(3)) is not None:
-            with pytest.raises(ActLoadError, match=r"act_delta_channel_scale is .*, expected floating point numbers"):
-                merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+        with pytest.raises(ActLoadError, match=match):
+            merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
 
 
 def test_a_configuration_with_a_donor_starts_the_scales_at_the_transfer_scale(tmp_path):

@@ -8,7 +8,8 @@ from functools import partial
 import torch
 
 from act_peft.adapter.base_record import BaseComparison, fingerprint
-from act_peft.adapter.file import AdapterFolder, StoredDelta
+from act_peft.adapter.file import AdapterFolder
+from act_peft.adapter.stored import StoredDelta
 from act_peft.channels.rows import wide_dtype
 from act_peft.disk.keys import CheckpointKeys
 from act_peft.disk.parameters import Parameters

@@ -18,8 +18,8 @@ from act_peft.disk.parameters import Parameters
 from act_peft.disk.shard import Shard
 from act_peft.doors import OUTER
 from act_peft.errors import ActLoadError, ActValueError
-from act_peft.patterns import KeyPatterns
 from act_peft.transfer.donors.base import OpenDonor
+from act_peft.transfer.donors.lora_settings import MERGE_IT, lora_settings
 
 # End of a key that PEFT writes -> its name here. `weight` and `bias` are whole parameters.
 _ENDS = {
@@ -33,11 +33,6 @@ _ENDS = {
     "weight": "weight",
     "bias": "bias",
 }
-# With one of these settings the adapter is more than base + factors.
-_UNSUPPORTED = ("alora_invocation_tokens", "layer_replication", "use_qalora", "use_bdlora", "velora_config")
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initializations that change the base
-_MORE_PATTERNS = 100  # entries of alpha_pattern beyond one for each module
-_MERGE_IT = "merge the adapter with model.merge_and_unload(), save the model and name its folder as donor"
 
 
 @dataclass(frozen=True)
@@ -72,10 +67,10 @@ class LoraDonor(OpenDonor):
     ) -> None:
         self.location = place.name
         self.notes = []
-        _check_variant(self.location, config)
         self._shard = Shard(place.file(TENSORS))
         try:
-            self._modules = self._find_modules(config, base)
+            self._settings = lora_settings(self.location, config, most_patterns=len(self._shard.tensors))
+            self._modules = self._find_modules(base)
             for name, module in self._modules.items():
                 if name in axes:
                     self._check_fit(name, module, base, axes[name])
@@ -87,7 +82,7 @@ class LoraDonor(OpenDonor):
         """See `OpenDonor.close`."""
         self._shard.close()
 
-    def _find_modules(self, config: Mapping[str, Any], base: Parameters) -> dict[str, _Module]:
+    def _find_modules(self, base: Parameters) -> dict[str, _Module]:
         found: dict[str, dict[str, str]] = {}
         for key in self._shard.tensors:
             name = key.removeprefix(OUTER)
@@ -95,12 +90,11 @@ class LoraDonor(OpenDonor):
             if end is None or not key.startswith(OUTER):
                 raise ActValueError(
                     f"{self.location}: {key} is no factor of plain LoRA, expected lora_A, lora_B or whole weights "
-                    f"({_MERGE_IT})"
+                    f"({MERGE_IT})"
                 )
             module = name.removesuffix(f".{end}").removesuffix(".base_layer")
             found.setdefault(module, {})[_ENDS[end]] = key
         own_keys = CheckpointKeys(base, [f"{name}.weight" for name in found], fits=partial(self._may_be, found))
-        alphas = self._alphas(config, most=len(found) + _MORE_PATTERNS)
         modules = {}
         for name, keys in found.items():
             own = own_keys.own_name(f"{name}.weight").rpartition(".")[0]
@@ -109,9 +103,9 @@ class LoraDonor(OpenDonor):
                     f"{self.location}: adapts {name}, which the base does not have (the adapter was made for another "
                     "model)"
                 )
-            if ("a" in keys) != ("b" in keys):
-                raise ActLoadError(f"{self.location}: {name} has one factor of two (the file is incomplete)")
-            modules[own] = _Module(keys, self._scaling(config, alphas, name, keys))
+            self._settings.check_parts(name, keys, has_bias=f"{own}.bias" in base)
+            modules[own] = _Module(keys, self._scaling(name, keys))
+        self._settings.check_modules({own: module.keys for own, module in modules.items()}, base.names)
         return modules
 
     def _may_be(self, found: Mapping[str, Mapping[str, str]], parameter: str, shape: Sequence[int]) -> bool:
@@ -124,29 +118,17 @@ class LoraDonor(OpenDonor):
         )  # [r, I], [O, r]; their sizes may be swapped
         return len(a) == len(b) == len(shape) == 2 and {a[1], b[0]} == set(shape)
 
-    def _alphas(self, config: Mapping[str, Any], *, most: int) -> KeyPatterns:
-        """The keys of `alpha_pattern`."""
-        patterns = config.get("alpha_pattern") or {}
-        where = f"{self.location}: adapter_config.json: alpha_pattern"
-        if not isinstance(patterns, dict):
-            raise ActValueError(f"{where} is {str(patterns)[:80]}, expected names of modules with alphas")
-        try:
-            return KeyPatterns(patterns, most=most)
-        except ActValueError as error:
-            raise ActValueError(f"{where}: {error}") from error
-
-    def _scaling(self, config: Mapping[str, Any], alphas: KeyPatterns, name: str, keys: Mapping[str, str]) -> float:
+    def _scaling(self, name: str, keys: Mapping[str, str]) -> float:
         if "a" not in keys:
             return 1.0
-        where = f"{self.location}: adapter_config.json"
-        key = alphas.first(name)
-        alpha: Any = config.get("lora_alpha") if key is None else config["alpha_pattern"][key]
+        rank, alpha = self._settings.rank_and_alpha(name)
         shape = self._shard.info(keys["a"]).shape
-        if type(alpha) not in (int, float) or not math.isfinite(alpha) or not shape or not shape[0]:
-            raise ActValueError(
-                f"{where}: {name} has lora_alpha {str(alpha)[:40]} and rank {shape[:1]}, expected numbers"
+        if shape[:1] != (rank,):
+            raise ActLoadError(
+                f"{self.location}: {name} has factors of rank {list(shape[:1])}, expected {rank} by its "
+                "adapter_config.json (the file belongs to a different configuration)"
             )
-        return alpha / (math.sqrt(shape[0]) if config.get("use_rslora") else shape[0])
+        return alpha / (math.sqrt(rank) if self._settings.use_rslora else rank)
 
     def _check_fit(self, name: str, module: _Module, base: Parameters, dim: int) -> None:
         shape = base.shape(f"{name}.weight")
@@ -169,7 +151,7 @@ class LoraDonor(OpenDonor):
         if "magnitude" in module.keys and self._shard.info(module.keys["a"]).shape[1] != shape[1]:
             raise ActValueError(
                 f"{name}: the donor {self.location} uses DoRA on a module whose channels are columns, expected rows "
-                f"({_MERGE_IT})"
+                f"({MERGE_IT})"
             )
 
     def difference(self, module: str, part: str, index: torch.Tensor, dim: int, base: torch.Tensor) -> torch.Tensor:
@@ -191,16 +173,3 @@ class LoraDonor(OpenDonor):
                 magnitude = self._shard.tensor(keys["magnitude"]).flatten()[index].to(difference)  # [K]
                 difference = adapted * (magnitude / adapted.norm(dim=1)).unsqueeze(1) - base.to(difference)
         return difference
-
-
-def _check_variant(location: str, config: Mapping[str, Any]) -> None:
-    unsupported = [name for name in _UNSUPPORTED if config.get(name)]
-    start = str(config.get("init_lora_weights")).lower()
-    if start.startswith(_CHANGES_BASE):
-        unsupported.append(f"init_lora_weights={start[:40]!r}")
-    if config.get("target_parameters"):
-        unsupported.append("target_parameters")
-    if unsupported:
-        raise ActValueError(
-            f"{location}: the adapter uses {', '.join(unsupported)}, expected plain LoRA, rsLoRA or DoRA ({_MERGE_IT})"
-        )

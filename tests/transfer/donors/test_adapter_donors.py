@@ -109,7 +109,7 @@ def test_an_act_adapter_of_another_base_is_said(tmp_path):
         tmp_path
     )
     config = ActConfig(channels={"up_proj": [1]}, donor=str(tmp_path))
-    with pytest.warns(ActWarning, match=r"donor was made for a base with different weights: 2 of \d+ modules differ"):
+    with pytest.warns(ActWarning, match=r"donor was made for a base with other weights: 2 of \d+ modules differ"):
         get_peft_model(build("llama"), config)
 
 
@@ -124,12 +124,33 @@ CONFIGS = {
     "a changed base": ({"init_lora_weights": "pissa_niter_4"}, "uses init_lora_weights='pissa_niter_4'"),
     "parameters": ({"target_parameters": ["experts.gate_up_proj"]}, "uses target_parameters"),
     "another method": ({"peft_type": "IA3"}, "got an adapter of type IA3, expected LoRA or ACT"),
-    "no alpha": ({"lora_alpha": "x"}, "has lora_alpha x and rank .*, expected numbers"),
-    "an infinite alpha": ({"lora_alpha": float("inf")}, "has lora_alpha inf and rank .*, expected numbers"),
     "too many patterns": (
         {"alpha_pattern": {f"{n}": 1 for n in range(200)}},
         "alpha_pattern: got 200 regular expressions, expected at most",
     ),
+    "no alpha": (
+        {"lora_alpha": "x"},
+        "adapter_config.json: lora_alpha of .*q_proj: got 'x', expected a finite number",
+    ),
+    "an infinite alpha": ({"lora_alpha": float("inf")}, "is not JSON .got Infinity, expected finite numbers"),
+    "a huge alpha": ({"lora_alpha": 10**399}, "lora_alpha of .*q_proj: got 1000.*, expected a finite number"),
+    "no rank": ({"r": 0}, "rank of .*q_proj: got 0, expected an integer of at least 1"),
+    "another rank": ({"r": 8}, r"q_proj has factors of rank \[4\], expected 8 by its adapter_config.json"),
+    "a flag": ({"use_rslora": "no"}, "use_rslora is no, expected true or false"),
+    "a bias": ({"bias": "some"}, "bias is some, expected one of"),
+    "biases of factors that are missing": ({"lora_bias": True}, "q_proj has no lora_B.bias, expected one by its"),
+    "magnitudes that are missing": ({"use_dora": True}, "q_proj has no lora_magnitude_vector, expected one by its"),
+    "no list of modules": ({"modules_to_save": "lm_head"}, "modules_to_save is lm_head, expected names"),
+    "a module that is missing": (
+        {"modules_to_save": ["lm_head"]},
+        "modules_to_save has 'lm_head', expected its tensors",
+    ),
+    "targets that are missing": (
+        {"target_modules": ["q_proj", "k_proj"]},
+        "target_modules has 'k_proj', expected its",
+    ),
+    "trained tokens": ({"trainable_token_indices": [1]}, "uses trainable_token_indices"),
+    "a setting of tomorrow": ({"use_tomorrow": True}, "uses use_tomorrow, expected plain LoRA, rsLoRA or DoRA"),
     "no patterns": ({"alpha_pattern": ["q_proj"]}, "alpha_pattern is .*, expected names of modules"),
     "a broken pattern": (
         {"alpha_pattern": {"[": 1}},
@@ -162,10 +183,11 @@ def test_other_adapters_are_refused(tmp_path):
 
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
 TENSORS = {
-    "one factor": (KEY.format("A"), None, "has one factor of two"),
+    "one factor": (KEY.format("A"), None, "q_proj has no lora_A, expected one by its adapter_config.json"),
     "another length": (KEY.format("B"), torch.ones(17, 4), r"has .*lora_B.weight F32 \[17, 4\], which does not fit"),
     "another width": (KEY.format("A"), torch.ones(4, 15), r"has .*lora_A.weight F32 \[4, 15\], which does not fit"),
-    "another rank": (KEY.format("A"), torch.ones(5, 16), r"has .*lora_B.weight F32 \[16, 4\], which does not fit"),
+    "another rank": (KEY.format("A"), torch.ones(5, 16), r"has factors of rank \[5\], expected 4"),
+    "one rank of two": (KEY.format("B"), torch.ones(16, 5), r"has .*lora_B.weight F32 \[16, 5\], which does not fit"),
     "integers": (KEY.format("A"), torch.ones(4, 16, dtype=torch.int32), "lora_A.weight I32 .*does not fit"),
     "another tensor": ("base_model.model.x.ia3_l", torch.ones(3), "x.ia3_l is no factor of plain LoRA"),
     "another name": ("model.x.lora_A.weight", torch.ones(3), "x.lora_A.weight is no factor of plain LoRA"),
@@ -177,7 +199,7 @@ TENSORS = {
     "a magnitude": (
         KEY.format("A").replace("lora_A.weight", "lora_magnitude_vector"),
         torch.ones(3),
-        r"lora_magnitude_vector F32 \[3\], which does not fit",
+        "q_proj has a lora_magnitude_vector, expected none by its adapter_config.json",
     ),
 }
 
@@ -190,6 +212,30 @@ def test_factors_that_do_not_fit_are_refused(what, tmp_path):
     tensors = {name: value for name, value in load_file(path).items() if name != key}
     save_file(tensors if tensor is None else {**tensors, key: tensor}, path)
     refused(tmp_path, match)
+
+
+def test_a_layer_that_is_missing_in_the_file_is_refused(tmp_path):
+    save_lora("llama", tmp_path, target_modules=["q_proj"])
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({name: value for name, value in load_file(path).items() if "layers.1." not in name}, path)
+    refused(tmp_path, r"the base has model\.layers\.1\.self_attn\.q_proj, expected its tensors in the file too")
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_that_are_missing_are_refused(tmp_path, bias):
+    save_lora("qwen2", tmp_path, target_modules=["q_proj"], bias=bias)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({name: value for name, value in load_file(path).items() if "q_proj.base_layer.bias" not in name}, path)
+    refused(tmp_path, f"bias='{bias}'", base=build("qwen2"))
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_magnitude_vector"])
+def test_parts_of_dora_that_are_missing_are_refused(tmp_path, part):
+    save_lora("llama", tmp_path, target_modules=["q_proj"], use_dora=True)
+    path = tmp_path / "adapter_model.safetensors"
+    left_out = {"lora_A": ("lora_A", "lora_B")}.get(part, (part,))
+    save_file({name: v for name, v in load_file(path).items() if not any(each in name for each in left_out)}, path)
+    refused(tmp_path, "magnitude_vector, expected")
 
 
 def test_magnitudes_of_columns_are_refused(tmp_path):
