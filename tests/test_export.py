@@ -18,11 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PhiConfig, PhiForCausalLM
 
-import act_peft.export
+import act_peft.export.plan
 from act_peft import ActConfig, ActLoadError, ActTypeError, ActValueError, export_lora
 from act_peft.channels.kinds import ChannelKind
 from act_peft.channels.masks import ChannelMask
-from act_peft.export import Biases, factors
+from act_peft.export import Biases
+from act_peft.export.factors import factors
 from act_peft.layers import ActLayer
 from tests.support.tiny_models import DECODER, DTYPES, FAMILIES, batch, build, random_mask
 
