@@ -69,6 +69,8 @@ class ActConfig(PeftConfig):
         trainable_token_indices: rows of the token embedding to train, as in PEFT.
         layers_to_transform: only modules in the layers of these numbers.
         layers_pattern: name of the list of layers for `layers_to_transform`.
+        include_bias: whether the biases of selected channels move and train too. Serving engines load LoRA adapters
+            without biases only: with False, `export_lora` has none to refuse.
         init_weights: True: the deltas start at zero (or at the donor's difference); False: random, for tests.
         trainable: the trained tensors. `"deltas"`: the selected rows. `"scales"`: one scale per channel, which starts
             at `transfer_scale`, on the donor's frozen difference. `"both"`: the scales and the rows that they
@@ -119,6 +121,9 @@ class ActConfig(PeftConfig):
     layers_pattern: list[str] | str | None = field(
         default=None, metadata={"help": "Name of the list of layers that `layers_to_transform` counts in."}
     )
+    include_bias: bool = field(
+        default=True, metadata={"help": "Whether the biases of the selected channels have deltas too."}
+    )
     init_weights: bool = field(
         default=True, metadata={"help": "Zero (or the donor's difference) if True, random otherwise (for tests)."}
     )
@@ -164,6 +169,8 @@ class ActConfig(PeftConfig):
                 f"offload_deltas: got True with trainable={self.trainable!r}, expected 'scales' (trained rows must be "
                 "on the model's device)"
             )
+        if not isinstance(self.include_bias, bool):
+            raise ActTypeError(f"include_bias: got {self.include_bias!r}, expected True or False")
         _check_record(self.adapted_modules)
         if self._from_file:
             self._show_plainly()
