@@ -25,15 +25,15 @@ def different_bases(sources: Sequence[Source]) -> Iterator[str]:
     named = [str(name) for name in names if name]
     if len(named) > 1:
         yield f"they name different bases ({', '.join(named)})"
-    first: dict[tuple[str, bytes], tuple[str, str]] = {}
+    first: dict[tuple[str, bool, bytes], tuple[str, str]] = {}
     comparisons: dict[tuple[str, str], BaseComparison] = {}
     for source in sources:
         for change in source.changes.modules:
             recorded = _recorded_base(source, change)
             if recorded is None:
                 continue
-            # Only fingerprints of the same channels can be compared.
-            key = change.name, change.index.numpy().tobytes()
+            # Only fingerprints of the same parameters can be compared.
+            key = change.name, change.has_bias, change.index.numpy().tobytes()
             partner, value = first.setdefault(key, (source.name, recorded))
             if partner != source.name:
                 pair = source.name, partner
