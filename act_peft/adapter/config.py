@@ -18,7 +18,7 @@ from act_peft.adapter.base_record import _check_record
 from act_peft.adapter.card import write_model_card
 from act_peft.channels.masks import ChannelMask, checked_indices
 from act_peft.channels.scores import ChannelScores
-from act_peft.checks import finite_number, member_of
+from act_peft.checks import finite_number, member_of, yes_or_no
 from act_peft.disk.atomic import write_file
 from act_peft.doors import EMBEDDING_LAYER_NAMES
 from act_peft.errors import ActLoadError, ActTypeError, ActValueError, ActWarning
@@ -78,6 +78,9 @@ class ActConfig(PeftConfig):
         offload_deltas: with `trainable="scales"`: keep the frozen differences in CPU memory and copy them to the
             model's device layer by layer, in every forward and backward pass. Slower; for differences that do not fit
             into the device's memory. Ends with `prune_channels`.
+        lora_twin: whether `save_pretrained`, trainers and `push_to_hub` also write the adapter as an ordinary LoRA
+            adapter, in the folder `lora` inside, for programs that never import act_peft. Set by
+            `save_pretrained(..., lora_twin=True)` too.
         density: selected channels / all channels of the mask; filled in by the library.
         adapted_modules: module name -> kind, number of channels, number of selected channels, fingerprint of their
             base rows; filled in by the library.
@@ -131,6 +134,9 @@ class ActConfig(PeftConfig):
     offload_deltas: bool = field(
         default=False, metadata={"help": "Keep the frozen differences of trainable='scales' in CPU memory."}
     )
+    lora_twin: bool = field(
+        default=False, metadata={"help": "Also save an ordinary LoRA adapter, in the folder `lora` inside."}
+    )
     density: float | None = field(
         default=None, metadata={"help": "Share of the channels that is selected; filled in by the library."}
     )
@@ -169,8 +175,8 @@ class ActConfig(PeftConfig):
                 f"offload_deltas: got True with trainable={self.trainable!r}, expected 'scales' (trained rows must be "
                 "on the model's device)"
             )
-        if not isinstance(self.include_bias, bool):
-            raise ActTypeError(f"include_bias: got {self.include_bias!r}, expected True or False")
+        yes_or_no(self.include_bias, "include_bias")
+        yes_or_no(self.lora_twin, "lora_twin")
         _check_record(self.adapted_modules)
         if self._from_file:
             self._show_plainly()

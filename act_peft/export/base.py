@@ -8,11 +8,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from act_peft.channels.kinds import ChannelKind, channel_kind, features
-from act_peft.disk.skeleton import build_skeleton
+from act_peft.disk.checkpoint import Checkpoint
+from act_peft.disk.skeleton import build_skeleton, load_config
 from act_peft.errors import ActValueError
 from act_peft.layers import ActLayer
 from act_peft.layers.lookup import embedding, shared_parameters
@@ -53,19 +56,28 @@ def facts_on_disk(location: str | os.PathLike[str], names: Iterable[str], *, mus
     Raises:
         ActValueError: it must exist and cannot be read.
     """
-    where = os.fspath(location)
+    found = location if must_exist else _on_this_machine(location)
+    if found is None:
+        return None
     try:
-        config = AutoConfig.from_pretrained(where, trust_remote_code=False, local_files_only=not must_exist)
-        config._name_or_path = where
-        skeleton = build_skeleton(config)
-    except Exception as error:  # a damaged configuration fails anywhere inside transformers
-        if not must_exist:
-            return None
-        raise ActValueError(
-            f"base: {where} cannot be read ({str(error)[:200]}), expected the folder or Hub id of a checkpoint"
-        ) from error
+        with Checkpoint.open(found) as checkpoint:
+            skeleton = build_skeleton(load_config(checkpoint), checkpoint)
+    except ActValueError:
+        if must_exist:
+            raise
+        return None
     facts = _facts(skeleton, skeleton)
     return facts if set(names) <= set(facts.known) else None
+
+
+def _on_this_machine(location: str | os.PathLike[str]) -> str | os.PathLike[str] | None:
+    """The folder, or the snapshot in the Hub's cache; None if there is none."""
+    if os.path.isdir(location):
+        return location
+    try:
+        return snapshot_download(os.fspath(location), local_files_only=True)
+    except (OSError, HfHubHTTPError, HFValidationError, ValueError):
+        return None
 
 
 def _facts(model: nn.Module, skeleton: PreTrainedModel | None) -> BaseFacts:

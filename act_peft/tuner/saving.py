@@ -11,15 +11,19 @@ import functools
 import inspect
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from peft.utils import CONFIG_NAME
 
 from act_peft.adapter.config import ActConfig
+from act_peft.checks import yes_or_no
 from act_peft.disk.update import updated_folder
+from act_peft.export.twin import check_twins, remove_twin, write_twin
 
 _CARD = "README.md"
+_TWIN = "lora_twin"  # the argument that PEFT does not have
 _MARK = "saves_whole_folders"
 
 
@@ -37,6 +41,14 @@ def _saving(method: Callable[..., None]) -> Callable[..., None]:
         given = signature.bind(self, *args, **kwargs)
         folder = given.arguments["save_directory"]
         names = [name for name, config in self.peft_config.items() if isinstance(config, ActConfig)]
+        saved = list(self.peft_config if (chosen := given.arguments.get("selected_adapters")) is None else chosen)
+        ours = {name: self.peft_config[name] for name in saved if name in names}
+        if ours and _TWIN in given.arguments.get("kwargs", {}):
+            wanted = yes_or_no(given.arguments["kwargs"].pop(_TWIN), _TWIN)
+            for config in ours.values():
+                config.lora_twin = wanted
+        twins = [name for name, config in ours.items() if config.lora_twin]
+        check_twins(saved, twins)
         if not names or not given.arguments.get("is_main_process", True) or os.path.isfile(folder):
             method(*given.args, **given.kwargs)
             return
@@ -44,6 +56,11 @@ def _saving(method: Callable[..., None]) -> Callable[..., None]:
         with updated_folder(folder, read=cards, last=CONFIG_NAME) as hidden:
             given.arguments["save_directory"] = os.fspath(hidden)
             method(*given.args, **given.kwargs)
+            for name in twins:
+                write_twin(self, hidden, name)
+        for name in ours:
+            if name not in twins:
+                remove_twin(Path(folder), name)
 
     setattr(save_pretrained, _MARK, method)
     return save_pretrained
