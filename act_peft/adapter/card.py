@@ -15,6 +15,7 @@ from act_peft.plain import in_markdown, model_name
 BEGIN = "<!-- act_peft: begin -->"
 END = "<!-- act_peft: end -->"
 _BLANK = "[More Information Needed]"
+_PUSHED = "This is the model card of a 🤗 transformers model"  # what `push_to_hub` fills in
 _DEEPEST = 7  # deeper than any heading
 
 
@@ -57,7 +58,7 @@ def without_blanks(text: str) -> str:
     for line in reversed(text.splitlines()):
         in_code ^= line.startswith("```")
         level = 0 if in_code else len(line) - len(line.lstrip("#"))
-        is_ours = _BLANK not in line and line not in template
+        is_ours = _BLANK not in line and line not in template and not line.startswith(_PUSHED)
         if not line.strip():
             if kept and kept[-1].strip():
                 kept.append("")
@@ -116,7 +117,7 @@ _AS_LORA_INSIDE = """**As an ordinary LoRA adapter**, in the folder `lora` insid
 model = PeftModel.from_pretrained(base, "path or Hub id of this adapter", subfolder="lora")
 ```"""
 
-_AS_LORA_EXPORTED = """**As an ordinary LoRA adapter**, for programs without act_peft (`--target` for vLLM, SGLang, llama.cpp):
+_AS_LORA_EXPORTED = """**As an ordinary LoRA adapter**, for programs without act_peft (for engines add `--target`):
 
 ```sh
 act-peft export-lora THIS_FOLDER --output lora

@@ -107,8 +107,7 @@ def export_lora(
         >>> export.error
         0.0
         >>> model = PeftModel.from_pretrained(base, "lora")
-        >>> export_lora("math", "math-vllm", target="vllm", max_rank=64).rank_for_5_percent
-        128
+        >>> served = export_lora("math", "math-vllm", target="vllm", max_rank=64)
     """
     settings = checked_settings(target, max_rank, uniform_rank, biases)
     output = Path(os.path.abspath(output_dir))

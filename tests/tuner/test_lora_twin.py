@@ -10,6 +10,8 @@ import sys
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -85,7 +87,7 @@ def test_a_folder_of_this_name_that_is_no_twin_stays(model, tmp_path):
     assert (tmp_path / "act" / "lora" / "README.md").read_text() == "mine"
 
 
-def test_push_to_hub_takes_it_along(model, tmp_path, monkeypatch):
+def test_push_to_hub_takes_it_along_with_our_card(model, tmp_path, monkeypatch):
     model.peft_config["default"].lora_twin = True
     pushed = {}
 
@@ -94,10 +96,16 @@ def test_push_to_hub_takes_it_along(model, tmp_path, monkeypatch):
         pushed["to"] = repo_id
 
     monkeypatch.setattr(PeftModel, "_upload_modified_files", upload)
-    for name, answer in (("create_repo", type("Repo", (), {"repo_id": "me/ability"})), ("hf_hub_download", None)):
-        monkeypatch.setattr(f"huggingface_hub.HfApi.{name}", lambda *_, answer=answer, **__: answer)
-    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *_, **__: Unsaved())
+    repository = type("Repository", (), {"repo_id": "me/ability"})
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *_, **__: repository)
+    monkeypatch.setattr("huggingface_hub.ModelCard.load", no_card_yet)
     model.push_to_hub("me/ability")
+    card = (tmp_path / "pushed" / "README.md").read_text()
+    assert "## ACT adapter" in card
+    assert 'subfolder="lora"' in card
+    assert "library_name: peft" in card
+    assert "[More Information Needed]" not in card
+    assert "transformers model" not in card
     assert pushed == {"to": "me/ability"}
     assert sorted(path.name for path in (tmp_path / "pushed" / "lora").iterdir()) == [
         "README.md",
@@ -106,11 +114,14 @@ def test_push_to_hub_takes_it_along(model, tmp_path, monkeypatch):
     ]
 
 
-class Unsaved:
-    """A card of the Hub that is not written."""
+LOAD = ModelCard.load
 
-    def save(self, path) -> None:
-        assert os.path.exists(path)
+
+def no_card_yet(where, *args, **settings):
+    """The Hub's answer for a new repository; cards of folders are read as always."""
+    if os.path.exists(where):
+        return LOAD(where, *args, **settings)
+    raise LocalEntryNotFoundError("no README.md")
 
 
 def test_every_adapter_has_its_own(model, tmp_path):
