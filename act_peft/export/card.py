@@ -14,9 +14,7 @@ from act_peft.plain import in_markdown, model_name
 
 def card_text(base: str | None, lines: Iterable[str]) -> str:
     """The text of a README: the Hub's facts about the adapter, and these lines."""
-    data = ModelCardData(
-        base_model=model_name(base), library_name="peft", tags=["lora", "peft", "act"]
-    )
+    data = ModelCardData(base_model=model_name(base), library_name="peft", tags=["lora", "peft", "act"])
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n"
 
 
