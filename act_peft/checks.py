@@ -45,6 +45,17 @@ def member_of(choices: type[Choice], value: str | Choice, argument: str) -> Choi
         raise ActValueError(f"{argument}: got {shown(value)}, expected one of {allowed}") from error
 
 
+def yes_or_no(value: Any, argument: str) -> bool:
+    """A bool.
+
+    Raises:
+        ActTypeError: it is none.
+    """
+    if not isinstance(value, bool):
+        raise ActTypeError(f"{argument}: got {value!r:.80}, expected True or False")
+    return value
+
+
 def number(value: Any, argument: str, *, expected: str = "a number") -> float:
     """A number as a float, which may be infinite or NaN.
 

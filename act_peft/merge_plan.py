@@ -213,7 +213,8 @@ def _check_bias(
     name = f"{module}.bias"
     has_bias = keys.holds(name)
     for source, delta in parts:
-        if has_bias == (delta.bias is None):
+        leaves_out = delta.bias is None and source.adapter.config.get("include_bias") is False
+        if has_bias == (delta.bias is None) and not leaves_out:
             words = ("deltas", "none") if not has_bias else ("no deltas", "one")
             raise ActLoadError(
                 f"{module}: {source.adapter.location} has {words[0]} for the bias, the base has {words[1]} (the "
@@ -236,17 +237,17 @@ def compare_base(checkpoint: Checkpoint, source: Source, plan: Plan) -> str | No
     comparison = BaseComparison(source.adapter.location, checkpoint.location)
     for one, module, dim, seen in plan.compared:
         if one is source:
-            current = partial(_base_of, plan.keys, module, source.adapter.modules[module].index, dim, seen)
+            current = partial(_base_of, plan.keys, module, source.adapter.modules[module], dim, seen)
             comparison.add_(module, source.adapter.recorded_base(module), current)
     note = comparison.note()
     home = source.adapter.config.base_model_name_or_path or "the base that it was trained on"
     return None if note is None else f"{note} (merge it into {home})"
 
 
-def _base_of(keys: CheckpointKeys, module: str, index: torch.Tensor, dim: int, seen: Fingerprint | None) -> str:
-    bias = keys.rows(f"{module}.bias", index) if keys.holds(f"{module}.bias") else None
+def _base_of(keys: CheckpointKeys, module: str, delta: StoredDelta, dim: int, seen: Fingerprint | None) -> str:
+    bias = None if delta.bias is None else keys.rows(f"{module}.bias", delta.index)
     if seen is None:
-        return fingerprint(keys.rows(f"{module}.weight", index, dim), bias)
+        return fingerprint(keys.rows(f"{module}.weight", delta.index, dim), bias)
     if bias is not None:
         seen.add(bias)
     return seen.result()

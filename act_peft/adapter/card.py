@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from act_peft.plain import in_markdown, model_name
 
 BEGIN = "<!-- act_peft: begin -->"
 END = "<!-- act_peft: end -->"
+_BLANK = "[More Information Needed]"
+_PUSHED = "This is the model card of a 🤗 transformers model"  # what `push_to_hub` fills in
+_DEEPEST = 7  # deeper than any heading
 
 
 def write_model_card(folder: str, config: dict[str, Any]) -> None:
@@ -30,7 +34,7 @@ def write_model_card(folder: str, config: dict[str, Any]) -> None:
     tags = {tag for tag in card.data.get("tags") or [] if model_name(tag) and not tag.endswith(":")}
     card.data["tags"] = sorted({*tags, "peft", "act"})
     card.data["base_model"] = model_name(card.data.get("base_model")) or model_name(config["base_model_name_or_path"])
-    card.text = _with_section(card.text, _section(config))
+    card.text = _with_section(without_blanks(card.text), _section(config))
     write_file(path, str(card).encode())
 
 
@@ -44,6 +48,26 @@ def _with_section(text: str, section: str) -> str:
     return f"\n{section}\n\n{text.lstrip()}"
 
 
+def without_blanks(text: str) -> str:
+    """A card's text without the sections of the Hub's template that nobody has filled in."""
+    if _BLANK not in text:
+        return text
+    template = set(ModelCard.from_template(ModelCardData()).text.splitlines())
+    kept: list[str] = []
+    below, in_code = 0, False  # a heading of the template stays if something of a deeper level stays below it
+    for line in reversed(text.splitlines()):
+        in_code ^= line.startswith("```")
+        level = 0 if in_code else len(line) - len(line.lstrip("#"))
+        is_ours = _BLANK not in line and line not in template and not line.startswith(_PUSHED)
+        if not line.strip():
+            if kept and kept[-1].strip():
+                kept.append("")
+        elif is_ours or 0 < level < below:
+            kept.append(line)
+            below = (0 if is_ours else level) if level else _DEEPEST
+    return "\n".join(reversed(kept)).strip("\n") + "\n"
+
+
 def _section(config: dict[str, Any]) -> str:
     base = config["base_model_name_or_path"] or "BASE"
     donor = in_markdown(config["donor"] or "none (trained from zero, or a donor in memory)")
@@ -52,11 +76,31 @@ def _section(config: dict[str, Any]) -> str:
     selected = sum(entry["selected"] for entry in modules.values())
     scale = "transfer scale λ" if config["trainable"] == "deltas" else "learned scales, which started at"
     density = "unknown" if config["density"] is None else f"{config['density']:.4g}"
+    name = model_name(base) or "BASE"
     return f"""{BEGIN}
 ## ACT adapter
 
 This adapter changes {selected} channels in {len(modules)} modules of its base model and nothing else
-([ACT](https://arxiv.org/abs/2601.09398): localize, select, transfer, make compatible).
+([ACT](https://arxiv.org/abs/2601.09398): localize, select, transfer, make compatible). Three ways to load it:
+
+**With act_peft** (`pip install act-peft`):
+
+```python
+import act_peft  # registers the method with PEFT; without it loading ends with KeyError: 'ACT'
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained({json.dumps(name, ensure_ascii=False)})
+model = PeftModel.from_pretrained(base, "path or Hub id of this adapter")
+```
+
+{_AS_LORA_INSIDE if config["lora_twin"] else _AS_LORA_EXPORTED}
+
+**As an ordinary model**, for programs that load no adapters:
+
+```sh
+act-peft merge --base {shlex.quote(name)} --adapter THIS_FOLDER --output merged
+```
 
 | | |
 |---|---|
@@ -64,14 +108,17 @@ This adapter changes {selected} channels in {len(modules)} modules of its base m
 | donor | {donor}{revision} |
 | density | {density} |
 | {scale} | {config["transfer_scale"]} |
+{END}"""
+
+
+_AS_LORA_INSIDE = """**As an ordinary LoRA adapter**, in the folder `lora` inside, for programs without act_peft:
 
 ```python
-import act_peft  # registers the method with PEFT; without it loading ends with KeyError: 'ACT'
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
+model = PeftModel.from_pretrained(base, "path or Hub id of this adapter", subfolder="lora")
+```"""
 
-base = AutoModelForCausalLM.from_pretrained({json.dumps(model_name(base) or "BASE", ensure_ascii=False)})
-model = PeftModel.from_pretrained(base, "path or Hub id of this adapter")
-merged = model.merge_and_unload()  # an ordinary model again, if you want one
-```
-{END}"""
+_AS_LORA_EXPORTED = """**As an ordinary LoRA adapter**, for programs without act_peft (for engines add `--target`):
+
+```sh
+act-peft export-lora THIS_FOLDER --output lora
+```"""

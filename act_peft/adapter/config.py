@@ -20,7 +20,7 @@ from act_peft.adapter.settings import check_settings
 from act_peft.adapter.stored import read_deltas
 from act_peft.channels.masks import ChannelMask, checked_indices
 from act_peft.channels.scores import ChannelScores
-from act_peft.checks import finite_number, member_of
+from act_peft.checks import finite_number, member_of, yes_or_no
 from act_peft.disk.atomic import write_file
 from act_peft.disk.json_text import parse_json
 from act_peft.disk.shard import Shard
@@ -73,6 +73,8 @@ class ActConfig(PeftConfig):
         trainable_token_indices: rows of the token embedding to train, as in PEFT.
         layers_to_transform: only modules in the layers of these numbers.
         layers_pattern: name of the list of layers for `layers_to_transform`.
+        include_bias: whether the biases of selected channels move and train too. Serving engines load LoRA adapters
+            without biases only: with False, `export_lora` has none to refuse.
         init_weights: True: the deltas start at zero (or at the donor's difference); False: random, for tests.
         trainable: the trained tensors. `"deltas"`: the selected rows. `"scales"`: one scale per channel, which starts
             at `transfer_scale`, on the donor's frozen difference. `"both"`: the scales and the rows that they
@@ -80,6 +82,9 @@ class ActConfig(PeftConfig):
         offload_deltas: with `trainable="scales"`: keep the frozen differences in CPU memory and copy them to the
             model's device layer by layer, in every forward and backward pass. Slower; for differences that do not fit
             into the device's memory. Ends with `prune_channels`.
+        lora_twin: whether `save_pretrained`, trainers and `push_to_hub` also write the adapter as an ordinary LoRA
+            adapter, in the folder `lora` inside, for programs that never import act_peft. Set by
+            `save_pretrained(..., lora_twin=True)` too.
         density: selected channels / all channels of the mask; filled in by the library.
         adapted_modules: module name -> kind, number of channels, number of selected channels, fingerprint of their
             base rows; filled in by the library.
@@ -123,12 +128,18 @@ class ActConfig(PeftConfig):
     layers_pattern: list[str] | str | None = field(
         default=None, metadata={"help": "Name of the list of layers that `layers_to_transform` counts in."}
     )
+    include_bias: bool = field(
+        default=True, metadata={"help": "Whether the biases of the selected channels have deltas too."}
+    )
     init_weights: bool = field(
         default=True, metadata={"help": "Zero (or the donor's difference) if True, random otherwise (for tests)."}
     )
     trainable: str = field(default="deltas", metadata={"help": "'deltas' (the selected rows), 'scales' or 'both'."})
     offload_deltas: bool = field(
         default=False, metadata={"help": "Keep the frozen differences of trainable='scales' in CPU memory."}
+    )
+    lora_twin: bool = field(
+        default=False, metadata={"help": "Also save an ordinary LoRA adapter, in the folder `lora` inside."}
     )
     density: float | None = field(
         default=None, metadata={"help": "Share of the channels that is selected; filled in by the library."}
@@ -169,6 +180,8 @@ class ActConfig(PeftConfig):
                 f"offload_deltas: got True with trainable={self.trainable!r}, expected 'scales' (trained rows must be "
                 "on the model's device)"
             )
+        yes_or_no(self.include_bias, "include_bias")
+        yes_or_no(self.lora_twin, "lora_twin")
         _check_record(self.adapted_modules)
         if self._from_file:
             self._show_plainly()

@@ -23,6 +23,10 @@ class ChannelRows:
     weight: torch.Tensor
     bias: torch.Tensor | None
 
+    def without_bias(self) -> ChannelRows:
+        """The same rows without the elements of the bias."""
+        return ChannelRows(self.index, self.weight, None)
+
 
 def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
     """The dtype for sums of rows of these dtypes: float32, or wider if one of them is wider."""

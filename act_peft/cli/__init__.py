@@ -46,7 +46,7 @@ _DESCRIPTION = (
     "Move a lost ability from a related model: localize its channels, transfer only them, fine-tune briefly."
 )
 _EXAMPLE = "act-peft demo --output act-peft-demo"
-_KEYWORD = re.compile(r"(?<=\s)(\w+)=(?:True|'([^']*)')")
+_KEYWORD = re.compile(r"(?<=\s)(\w+)=(?:True|'([^']*)'|(\d+|\.\.\.))")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -161,7 +161,8 @@ def _with_options(line: str, arguments: argparse.Namespace) -> str:
     """Replace arguments of the library, for example `overwrite=True`, by the options of the command, `--overwrite`."""
 
     def option(keyword: re.Match[str]) -> str:
-        name, value = keyword.groups()
+        name, text, number = keyword.groups()
+        value = text if text is not None else number
         if name not in vars(arguments):
             return keyword[0]
         flag = f"--{name.replace('_', '-')}"

@@ -12,6 +12,7 @@ from act_peft.cli.imports import importing
 from act_peft.errors import ActValueError
 
 SCOPE = "global: rank the channels of all modules together; module: the same share of every module (global)"
+TARGETS = ("peft", "vllm", "sglang", "llama.cpp")  # act_peft.export.Target, without importing it
 NORMALIZE = "rms: divide the scores of each module by their root mean square before ranking; none: do not (none)"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from act_peft.cli.files import add_output
+from act_peft.cli.files import TARGETS, add_output
 from act_peft.cli.imports import importing
 
 SUMMARY = "Make an adapter from the donor's difference in the selected channels, without loading a model."
@@ -47,6 +47,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SCALE",
         help=f"share of the donor's difference that is added; only without --fitted ({_SCALE})",
     )
+    parser.add_argument(
+        "--no-bias",
+        action="store_true",
+        help="leave biases as they are, which serving engines ask for; only without --fitted",
+    )
+    parser.add_argument(
+        "--target",
+        choices=TARGETS,
+        default="peft",
+        help="only with --rank: the program that is to load the LoRA adapter (peft)",
+    )
     add_output(parser, what="folder of the adapter")
     parser.set_defaults(refuse=parser.error)
 
@@ -56,7 +67,9 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.fitted is not None:
         _run_fitted(arguments)
         return
-    _refuse(arguments, "only used with --fitted", rank=None, embedding_rank=None, tokens=None, norms=False)
+    _refuse(
+        arguments, "only used with --fitted", rank=None, embedding_rank=None, tokens=None, norms=False, target="peft"
+    )
     missing = [f"--{name}" for name in ("base", "donor", "mask") if getattr(arguments, name) is None]
     if missing:
         arguments.refuse(f"the following arguments are required: {', '.join(missing)}")
@@ -69,6 +82,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.mask,
         arguments.output,
         transfer_scale=_SCALE if arguments.transfer_scale is None else arguments.transfer_scale,
+        include_bias=not arguments.no_bias,
         overwrite=arguments.overwrite,
         show_progress=True,
     )
@@ -78,12 +92,12 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _run_fitted(arguments: argparse.Namespace) -> None:
     """An adapter or a checkpoint made of a fitted transfer."""
-    _refuse(arguments, "not used with --fitted", donor=None, transfer_scale=None)
+    _refuse(arguments, "not used with --fitted", donor=None, transfer_scale=None, no_bias=False)
     if arguments.mask is not None:
-        _refuse(arguments, "not used with --mask", rank=None, embedding_rank=None, norms=False)
+        _refuse(arguments, "not used with --mask", rank=None, embedding_rank=None, norms=False, target="peft")
     elif arguments.rank is None:
         why = "not used for a merged checkpoint, which has all changes"
-        _refuse(arguments, why, embedding_rank=None, tokens=None, norms=False)
+        _refuse(arguments, why, embedding_rank=None, tokens=None, norms=False, target="peft")
         if arguments.base is None:
             arguments.refuse("a merged checkpoint needs --base (or give --mask or --rank for an adapter)")
     with importing():
@@ -99,6 +113,7 @@ def _run_fitted(arguments: argparse.Namespace) -> None:
         made = fitted.to_lora(
             arguments.rank,
             output,
+            target=arguments.target,
             embedding_rank=arguments.embedding_rank,
             norms=arguments.norms,
             tokens=arguments.tokens,

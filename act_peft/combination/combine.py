@@ -169,6 +169,7 @@ def combined_settings(sources: Sequence[Source]) -> ActConfig:
         revision=first.revision,
         auto_mapping=first.auto_mapping,
         inference_mode=first.inference_mode,
+        include_bias=any(config.include_bias for config in configs),
         transfer_scale=1.0,  # the rows of the adapters already contain their transfer scale
     )
     if len({(c.donor, c.donor_revision, c.transfer_scale) for c in configs}) == 1:

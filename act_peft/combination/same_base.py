@@ -25,15 +25,15 @@ def different_bases(sources: Sequence[Source]) -> Iterator[str]:
     named = [str(name) for name in names if name]
     if len(named) > 1:
         yield f"they name different bases ({', '.join(named)})"
-    first: dict[tuple[str, bytes], tuple[str, str]] = {}
+    first: dict[tuple[str, bool, bytes], tuple[str, str]] = {}
     comparisons: dict[tuple[str, str], BaseComparison] = {}
     for source in sources:
         for change in source.changes.modules:
             recorded = _recorded_base(source, change)
             if recorded is None:
                 continue
-            # Only fingerprints of the same channels can be compared.
-            key = change.name, change.index.numpy().tobytes()
+            # Only fingerprints of the same parameters can be compared.
+            key = change.name, change.has_bias, change.index.numpy().tobytes()
             partner, value = first.setdefault(key, (source.name, recorded))
             if partner != source.name:
                 pair = source.name, partner
@@ -60,7 +60,9 @@ def records(modules: Sequence[UnionModule], sources: Sequence[Source]) -> dict[s
         known = [
             _recorded_base(source, change)
             for source, change in zip(sources, module.changes, strict=True)
-            if change is not None and change.index.numel() == module.index.numel()
+            if change is not None
+            and change.index.numel() == module.index.numel()
+            and change.has_bias == module.has_bias
         ]
         found[module.name] = _record(module, next((base for base in known if base is not None), None))
     return found
@@ -88,7 +90,7 @@ def records_on(
         found[module.name] = _record(module, fingerprint(rows["weight"], rows.get("bias")))
         for source, change, comparison in zip(sources, module.changes, comparisons, strict=True):
             if change is not None:
-                current = partial(_fingerprint_of, module, rows, change.index)
+                current = partial(_fingerprint_of, module, rows, change)
                 comparison.add_(module.name, _recorded_base(source, change), current)
     return found, list(_notes(comparisons))
 
@@ -109,7 +111,7 @@ def _recognize(modules: Sequence[UnionModule], sources: Sequence[Source], keys: 
                 continue
             parts = {
                 part: keys.rows(f"{module.name}.{part}", change.index, module.kind.axis_of(part))
-                for part in module.shapes()
+                for part in _parts(change)
                 if keys.holds(f"{module.name}.{part}")
             }
             found += fingerprint(parts["weight"], parts.get("bias")) == _recorded_base(source, change)
@@ -122,11 +124,15 @@ def _shape_in_base(module: UnionModule, part: str) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _fingerprint_of(module: UnionModule, rows: Mapping[str, torch.Tensor], index: torch.Tensor) -> str:
+def _fingerprint_of(module: UnionModule, rows: Mapping[str, torch.Tensor], change: ModuleChange) -> str:
     """Fingerprint of some of the rows that were read for a module."""
-    where = torch.searchsorted(module.index, index)
-    parts = {part: tensor.index_select(module.kind.axis_of(part), where) for part, tensor in rows.items()}
+    where = torch.searchsorted(module.index, change.index)
+    parts = {part: rows[part].index_select(module.kind.axis_of(part), where) for part in _parts(change)}
     return fingerprint(parts["weight"], parts.get("bias"))
+
+
+def _parts(change: ModuleChange) -> list[str]:
+    return ["weight", "bias"] if change.has_bias else ["weight"]
 
 
 def _record(module: UnionModule, base: str | None) -> dict[str, Any]:

@@ -31,7 +31,8 @@ class UnionModule:
 
     Attributes:
         name: of the module.
-        kind, num_channels, width, has_bias: as in `ModuleChange`, the same for all adapters.
+        kind, num_channels, width: as in `ModuleChange`, the same for all adapters.
+        has_bias: whether an adapter changes the bias.
         index: the channels of all adapters, int64 `[K]`, ascending.
         dtype: dtype of the combined deltas: float32, or wider if an adapter has wider ones.
         changes: one for each adapter, in order; None for an adapter without channels in the module.
@@ -77,14 +78,14 @@ class UnionModule:
     def read(self, sources: Sequence[Source]) -> list[WeightedRows | None]:
         """The deltas of each adapter: `[K, I]`, or `[K, I + 1]` with the bias elements as the last column."""
         return [
-            None if change is None else _read(source, change)
+            None if change is None else _read(source, change, with_bias=self.has_bias)
             for source, change in zip(sources, self.changes, strict=True)
         ]
 
 
-def _read(source: Source, change: ModuleChange) -> WeightedRows:
+def _read(source: Source, change: ModuleChange, *, with_bias: bool) -> WeightedRows:
     rows = change.rows()
-    if change.has_bias:
+    if with_bias:
         bias = rows.new_zeros(len(rows)) if change.bias is None else change.bias
         rows = torch.cat([rows, bias.to(rows).unsqueeze(1)], dim=1)
     if not torch.isfinite(rows).all():
@@ -114,7 +115,8 @@ def _union(name: str, sources: Sequence[Source], changes: Sequence[ModuleChange 
     present = [(s, c) for s, c in zip(sources, changes, strict=True) if c is not None]
     first_source, first = present[0]
     for source, change in present[1:]:
-        if _layout(change) != _layout(first):
+        leaves_out = not (source.changes.config.include_bias and first_source.changes.config.include_bias)
+        if _layout(change) != _layout(first) or (change.has_bias != first.has_bias and not leaves_out):
             raise ActLoadError(
                 f"{name}: {source.name} changes {_layout_text(change)}, {first_source.name} {_layout_text(first)}; "
                 "expected adapters of the same base (they were made for different models)"
@@ -124,7 +126,7 @@ def _union(name: str, sources: Sequence[Source], changes: Sequence[ModuleChange 
         kind=first.kind,
         num_channels=first.num_channels,
         width=first.width,
-        has_bias=first.has_bias,
+        has_bias=any(change.has_bias for _, change in present),
         index=union_index([change.index for _, change in present]),
         dtype=wide_dtype(*(change.dtype for _, change in present)),
         changes=tuple(changes),
@@ -132,7 +134,7 @@ def _union(name: str, sources: Sequence[Source], changes: Sequence[ModuleChange 
 
 
 def _layout(change: ModuleChange) -> tuple[object, ...]:
-    return change.kind.channel_dim, change.kind.is_norm, change.num_channels, change.width, change.has_bias
+    return change.kind.channel_dim, change.kind.is_norm, change.num_channels, change.width
 
 
 def _layout_text(change: ModuleChange) -> str:

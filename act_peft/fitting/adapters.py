@@ -14,7 +14,8 @@ from act_peft.disk.folders import check_output
 from act_peft.disk.parameters import Parameters
 from act_peft.doors import OUTER
 from act_peft.errors import ActValueError
-from act_peft.fitting.adapter_parts import Tensors, token_indices, token_tensors, write_adapter
+from act_peft.export.folder import tensor_part, write_folder
+from act_peft.fitting.adapter_parts import Tensors, token_indices, token_tensors
 from act_peft.fitting.module import FitRecord, FittedModule, Modules
 from act_peft.layers.deltas import PREFIX
 
@@ -66,7 +67,7 @@ def write_act(
     )
     config.adapted_modules = records
     config.density = sum(index.numel() for index in channels.values()) / total
-    write_adapter(output, tensors, config, None, overwrite=overwrite)
+    write_folder(output, [tensor_part(key, tensors[key]) for key in sorted(tensors)], config, overwrite=overwrite)
 
 
 def _base_fingerprint(base: Parameters, name: str, module: FittedModule, index: torch.Tensor) -> str:

@@ -14,10 +14,12 @@ import torch
 from torch import nn
 
 from act_peft.channels.scores import ChannelScores, ScoreKind
-from act_peft.checks import whole_number
+from act_peft.checks import member_of, whole_number
 from act_peft.disk.checkpoint import Checkpoint
 from act_peft.disk.parameters import Parameters
 from act_peft.errors import ActTypeError, ActValueError, ActWarning
+from act_peft.export.base import BaseFacts, facts_in_memory, facts_on_disk
+from act_peft.export.targets import Target
 from act_peft.fitting import storage
 from act_peft.fitting.adapter_parts import absolute
 from act_peft.fitting.adapters import write_act
@@ -28,6 +30,7 @@ from act_peft.fitting.low_rank import cut
 from act_peft.fitting.merging import merge_fitted
 from act_peft.fitting.module import FitRecord, FittedModule
 from act_peft.fitting.selection import MaskLike, TokensLike, selected_channels, selected_tokens
+from act_peft.layers.lookup import base_model
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -174,6 +177,7 @@ class FittedTransfer:
         rank: int,
         output_dir: str | os.PathLike[str],
         *,
+        target: str | Target = Target.PEFT,
         embedding_rank: int | None = None,
         norms: bool = False,
         tokens: TokensLike = None,
@@ -190,6 +194,8 @@ class FittedTransfer:
         Args:
             rank: r, for all linear modules; lower where a change has a lower one.
             output_dir: the folder to write. It appears whole or not at all.
+            target: the program that is to load it, as in `export_lora`: `"peft"`, or an engine, whose adapters have
+                one rank that it accepts, filled up with zeros, and neither biases (see `left_out`), norms nor tokens.
             embedding_rank: rank of the token embedding's factors; by default it does not move. Much of what a model
                 lost can lie there. Where the output layer shares its weight, both get the same factors; PEFT loads
                 such an adapter, but would add the change twice when it merges it: use it unmerged, or take `merge`.
@@ -203,8 +209,13 @@ class FittedTransfer:
 
         Raises:
             ActTypeError: arguments of other types.
-            ActValueError: a rank that is greater than the fit's `max_rank`; otherwise as `to_adapter`.
+            ActValueError: a rank that is greater than the fit's `max_rank`; modules that the target cannot load;
+                otherwise as `to_adapter`.
+
+        Warns:
+            ActWarning: modules that the target loads only for some models.
         """
+        chosen = member_of(Target, target, "target")
         rows = selected_tokens(tokens, self.modules)
         used = {n: m for n, m in self.modules.items() if n in rows or (norms and m.kind.is_norm)}
         with self._opened(base, used) as parameters:
@@ -212,11 +223,13 @@ class FittedTransfer:
                 absolute(output_dir),
                 self.modules,
                 self.record,
+                target=chosen,
                 rank=whole_number(rank, "rank", least=1),
                 embedding_rank=_checked_rank(embedding_rank),
                 norms=norms,
                 tokens=rows,
                 base=parameters,
+                facts=self._facts(base, with_skeleton=chosen is Target.PEFT),
                 overwrite=overwrite,
             )
 
@@ -313,6 +326,15 @@ class FittedTransfer:
                     yield parameters
                 return
         yield None
+
+    def _facts(self, base: Base | None, *, with_skeleton: bool) -> BaseFacts | None:
+        """What is known of the base's modules; None where it cannot be reached."""
+        live = None if self._live_base is None else self._live_base()
+        found = base if base is not None else live if live is not None else self.record.base
+        if isinstance(found, nn.Module):
+            return facts_in_memory(base_model(found), with_skeleton=with_skeleton)
+        names = [name for module in self.modules.values() for name in module.names]
+        return facts_on_disk(found, names, must_exist=False) if found else None
 
     def _warn_of_other_base(self, model: nn.Module, used: Mapping[str, FittedModule]) -> None:
         try:

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
 import torch
-from huggingface_hub import ModelCardData
-from peft import LoraConfig
 
 from act_peft.channels.kinds import ChannelKind
 from act_peft.channels.rows import wide_dtype
 from act_peft.disk.folders import check_output
 from act_peft.disk.parameters import Parameters
-from act_peft.doors import OUTER
 from act_peft.errors import ActValueError
-from act_peft.fitting.adapter_parts import Tensors, needed_base, token_indices, token_tensors, write_adapter
+from act_peft.export.base import BaseFacts
+from act_peft.export.card import card_text
+from act_peft.export.config import bias_key, factor_keys, lora_config, whole_key
+from act_peft.export.engines import check_for_engine, missing_siblings
+from act_peft.export.folder import infos_of, tensor_part, write_folder
+from act_peft.export.stock_peft import check_with_peft
+from act_peft.export.targets import Target
+from act_peft.fitting.adapter_parts import Tensors, needed_base, token_indices, token_tensors
 from act_peft.fitting.module import FitRecord, FittedModule, Modules
 from act_peft.fitting.token_factors import token_factors
-from act_peft.plain import in_markdown, model_name
+from act_peft.plain import in_markdown
 
 
 @dataclass(frozen=True)
@@ -49,14 +52,18 @@ def write_lora(
     modules: Modules,
     record: FitRecord,
     *,
+    target: Target,
     rank: int,
     embedding_rank: int | None,
     norms: bool,
     tokens: Mapping[str, torch.Tensor],
     base: Parameters | None,
+    facts: BaseFacts | None,
     overwrite: bool,
 ) -> FittedLora:
     """Write a LoRA adapter; arguments as `FittedTransfer.to_lora`, `base` and `tokens` as in `write_act`.
+
+    `facts` is what is known of the base, for the checks.
 
     Raises:
         ActValueError: as `FittedTransfer.to_lora`.
@@ -70,25 +77,35 @@ def write_lora(
         raise ActValueError(
             "tokens: given with embedding_rank, expected one of them (an embedding has factors or rows of tokens)"
         )
+    whole = [name for name, module in modules.items() if module.kind.is_norm] if norms else []
+    kinds = {name: module.kind for name, module in factored.items()}
+    kinds |= {n: ChannelKind.LINEAR if n == m.head else m.kind for m in embeddings.values() for n in m.names}
+    engine = target.engine
+    zeros: dict[str, tuple[int, int]] = {}
+    if engine is not None:
+        check_for_engine(engine, kinds, facts, [*whole, *tokens])
+        zeros = missing_siblings(engine, kinds, facts)
     # PEFT cannot merge a bias into a layer that has none, and allows none beside an embedding.
-    biased = not embeddings and all(module.bias is not None for module in factored.values())
+    biased = not embeddings and engine is None and all(module.bias is not None for module in factored.values())
+    pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     tensors: Tensors = {}
-    ranks: dict[str, int] = {}
     lost: dict[str, float] = {}
     for name, module in factored.items():
         left, right, bias = factors(name, module, rank)
-        tensors |= _linear_tensors(name, left, right)
+        pairs[name], lost[name] = (left, right), _lost(module, rank)
         if biased and bias is not None:
-            tensors[f"{OUTER}{name}.lora_B.bias"] = bias.to(torch.float32)
-        ranks[name], lost[name] = len(right), _lost(module, rank)
+            tensors[bias_key(name)] = bias.to(torch.float32)
     for name, module in embeddings.items():
         left, right, lost[name] = embedding_factors(module, embedding_rank or rank)
-        for one in module.names:
-            tensors |= (
-                _linear_tensors(one, left, right) if one == module.head else _embedding_tensors(one, left, right)
-            )
-            ranks[one] = len(right)
-    whole = [name for name, module in modules.items() if module.kind.is_norm] if norms else []
+        for one in module.names:  # PEFT's factors of an embedding are those of its transpose [H, V]
+            pairs[one] = (left, right) if one == module.head else (right.T, left.T)
+    pairs |= {name: (torch.zeros(shape[0], 1), torch.zeros(1, shape[1])) for name, shape in zeros.items()}
+    ranks = {name: len(right) for name, (_, right) in pairs.items()}
+    if engine is not None:
+        ranks = dict.fromkeys(ranks, engine.rank_for(max(ranks.values())))
+    for name, (left, right) in pairs.items():
+        a, b = factor_keys(name, is_embedding=kinds.get(name) is ChannelKind.EMBEDDING)
+        tensors |= {a: _padded(right, ranks[name], 0), b: _padded(left, ranks[name], 1)}
     for name in whole:
         tensors |= _norm_tensors(name, modules[name], base)
     tensors |= token_tensors(modules, tokens, base)
@@ -97,13 +114,33 @@ def write_lora(
         left_out += [f"{name}.bias" for name, module in factored.items() if module.bias is not None]
     gained = {name: float(modules[name].gains.sum()) for name in lost}
     errors = {name: value / gained[name] if gained[name] else 0.0 for name, value in lost.items()}
+    errors |= dict.fromkeys(zeros, 0.0)
     error = sum(lost.values()) / (sum(gained.values()) or 1.0)
     is_tied = any(module.is_tied for module in embeddings.values())
-    known = [one for module in modules.values() for one in module.names]
-    config = _lora_config(record, ranks, whole, tokens, factored=factored, known=known, biased=biased, is_tied=is_tied)
-    card = _lora_card(record, ranks, errors, error, left_out, is_tied=is_tied)
-    write_adapter(output, tensors, config, card, overwrite=overwrite)
+    config = lora_config(
+        ranks,
+        known=[one for m in modules.values() for one in m.names] if facts is None else facts.known,
+        whole=whole,
+        task_type=record.task_type,
+        base_model_name_or_path=record.base,
+        lora_bias=biased,
+        fan_in_fan_out=ChannelKind.CONV1D in kinds.values(),
+        trainable_token_indices=token_indices(tokens),
+        ensure_weight_tying=is_tied,
+    )
+    parts = [tensor_part(key, tensors[key]) for key in sorted(tensors)]
+    if engine is None and facts is not None and facts.skeleton is not None:
+        check_with_peft(config, infos_of(parts), facts.skeleton)
+    lines = _card_lines(record, ranks, errors, error, left_out, is_tied=is_tied)
+    write_folder(output, parts, config, lambda: card_text(record.base, lines), overwrite=overwrite)
     return FittedLora(output, MappingProxyType(ranks), MappingProxyType(errors), error, tuple(left_out))
+
+
+def _padded(factor: torch.Tensor, rank: int, dim: int) -> torch.Tensor:
+    """A factor in float32, filled up with zeros along one axis."""
+    shape = list(factor.shape)
+    shape[dim] = rank - shape[dim]
+    return torch.cat([factor.float(), torch.zeros(shape)], dim).contiguous()
 
 
 def embedding_factors(module: FittedModule, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
@@ -152,17 +189,6 @@ def _lost(module: FittedModule, rank: int) -> float:
     return 0.0 if module.strengths is None else float(module.strengths[rank:].square().sum())
 
 
-def _linear_tensors(name: str, left: torch.Tensor, right: torch.Tensor) -> Tensors:
-    parts = {"lora_A.weight": right, "lora_B.weight": left}
-    return {f"{OUTER}{name}.{part}": tensor.to(torch.float32).contiguous() for part, tensor in parts.items()}
-
-
-def _embedding_tensors(name: str, left: torch.Tensor, right: torch.Tensor) -> Tensors:
-    """PEFT's factors of an embedding are those of its transpose `[H, V]`."""
-    parts = {"lora_embedding_A": left.T, "lora_embedding_B": right.T}
-    return {f"{OUTER}{name}.{part}": tensor.to(torch.float32).contiguous() for part, tensor in parts.items()}
-
-
 def _norm_tensors(name: str, module: FittedModule, base: Parameters | None) -> Tensors:
     """`modules_to_save` stores whole modules, the base's weights included."""
     found = needed_base(base, name)
@@ -171,49 +197,11 @@ def _norm_tensors(name: str, module: FittedModule, base: Parameters | None) -> T
     for part, change in (("weight", module.weight_change()), ("bias", module.bias)):
         if change is not None:
             values = found.rows(f"{name}.{part}", every, 0).cpu()
-            tensors[f"{OUTER}{name}.{part}"] = (values.to(wide_dtype(values.dtype)) + change).to(values.dtype)
+            tensors[whole_key(name, part)] = (values.to(wide_dtype(values.dtype)) + change).to(values.dtype)
     return tensors
 
 
-def _lora_config(
-    record: FitRecord,
-    ranks: Mapping[str, int],
-    whole: Iterable[str],
-    tokens: Mapping[str, torch.Tensor],
-    *,
-    factored: Modules,
-    known: Iterable[str],
-    biased: bool,
-    is_tied: bool,
-) -> LoraConfig:
-    targets, top = sorted(ranks), max(ranks.values())
-    # PEFT reads an entry of `target_modules` as a name or its dotted end, and one of a pattern as the end of a name
-    # unless it begins with "^".
-    unmeant = [n for n in known if n not in ranks and any(n.endswith(f".{t}") for t in targets)]
-    pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != top}
-    config = LoraConfig(
-        task_type=record.task_type,
-        base_model_name_or_path=record.base,
-        inference_mode=True,
-        r=top,
-        lora_alpha=top,
-        rank_pattern=pattern,
-        alpha_pattern=dict(pattern),
-        target_modules=targets,
-        exclude_modules="|".join(map(re.escape, unmeant)) or None,
-        lora_dropout=0.0,
-        bias="none",
-        lora_bias=biased,
-        fan_in_fan_out=any(module.kind is ChannelKind.CONV1D for module in factored.values()),
-        modules_to_save=list(whole) or None,
-        trainable_token_indices=token_indices(tokens),
-        ensure_weight_tying=is_tied,
-    )
-    config.target_modules = targets  # LoraConfig makes a set of it, whose order changes from run to run
-    return config
-
-
-def _lora_card(
+def _card_lines(
     record: FitRecord,
     ranks: Mapping[str, int],
     errors: Mapping[str, float],
@@ -221,12 +209,10 @@ def _lora_card(
     left_out: Iterable[str],
     *,
     is_tied: bool,
-) -> str:
-    data = ModelCardData(base_model=model_name(record.base), library_name="peft", tags=["lora", "peft", "act"])
+) -> list[str]:
     donors = in_markdown(", ".join(name or "a model in memory" for name in record.donors))
     left = in_markdown(", ".join(left_out))
-    lines = [
-        f"---\n{data.to_yaml()}\n---\n",
+    return [
         "## LoRA adapter made from a fitted transfer\n",
         "Made with `act_peft.fit`: the part of the donor's difference that its inputs on the ability ask for, cut to",
         "a rank in the metric of these inputs. PEFT loads it as any LoRA adapter; act_peft is not needed.\n",
@@ -238,7 +224,6 @@ def _lora_card(
         "\n| module | rank | lost |\n|---|---|---|",
         *(f"| {in_markdown(name)} | {rank} | {_shown(errors.get(name))} |" for name, rank in ranks.items()),
     ]
-    return "\n".join(lines) + "\n"
 
 
 def _shown(error: float | None) -> str:

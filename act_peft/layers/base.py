@@ -185,7 +185,8 @@ class ActLayer(LoadableLayer):
         original = self.original_rows(index)
 
         def merged(rows: torch.Tensor, part: str, axis: int) -> torch.Tensor:
-            parts = [(self.act_delta_index[n], self.delta(n, part).detach(), self.act_delta_scale[n]) for n in names]
+            having = names if part == "weight" else [n for n in names if self.changes_bias(n)]
+            parts = [(self.act_delta_index[n], self.delta(n, part).detach(), self.act_delta_scale[n]) for n in having]
             return merged_rows(rows, original.index, parts, dim=axis)
 
         return ChannelRows(

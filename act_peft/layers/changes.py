@@ -60,7 +60,7 @@ class LayerChange(ModuleChange):
         self.index = layer.act_delta_index[adapter_name].cpu()
         self.width = layer.act_delta_weight[adapter_name].numel() // self.index.numel()
         self.dtype = layer.delta_dtype(adapter_name)
-        self.has_bias = layer.has_bias
+        self.has_bias = layer.changes_bias(adapter_name)
         self.scale = layer.act_delta_scale[adapter_name]
 
     def whole_infos(self) -> TensorInfos:

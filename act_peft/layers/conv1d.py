@@ -25,7 +25,7 @@ class Conv1D(ActLayer):
         """See `ActLayer.change`."""
         weight = self.act_delta_weight[adapter_name]  # [I, K]
         linear = streamed_linear if adapter_name in self._offloaded else F.linear
-        return linear(self._cast_input_dtype(x, weight.dtype), weight.T, self.act_delta_bias[adapter_name])
+        return linear(self._cast_input_dtype(x, weight.dtype), weight.T, self.act_delta_bias.get(adapter_name))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """See `changes_weight_only`."""

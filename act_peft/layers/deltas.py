@@ -29,7 +29,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
 
     Attributes:
         act_delta_weight: per adapter the trainable delta of the weight, oriented as in `ChannelRows`.
-        act_delta_bias: per adapter `[K]`, only for modules with a bias.
+        act_delta_bias: per adapter `[K]`, for modules with a bias, unless the adapter leaves biases out.
         act_delta_channel_scale: per adapter with learned scales, float32 `[K]`. Weight and bias above are then the
             donor's difference, which the scales multiply. It is frozen unless it trains too.
         act_delta_index: per adapter the selected channels, int64 `[K]`, ascending.
@@ -79,6 +79,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         *,
         index: torch.Tensor,
         init_weights: bool = True,
+        include_bias: bool = True,
         inference_mode: bool = False,
         trainable: Trainable = Trainable.DELTAS,
         transfer_scale: float = 1.0,
@@ -91,6 +92,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             index: int64 `[K]`, ascending channels in `[0, C)`. All -1 (`unknown_index`) for an adapter whose tensors
                 are not loaded yet; K = 0 if their number is not known either.
             init_weights: True: zero deltas; False: random ones, for tests.
+            include_bias: whether a bias has a delta too.
             inference_mode: whether the deltas start frozen.
             trainable: what trains.
             transfer_scale: start value of learned scales.
@@ -105,7 +107,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         create = torch.zeros if init_weights else torch.randn
         shape = self.delta_shape(index.numel())
         self.act_delta_weight[adapter_name] = nn.Parameter(create(shape, dtype=dtype))
-        if self.has_bias:
+        if self.has_bias and include_bias:
             self.act_delta_bias[adapter_name] = nn.Parameter(create(index.numel(), dtype=dtype))
         if trainable.has_scales:
             scales = torch.full((index.numel(),), float(transfer_scale), dtype=torch.float32)
@@ -175,6 +177,10 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         """Whether the wrapped module has a bias."""
         return getattr(self.get_base_layer(), "bias", None) is not None
 
+    def changes_bias(self, adapter_name: str) -> bool:
+        """Whether an adapter has a delta of the bias."""
+        return adapter_name in self.act_delta_bias
+
     def delta_shape(self, num_selected: int) -> tuple[int, ...]:
         """Shape of the weight's delta for K selected channels, in the module's orientation."""
         if self.kind.is_norm:
@@ -216,7 +222,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
 
         Args:
             adapter_name: name of the adapter.
-            part: `"weight"` or `"bias"`, which the layer must have.
+            part: `"weight"` or `"bias"`, of which the adapter must have a delta.
 
         Returns:
             K channels in the orientation of the parameter, differentiable, without the factor of `set_scale`.

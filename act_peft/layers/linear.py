@@ -52,7 +52,7 @@ class Linear(ActLayer):
         if not self.is_output_head or self.is_quantized or self.disable_adapters or self.merged:
             return tensor
         for name in sorted(self.active_adapters):
-            if name in self.act_delta_weight:
+            if name in getattr(self, f"act_delta_{part}"):
                 change = (self.delta(name, part) * self.act_delta_scale[name]).to(tensor.dtype)
                 tensor = tensor.index_add(0, self.act_delta_index[name], change)
         return tensor

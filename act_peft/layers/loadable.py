@@ -42,7 +42,7 @@ class LoadableLayer(DeltaLayer):
     def expected_state(self, adapter_name: str) -> ExpectedState:
         """The tensors that the layer expects of an adapter that is being loaded."""
         shapes = {"act_delta_weight": [self.delta_shape(SELECTED)]}
-        if self.has_bias:
+        if self.changes_bias(adapter_name):
             shapes["act_delta_bias"] = [(SELECTED,)]
         if adapter_name in self.act_delta_channel_scale:
             shapes["act_delta_channel_scale"] = [(SELECTED,)]

@@ -16,12 +16,12 @@ from act_peft.errors import ActTypeError, ActValueError
 from act_peft.layers import ActLayer
 
 
-def record(layer: ActLayer, index: torch.Tensor) -> dict[str, Any]:
-    """The entry of one module in `ActConfig.adapted_modules`."""
+def record(layer: ActLayer, index: torch.Tensor, *, include_bias: bool) -> dict[str, Any]:
+    """The entry of one module in `ActConfig.adapted_modules`; the fingerprint is that of what the adapter changes."""
     base = None
     if layer.get_base_layer().weight.device.type != "meta" and not layer.is_quantized:
         rows = layer.original_rows(index)
-        base = fingerprint(rows.weight, rows.bias)
+        base = fingerprint(rows.weight, rows.bias if include_bias else None)
     return module_record(layer.kind, selected=index.numel(), channels=layer.num_channels, base=base)
 
 

@@ -78,5 +78,8 @@ def prune_channels(model: nn.Module, *, threshold: float = 0.0, adapter_name: st
         remove_adapter(base, name, adapter_name)
     left = {name: layer for name, layer in layers.items() if kept[name].numel()}
     config.trainable, config.offload_deltas = "deltas", False
-    modules = {name: record(layer, layer.act_delta_index[adapter_name]) for name, layer in left.items()}
+    modules = {
+        name: record(layer, layer.act_delta_index[adapter_name], include_bias=layer.changes_bias(adapter_name))
+        for name, layer in left.items()
+    }
     record_adapter(config, modules, kept=share)

@@ -41,6 +41,7 @@ def create_adapter(
     output_dir: str | os.PathLike[str],
     *,
     transfer_scale: float = 0.4,
+    include_bias: bool = True,
     overwrite: bool = False,
     show_progress: bool = False,
 ) -> None:
@@ -61,6 +62,7 @@ def create_adapter(
         mask: the selected channels, as in `ActConfig(channels=...)`.
         output_dir: the folder to write. It appears whole or not at all.
         transfer_scale: λ.
+        include_bias: as in `ActConfig`.
         overwrite: whether an older adapter at `output_dir` is replaced.
         show_progress: show a progress bar over the modules, if the error stream is a terminal.
 
@@ -82,6 +84,7 @@ def create_adapter(
         channels=mask,
         donor=os.fspath(donor),
         transfer_scale=transfer_scale,
+        include_bias=include_bias,
         inference_mode=True,
     )
     with Checkpoint.open(base) as checkpoint:
@@ -106,6 +109,8 @@ def create_adapter(
             read = transfer.deltas(indices, transfer_scale=transfer_scale)
             hidden = None if show_progress else True
             for name, rows, deltas in tqdm(read, desc="transfer", total=len(indices), unit="module", disable=hidden):
+                if not include_bias:
+                    rows, deltas = rows.without_bias(), deltas.without_bias()
                 prefix = f"{OUTER}{name}.{PREFIX}"
                 tensors |= {f"{prefix}{part}": delta for part, delta in _in_file_dtype(rows, deltas)}
                 tensors[f"{prefix}index"] = rows.index

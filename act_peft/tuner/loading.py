@@ -53,7 +53,9 @@ def check_base(
     """
     comparison = BaseComparison(f"adapter {adapter_name!r}")
     for name, index in indices.items():
-        comparison.add_(name, recorded_base(config.adapted_modules, name), partial(_base_of, layers[name], index))
+        comparison.add_(
+            name, recorded_base(config.adapted_modules, name), partial(_base_of, layers[name], index, adapter_name)
+        )
     note = comparison.note()
     if note is not None:
         warnings.warn(
@@ -64,6 +66,6 @@ def check_base(
         )
 
 
-def _base_of(layer: ActLayer, index: torch.Tensor) -> str | None:
+def _base_of(layer: ActLayer, index: torch.Tensor, adapter_name: str) -> str | None:
     """Fingerprint of the layer's own base rows."""
-    return cast("str | None", record(layer, index)["base"])
+    return cast("str | None", record(layer, index, include_bias=layer.changes_bias(adapter_name))["base"])

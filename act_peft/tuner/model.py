@@ -141,7 +141,10 @@ class ActModel(BaseTuner):
             deltas = ((name, rows) for name, _, rows in transfer.deltas(indices, transfer_scale=scale))
             fill_deltas(layers, deltas, adapter_name=adapter_name, transfer_scale=config.transfer_scale)
             transfer.warn(stacklevel=4)
-        record_adapter(config, {name: record(layer, indices[name]) for name, layer in layers.items()})
+        record_adapter(
+            config,
+            {name: record(layer, indices[name], include_bias=config.include_bias) for name, layer in layers.items()},
+        )
 
     def _check_target_module_exists(self, peft_config: ActConfig, key: str) -> Any:
         if self._plan is None:  # PEFT's `inspect_matched_modules` asks at any time
@@ -170,6 +173,7 @@ class ActModel(BaseTuner):
             adapter_name,
             index=plan.indices[current_key].to(plan.device),
             init_weights=peft_config.init_weights,
+            include_bias=peft_config.include_bias,
             inference_mode=peft_config.inference_mode,
             trainable=peft_config.trains,
             transfer_scale=peft_config.transfer_scale,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 from peft import get_peft_model
 
 from act_peft import ActConfig
+from act_peft.adapter.card import without_blanks
 from tests.support.tiny_models import build, build_relatives, random_mask
 
 
@@ -61,3 +62,26 @@ def test_every_adapter_of_a_model_gets_its_card(tmp_path):
     tuned.add_adapter("second", ActConfig(channels=mask, task_type="CAUSAL_LM"))
     tuned.save_pretrained(tmp_path / "both")
     assert "## ACT adapter" in (tmp_path / "both" / "second" / "README.md").read_text()
+
+
+def test_the_card_leads_with_three_ways_and_holds_no_blanks(tmp_path):
+    save(tmp_path)
+    text = (tmp_path / "adapter" / "README.md").read_text()
+    assert "[More Information Needed]" not in text
+    body = text.split("---\n", 2)[2]
+    ways = [body.index(way) for way in ("import act_peft", "act-peft export-lora", "act-peft merge")]
+    assert ways == sorted(ways)
+    headings = [line for line in body.splitlines() if line.startswith("#")]
+    assert headings == ["## ACT adapter", "### Framework versions"]
+
+
+def test_a_section_that_somebody_filled_in_stays():
+    blank = ModelCard.from_template(ModelCardData()).text
+    assert "[More Information Needed]" in blank
+    assert without_blanks(blank).strip() == ""
+    filled = blank.replace("## Uses\n", "## Uses\n\nFor sums.\n\n```sh\n# a comment\nrun\n```\n", 1)
+    kept = [line for line in without_blanks(filled).splitlines() if line]
+    assert kept[-6:] == ["## Uses", "For sums.", "```sh", "# a comment", "run", "```"]
+    assert all(line.startswith("# ") for line in kept[:-6])  # the title above it
+    mine = "# Mine\n\nWords.\n"
+    assert without_blanks(mine) == mine

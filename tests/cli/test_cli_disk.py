@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -63,9 +64,27 @@ def test_export_lora_writes_an_adapter_of_stock_peft(folder, capsys):
     assert "merge" in capsys.readouterr().err
     assert main([*command, "--biases", "modules_to_save", "--base", str(BASE), "--max-rank", "8"]) == 0
     printed = capsys.readouterr().out
-    assert "ranks" in printed
+    assert "rank 8" in printed
     assert "relative error" in printed
     assert json.loads((folder / "lora" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+def test_export_lora_for_an_engine(folder, tmp_path, capsys):
+    made = ["transfer", "--base", str(BASE), "--donor", str(DONOR), "--output", str(tmp_path / "act"), "--no-bias"]
+    mask = ChannelMask.load(folder / "mask.safetensors")
+    linear = {name: mask[name] for name in mask if "norm" not in name}
+    ChannelMask(linear, {name: mask.num_channels[name] for name in linear}).save(tmp_path / "mask")
+    assert main([*made, "--mask", str(tmp_path / "mask")]) == 0
+    capsys.readouterr()
+    export = ["export-lora", str(tmp_path / "act"), "--output", str(tmp_path / "lora"), "--target", "vllm"]
+    assert main([*export, "--max-rank", "2"]) == 0
+    before, written, error = capsys.readouterr().out.splitlines()
+    size = (tmp_path / "lora" / "adapter_model.safetensors").stat().st_size
+    assert before == f"{tmp_path / 'lora'}: writing {size // 100_000 / 10:.1f} MB"
+    assert written.startswith(f"{tmp_path / 'lora'}: LoRA adapter of {len(linear)} modules, rank 8, ")
+    assert re.fullmatch(r"  relative error 0\.\d+, at most 0\.\d+ \(model\.\S+\); rank \d+ has 0\.05", error)
+    assert main([*export, "--overwrite", "--biases", "lora_bias"]) == 1
+    assert "biases: got 'lora_bias' with --target vllm, expected 'error'" in capsys.readouterr().err
 
 
 def test_scores_and_mask_are_those_of_the_library(folder):

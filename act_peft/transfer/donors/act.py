@@ -46,18 +46,20 @@ class ActDonor(OpenDonor):
             if name not in axes or not delta.index.numel():
                 continue
             self._check_fit(name, delta, base, axes[name])
-            current = partial(_fingerprint, base, name, delta.index, axes[name])
+            current = partial(_fingerprint, base, name, delta, axes[name])
             comparison.add_(name, folder.recorded_base(own), current)
         note = comparison.note()
         self.notes = [] if note is None else [note]
 
     def _check_fit(self, name: str, delta: StoredDelta, base: Parameters, dim: int) -> None:
         shape = base.shape(f"{name}.weight")
+        has_bias = f"{name}.bias" in base
         expected = (*shape[:dim], delta.index.numel(), *shape[dim + 1 :])
         if (
             delta.weight_shape != expected
             or int(delta.index[-1]) >= shape[dim]
-            or (delta.bias is None) == (f"{name}.bias" in base)
+            or (delta.bias is None and has_bias and self._folder.config.get("include_bias") is not False)
+            or (delta.bias is not None and not has_bias)
         ):
             raise ActLoadError(
                 f"{name}: the donor {self.location} has deltas {list(delta.weight_shape)} for channels up to "
@@ -83,8 +85,8 @@ class ActDonor(OpenDonor):
         self._folder.close()
 
 
-def _fingerprint(base: Parameters, name: str, index: torch.Tensor, dim: int) -> str | None:
+def _fingerprint(base: Parameters, name: str, delta: StoredDelta, dim: int) -> str | None:
     if not base.is_plain(f"{name}.weight"):
         return None
-    bias = base.rows(f"{name}.bias", index, 0) if f"{name}.bias" in base else None
-    return fingerprint(base.rows(f"{name}.weight", index, dim), bias)
+    bias = None if delta.bias is None else base.rows(f"{name}.bias", delta.index, 0)
+    return fingerprint(base.rows(f"{name}.weight", delta.index, dim), bias)
