@@ -21,6 +21,7 @@ ORDER = [
     "tables",
     "disk",
     "batches",
+    "data",
     "channels",
     "adapter",
     "localization",
@@ -34,8 +35,10 @@ ORDER = [
     "merge",
     "tuner",
     "sweeps",
+    "evaluation",
     "library",
     "plots",
+    "recipes",
     "demo",
     "cli",
 ]

@@ -28,6 +28,7 @@ from act_peft.errors import ActError
 
 COMMANDS = {
     "demo": "act_peft.cli.demo",
+    "run": "act_peft.cli.run",
     "localize": "act_peft.cli.localize",
     "fit": "act_peft.cli.fit",
     "select": "act_peft.cli.select",
@@ -39,6 +40,11 @@ COMMANDS = {
     "inspect": "act_peft.cli.inspect",
 }
 
+_QUIET = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
 DONE, FAILED = 0, 1  # argparse itself ends with 2 after bad arguments
 
 _DESCRIPTION = (
@@ -82,6 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: by argparse; 2 after bad arguments, 0 after `--help` and `--version`.
     """
     arguments = argparse.Namespace()
+    if argv is None:  # in a process of our own; who asks for more with these variables gets it
+        for name, value in _QUIET.items():
+            os.environ.setdefault(name, value)
     try:
         arguments = build_parser().parse_args(argv)
         with _short_warnings(arguments):
@@ -124,6 +133,8 @@ def _short_warnings(arguments: argparse.Namespace) -> Iterator[None]:
 
     with warnings.catch_warnings():
         warnings.showwarning = show
+        for category in (DeprecationWarning, FutureWarning):  # they concern calls between other libraries
+            warnings.simplefilter("ignore", category)
         yield
 
 

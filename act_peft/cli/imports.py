@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+_TALKATIVE = ("torchao", "bitsandbytes", "torch.utils._pytree")  # they log about optional parts when imported
 
 INTERRUPTED = 130  # exit status, as of a process that SIGINT ends
 INTERRUPTED_LINE = "act-peft: interrupted"
@@ -27,6 +30,8 @@ def importing() -> Iterator[None]:
     )
     if replace:
         signal.signal(signal.SIGINT, _end_at_once)
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         importlib.import_module("act_peft.library")
         yield

@@ -6,8 +6,8 @@ import argparse
 import re
 from typing import Any
 
-from act_peft.cli.examples import add_examples, batches_of, device_of, load_model
-from act_peft.cli.files import add_output, check_output_file, load_examples
+from act_peft.cli.examples import ExampleReader, add_examples, device_of
+from act_peft.cli.files import add_output, check_output_file
 from act_peft.cli.imports import importing
 
 SUMMARY = "Score every channel by how differently base and donor answer, on examples of the ability."
@@ -63,28 +63,14 @@ def run(arguments: argparse.Namespace) -> None:
         from act_peft.transfer.donors import is_adapter
 
     arguments.device = device_of(arguments)
-    examples: dict[str, Any] = {
-        name: load_examples(dataset, split=arguments.split, samples=arguments.samples, seed=arguments.seed)
-        for name, dataset in (("dataloader", arguments.dataset), ("keep_dataloader", arguments.keep_dataset))
-        if dataset is not None
-    }
-
-    base = load_model(arguments.base, arguments)
-    data: dict[str, Any] = {
-        name: batches_of(
-            dataset,
-            base,
-            tokenizer=arguments.base,
-            batch_size=arguments.batch_size,
-            max_length=arguments.max_length,
-            assistant_only=arguments.assistant_only,
-            device=arguments.device,
-        )
-        for name, dataset in examples.items()
-    }
+    reader = ExampleReader(arguments)
+    datasets = {"dataloader": arguments.dataset, "keep_dataloader": arguments.keep_dataset}
+    examples = {name: reader.load(dataset) for name, dataset in datasets.items() if dataset is not None}
+    base = reader.model(arguments.base)
+    data: dict[str, Any] = {name: reader.batches(found, base, name=datasets[name]) for name, found in examples.items()}
     scores = localize(
         base,
-        arguments.donor if is_adapter(arguments.donor) else load_model(arguments.donor, arguments),
+        arguments.donor if is_adapter(arguments.donor) else reader.model(arguments.donor),
         score=arguments.score,
         target_modules=_patterns(arguments.target_modules),
         exclude_modules=_patterns(arguments.exclude_modules),

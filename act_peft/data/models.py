@@ -1,0 +1,62 @@
+"""Models and tokenizers by name, on a device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from act_peft.errors import ActValueError
+
+
+def open_device(name: str | None) -> str:
+    """The name of a device that can be used; None stands for the GPU if there is one.
+
+    Raises:
+        ActValueError: there is no such device here.
+    """
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).item()
+    except (AssertionError, RuntimeError) as error:  # an assertion: torch was built without support for the device
+        raise ActValueError(
+            f"device: got {name!r}, expected one that torch can use here ({str(error)[:120]}; try --device cpu)"
+        ) from error
+    return name
+
+
+def load_model(name: str, *, dtype: str = "auto", device: str = "cpu") -> Any:
+    """Load a causal language model.
+
+    Args:
+        name: folder or Hub id.
+        dtype: name of a floating dtype; `auto` is that of the checkpoint.
+        device: the device.
+
+    Raises:
+        ActValueError: there is no model of this name.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    except ValueError as error:
+        raise ActValueError(
+            f"{name}: cannot be loaded, expected the folder or Hub id of a causal language model ({str(error)[:300]})"
+        ) from error
+    return model.to(device)
+
+
+def load_tokenizer(name: str) -> Any:
+    """Load the tokenizer of a model.
+
+    Raises:
+        ActValueError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except ValueError as error:
+        raise ActValueError(
+            f"{name}: its tokenizer cannot be loaded, expected one in the folder of the model "
+            f"({str(error)[:300]}; save it there)"
+        ) from error
