@@ -28,11 +28,14 @@ from act_peft.errors import ActError
 
 COMMANDS = {
     "demo": "act_peft.cli.demo",
+    "recipes": "act_peft.cli.recipes",
     "run": "act_peft.cli.run",
     "localize": "act_peft.cli.localize",
     "fit": "act_peft.cli.fit",
     "select": "act_peft.cli.select",
     "sweep": "act_peft.cli.sweep",
+    "train": "act_peft.cli.train",
+    "eval": "act_peft.cli.eval",
     "transfer": "act_peft.cli.transfer",
     "merge": "act_peft.cli.merge",
     "combine": "act_peft.cli.combine",

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from act_peft.data.tokenizing import TokenizedRows
 
 DEVICE = "cuda if there is one"
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
@@ -94,8 +97,18 @@ class ExampleReader:
 
         return load_model(name, dtype=self._arguments.dtype, device=self._arguments.device)
 
+    def donor(self, name: str) -> Any:
+        """A donor: a model, or the name of an adapter of the base."""
+        from act_peft.transfer.donors import is_adapter
+
+        return name if is_adapter(name) else self.model(name)
+
     def batches(self, examples: Any, model: Any, *, name: str) -> Iterable[Any]:
-        """The batches of some examples, tokenized as the base reads them.
+        """The batches of some examples, see `rows`."""
+        return self.rows(examples, model, name=name).batches(self._arguments.batch_size)
+
+    def rows(self, examples: Any, model: Any, *, name: str) -> TokenizedRows:
+        """Some examples, tokenized as the base reads them.
 
         Args:
             examples: from `load`.
@@ -121,7 +134,7 @@ class ExampleReader:
         )
         for note in rows.notes:
             print(f"act-peft: {note}", file=sys.stderr)
-        return rows.batches(self._arguments.batch_size)
+        return rows
 
 
 def _integer_from(smallest: int) -> Callable[[str], int]:

@@ -72,14 +72,13 @@ def run(arguments: argparse.Namespace) -> None:
     check_output_file(arguments.output, overwrite=arguments.overwrite)
     with importing():
         from act_peft import fit
-        from act_peft.transfer.donors import is_adapter
 
     arguments.device = device_of(arguments)
     reader = ExampleReader(arguments)
     names = [*arguments.dataset, *(arguments.keep_dataset or [])]
     examples = [reader.load(name) for name in names]
     base = reader.model(arguments.base)
-    donors = [name if is_adapter(name) else reader.model(name) for name in arguments.donor]
+    donors = [reader.donor(name) for name in arguments.donor]
     data: list[Any] = [reader.batches(found, base, name=name) for name, found in zip(names, examples, strict=True)]
     fitted = fit(
         base,

@@ -60,7 +60,6 @@ def run(arguments: argparse.Namespace) -> None:
         from act_peft import localize
         from act_peft.channels.names import matches
         from act_peft.localization.candidates import left_out_by_default
-        from act_peft.transfer.donors import is_adapter
 
     arguments.device = device_of(arguments)
     reader = ExampleReader(arguments)
@@ -70,7 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
     data: dict[str, Any] = {name: reader.batches(found, base, name=datasets[name]) for name, found in examples.items()}
     scores = localize(
         base,
-        arguments.donor if is_adapter(arguments.donor) else reader.model(arguments.donor),
+        reader.donor(arguments.donor),
         score=arguments.score,
         target_modules=_patterns(arguments.target_modules),
         exclude_modules=_patterns(arguments.exclude_modules),

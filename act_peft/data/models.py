@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ def open_device(name: str | None) -> str:
         ActValueError: there is no such device here.
     """
     if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        # Of several processes on one machine each takes its own GPU.
+        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=name).item()
     except (AssertionError, RuntimeError) as error:  # an assertion: torch was built without support for the device

@@ -36,7 +36,7 @@ from act_peft.recipes.reading import card_section
 from act_peft.recipes.schema import Recipe, Train
 from act_peft.recipes.steps import RECORD, Report, Steps
 from act_peft.recipes.surroundings import quiet
-from act_peft.recipes.training import TrainingRun, fine_tune
+from act_peft.recipes.training import TrainingRun, fine_tune, save_adapter
 from act_peft.training.donor import DonorCallback
 from act_peft.training.keep import KeepCallback
 from act_peft.transfer.on_disk import create_adapter
@@ -214,10 +214,10 @@ class _Run:
             seed=recipe.seed,
             device=self.device,
             max_length=recipe.reading.max_length,
+            donor=self.models.whole_donor(str(recipe.donors()[0])) if train.trainer == "distillation" else None,
         )
         log = fine_tune(model, train, training, self.report)
-        with new_folder(self.folder / ADAPTER) as folder:
-            model.save_pretrained(folder)
+        save_adapter(model, self.folder / ADAPTER)
         shutil.rmtree(self.folder / TRAINING, ignore_errors=True)
         return log
 

@@ -119,7 +119,8 @@ class Train(_Part):
     """The fine-tune.
 
     Attributes:
-        trainer: `sft`, or `dpo` for examples with `prompt`, `chosen` and `rejected`.
+        trainer: `sft`; `dpo` for examples with `prompt`, `chosen` and `rejected`; `distillation`: the model answers
+            the prompts, and the donor grades every token.
         steps: optimizer steps; without it `epochs`.
         epochs: rounds over the examples.
         batch_size: examples in a step.
@@ -127,10 +128,11 @@ class Train(_Part):
         learning_rate: the first one; it falls linearly to zero.
         keep_weight: how much the base's teaching of the kept skills counts; 0 for none.
         donor_weight: how much the donor's teaching of the ability counts beside the labels; 0 for none.
+        max_completion_length: tokens of an answer that the model writes, for `distillation`.
         report_to: trackers of transformers.
     """
 
-    trainer: Literal["sft", "dpo"] = "sft"
+    trainer: Literal["sft", "dpo", "distillation"] = "sft"
     steps: Count | None = None
     epochs: Annotated[Number, Field(gt=0)] = 1.0
     batch_size: Count = 16
@@ -138,7 +140,13 @@ class Train(_Part):
     learning_rate: Annotated[Number, Field(gt=0)] = 1e-4
     keep_weight: Annotated[Number, Field(ge=0)] = 3.0
     donor_weight: Annotated[Number, Field(ge=0)] = 0.0
+    max_completion_length: Count = 64
     report_to: list[Text] = []
+
+    @property
+    def asks_donor(self) -> bool:
+        """Whether the donor teaches."""
+        return self.donor_weight > 0 or self.trainer == "distillation"
 
     @model_validator(mode="after")
     def _whole_batches(self) -> Train:
@@ -213,7 +221,7 @@ class Recipe(_Part):
         for name, ability in self.abilities.items():
             if ability.train is None:
                 yield f"abilities.{name}.train is missing"
-        asks_donor = self.train is not None and self.train.donor_weight > 0
+        asks_donor = self.train is not None and self.train.asks_donor
         if (self.method != "lora" or asks_donor) and None in self.donors():
             yield f"donor is missing, expected the model that has the abilities (for method {self.method})"
         if self.method == "localize" and len(self.abilities) > 1:
@@ -223,7 +231,7 @@ class Recipe(_Part):
         if self.method == "lora" and self.output.lora_rank is not None:
             yield "output.lora_rank: the adapter is a LoRA already, expected nothing (method lora)"
         if asks_donor and len(set(self.donors())) > 1:
-            yield "train.donor_weight: got several donors, expected one that teaches"
+            yield "train: got several donors, expected one that teaches"
         learns_keep = self.method == "fit" or (self.train is not None and self.train.keep_weight > 0)
         needs_keep = self.method == "localize" and self.localize.score == "contrast"
         for name, kept in self.keep.items():

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from act_peft.errors import ActValueError
+from act_peft.disk.atomic import new_folder
+from act_peft.errors import ActError, ActValueError
 from act_peft.recipes.schema import Train
 
 _PREFERENCES = ("prompt", "chosen", "rejected")
@@ -24,13 +27,14 @@ class TrainingRun:
     """What a fine-tune needs beside its settings.
 
     Attributes:
-        examples: for `sft` tokenized rows (`input_ids`, `labels`), for `dpo` preferences.
+        examples: for `sft` tokenized rows (`input_ids`, `labels`), for `dpo` preferences, for `distillation` prompts.
         tokenizer: the model's tokenizer.
         folder: of the trainer's checkpoints, from which an interrupted run goes on.
         teachers: callbacks that teach; trackers see their figures.
         seed: of the order of the examples.
         device: `cpu` or another.
         max_length: tokens of an example, for preferences.
+        donor: the model that grades, for `distillation`.
     """
 
     examples: Dataset
@@ -40,6 +44,7 @@ class TrainingRun:
     seed: int
     device: str
     max_length: int
+    donor: nn.Module | None = None
 
 
 def fine_tune(
@@ -57,7 +62,8 @@ def fine_tune(
         The trainer's log: every entry has the losses and the teachers' figures since the last one.
 
     Raises:
-        ActValueError: preferences without the columns of preferences.
+        ActValueError: examples without the columns that the trainer needs.
+        ActError: `distillation` with a TRL that does not have it.
     """
     trainer = _TRAINERS[settings.trainer](model, settings, run)
     trainer.remove_callback(PrinterCallback)
@@ -103,16 +109,50 @@ def _sft(model: PeftModel, settings: Train, run: TrainingRun) -> SFTTrainer:
 
 
 def _dpo(model: PeftModel, settings: Train, run: TrainingRun) -> DPOTrainer:
-    columns = run.examples.column_names
-    if missing := [name for name in _PREFERENCES if name not in columns]:
-        raise ActValueError(
-            f"dataset: got the columns {columns}, expected {', '.join(_PREFERENCES)} for dpo ({missing[0]} is missing)"
-        )
+    _check_columns(run.examples, _PREFERENCES, "dpo")
     arguments = DPOConfig(**_arguments(settings, run), max_length=run.max_length)
     return DPOTrainer(model, args=arguments, train_dataset=run.examples, processing_class=run.tokenizer)
 
 
-_TRAINERS: Mapping[str, Callable[[PeftModel, Train, TrainingRun], Any]] = {"sft": _sft, "dpo": _dpo}
+def _distillation(model: PeftModel, settings: Train, run: TrainingRun) -> Any:
+    try:
+        from trl import DistillationConfig, DistillationTrainer
+    except ImportError as error:
+        raise ActError(f"distillation: TRL here has no DistillationTrainer ({error}), expected a newer TRL") from error
+    _check_columns(run.examples, ("prompt",), "distillation")
+    arguments = DistillationConfig(**_arguments(settings, run), max_completion_length=settings.max_completion_length)
+    return DistillationTrainer(
+        model=model,
+        teacher_model=run.donor,
+        args=arguments,
+        train_dataset=run.examples.select_columns(["prompt"]),
+        processing_class=run.tokenizer,
+    )
+
+
+def _check_columns(examples: Dataset, needed: Sequence[str], trainer: str) -> None:
+    columns = examples.column_names
+    if missing := [name for name in needed if name not in columns]:
+        raise ActValueError(
+            f"dataset: got the columns {columns}, expected {', '.join(needed)} for {trainer} ({missing[0]} is missing)"
+        )
+
+
+_TRAINERS: Mapping[str, Callable[[PeftModel, Train, TrainingRun], Any]] = {
+    "sft": _sft,
+    "dpo": _dpo,
+    "distillation": _distillation,
+}
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Save the adapter, in one of several processes alone. It appears whole or not at all."""
+    state = PartialState()
+    if state.is_main_process:
+        with new_folder(folder) as new:
+            # Alone: `dpo` adds a reference.
+            model.save_pretrained(new, selected_adapters=[model.active_adapter])
+    state.wait_for_everyone()
 
 
 def _last_checkpoint(folder: Path) -> Path | None:
