@@ -47,9 +47,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.output is not None:
         check_output_file(arguments.output, overwrite=arguments.overwrite)
     with importing():
-        from peft import PeftModel
-
         from act_peft import evaluate
+        from act_peft.data.models import load_adapter
         from act_peft.disk.atomic import write_file
         from act_peft.evaluation import Evaluation
 
@@ -67,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     measure(arguments.base, base)
     for adapter in arguments.adapter:
-        model = PeftModel.from_pretrained(base, adapter)
+        model = load_adapter(base, adapter)
         measure(adapter, model)
         base = model.unload()
     del base

@@ -13,7 +13,7 @@ from act_peft.cli.files import add_output
 from act_peft.cli.imports import importing
 
 SUMMARY = "Fine-tune an adapter with TRL, with the base as teacher of what is to be kept."
-EXAMPLE = "act-peft train --base org/base --adapter fitted --dataset ability.jsonl --keep-dataset kept.jsonl --output ability"
+EXAMPLE = "act-peft train --base org/base --adapter fitted --dataset ability.jsonl --output out"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -147,22 +147,23 @@ def _train(arguments: argparse.Namespace, settings: Any) -> list[dict[str, Any]]
 
 def _whole(donor: Any, arguments: argparse.Namespace, reader: ExampleReader) -> Any:
     """A donor as a model that runs by itself."""
-    from peft import PeftModel
+    from act_peft.data.models import load_adapter
 
-    return PeftModel.from_pretrained(reader.model(arguments.base), donor) if isinstance(donor, str) else donor
+    return load_adapter(reader.model(arguments.base), donor) if isinstance(donor, str) else donor
 
 
 def _model(arguments: argparse.Namespace, reader: ExampleReader) -> Any:
     """The base with the adapter that trains."""
     import torch
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import LoraConfig, get_peft_model
 
     from act_peft import ActConfig
+    from act_peft.data.models import load_adapter
 
     base = reader.model(arguments.base)
     torch.manual_seed(arguments.seed)
     if arguments.adapter is not None:
-        return PeftModel.from_pretrained(base, arguments.adapter, is_trainable=True)
+        return load_adapter(base, arguments.adapter, trainable=True)
     if arguments.mask is not None:
         config = ActConfig(channels=str(arguments.mask), donor=arguments.donor, task_type="CAUSAL_LM")
         if arguments.donor is not None:

@@ -6,9 +6,10 @@ import os
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from act_peft.errors import ActValueError
+from act_peft.errors import ActError, ActValueError
 
 
 def open_device(name: str | None) -> str:
@@ -40,6 +41,7 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "cpu") -> Any:
     Raises:
         ActValueError: there is no model of this name.
     """
+    _check_place(name, "a model")
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     except ValueError as error:
@@ -47,6 +49,39 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "cpu") -> Any:
             f"{name}: cannot be loaded, expected the folder or Hub id of a causal language model ({str(error)[:300]})"
         ) from error
     return model.to(device)
+
+
+def load_adapter(model: Any, name: str, *, trainable: bool = False) -> PeftModel:
+    """Put an adapter on a model.
+
+    Args:
+        model: its base.
+        name: folder or Hub id of the adapter.
+        trainable: whether it will train.
+
+    Raises:
+        ActValueError: there is no adapter of this name, or PEFT refuses it.
+    """
+    _check_place(name, "an adapter")
+    try:
+        return PeftModel.from_pretrained(model, name, is_trainable=trainable)
+    except ValueError as error:
+        if isinstance(error, ActError):
+            raise
+        raise ActValueError(
+            f"{name}: cannot be loaded, expected the folder or Hub id of an adapter ({str(error)[:300]})"
+        ) from error
+
+
+def _check_place(name: str, what: str) -> None:
+    """Check, without asking the Hub, that a name which can only be a path is there.
+
+    Raises:
+        ActValueError: it is not.
+    """
+    is_path = os.path.isabs(name) or name[:1] in (".", "~") or name.count("/") > 1
+    if is_path and not os.path.isdir(name):
+        raise ActValueError(f"{name}: there is no such folder, expected {what} (check the path)")
 
 
 def load_tokenizer(name: str) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 
 from peft import PeftModel
 
-from act_peft.data.models import load_model
+from act_peft.data.models import load_adapter, load_model
 from act_peft.recipes.schema import Recipe
 from act_peft.transfer.donors import is_adapter
 
@@ -40,4 +40,4 @@ class Models:
 
     def adapted(self, folder: str, *, trainable: bool = False) -> PeftModel:
         """The base with an adapter."""
-        return PeftModel.from_pretrained(self.base(), folder, is_trainable=trainable)
+        return load_adapter(self.base(), folder, trainable=trainable)

@@ -156,7 +156,10 @@ def refused(folder, capsys, *arguments):
         ("[]", "cannot be loaded, expected a JSON or JSONL file"),
         ('{"foo": 1}\n{"foo": 2}\n', "got the columns ['foo'], expected those of one of TRL's formats: 'prompt' and"),
         ('{"prompt": "a", "text": "b"}', "got the columns ['prompt', 'text'], expected those of one of TRL's formats"),
-        ('{"prompt": "a", "completion": null}', "got 1 examples without an answer, expected at least one with an answer"),
+        (
+            '{"prompt": "a", "completion": null}',
+            "got 1 examples without an answer, expected at least one",
+        ),
         ('{"text": 1}', "with the columns ['text']: TRL cannot tokenize it, expected examples"),
     ],
 )
