@@ -35,6 +35,11 @@ class Evaluation:
     Attributes:
         results: model -> skill -> loss and accuracy over the answer tokens. The first model is the one that the others
             are compared with.
+
+    Example:
+        >>> result = evaluate({"base": base, "donor": donor}, {"ability": batches})
+        >>> Evaluation.from_dict(result.to_dict()) == result
+        True
     """
 
     results: Mapping[str, Mapping[str, SkillResult]]
@@ -107,9 +112,10 @@ def evaluate(
         ActValueError: no model or no skill; a skill without a batch, or a batch without a counted token.
 
     Example:
-        >>> result = evaluate({"base": base, "donor": donor}, {"ability": ability_batches})
-        >>> round(result.results["donor"]["ability"].accuracy, 2)
-        0.5
+        >>> result = evaluate({"base": base, "donor": donor}, {"ability": batches})
+        >>> result.results["donor"]["ability"].num_tokens
+        28
+        >>> print(result)
     """
     for name, given, what in (("models", models, "model"), ("skills", skills, "batches")):
         if not isinstance(given, Mapping):

@@ -57,6 +57,16 @@ _EXAMPLE = "act-peft demo --output act-peft-demo"
 _KEYWORD = re.compile(r"(?<=\s)(\w+)=(?:True|'([^']*)')")
 
 
+class _Command(argparse.ArgumentParser):
+    """The parser of one command, which shows its own usage for arguments that it does not know."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     from act_peft import __version__
@@ -67,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser = _parser(argparse.ArgumentParser, debug, description=_DESCRIPTION, example=_EXAMPLE, prog="act-peft")
     parser.add_argument("--version", action="version", version=f"act-peft {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Command)
     for name, path in COMMANDS.items():
         module = importlib.import_module(path)
         command = _parser(

@@ -21,11 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--base", required=True, help="model that the others are compared with: folder or Hub id; its tokenizer reads"
     )
     parser.add_argument(
-        "--adapter", action="append", default=[], metavar="DIR", help="adapter of the base; may be repeated"
+        "--adapter", action="append", metavar="DIR", help="adapter of the base; may be repeated (none)"
     )
-    parser.add_argument(
-        "--model", action="append", default=[], metavar="NAME", help="another model; may be repeated (none)"
-    )
+    parser.add_argument("--model", action="append", metavar="NAME", help="another model; may be repeated (none)")
     parser.add_argument(
         "--dataset",
         required=True,
@@ -41,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Measure and print the table."""
     for option in ("dataset", "adapter", "model"):
-        names = getattr(arguments, option)
+        names = getattr(arguments, option) or []
         if len(set(names)) < len(names):
             arguments.refuse(f"argument --{option}: got {', '.join(names)}, expected each once")
     if arguments.output is not None:
@@ -65,12 +63,12 @@ def run(arguments: argparse.Namespace) -> None:
         results[name] = evaluate({name: model}, skills).results[name]
 
     measure(arguments.base, base)
-    for adapter in arguments.adapter:
+    for adapter in arguments.adapter or []:
         model = load_adapter(base, adapter)
         measure(adapter, model)
         base = model.unload()
     del base
-    for name in arguments.model:
+    for name in arguments.model or []:
         measure(name, reader.model(name))
     evaluation = Evaluation(results)
     text = json.dumps(evaluation.to_dict(), indent=1)

@@ -137,6 +137,24 @@ class ExampleReader:
         return rows
 
 
+def check_modules(model: Any, **options: Any) -> None:
+    """Check that what `--target-modules` and `--exclude-modules` name is there.
+
+    Raises:
+        ActValueError: a name, or an expression, that matches no module with channels.
+    """
+    from act_peft.errors import ActValueError
+    from act_peft.localization.candidates import unmatched_names
+
+    for option, patterns in options.items():
+        unmatched = unmatched_names(model, patterns)
+        if unmatched:
+            raise ActValueError(
+                f"--{option.replace('_', '-')}: {', '.join(map(repr, unmatched))}: no module with channels has such a "
+                "name, expected names of modules or of their ends"
+            )
+
+
 def _integer_from(smallest: int) -> Callable[[str], int]:
     """The type of an argument that is an integer of at least `smallest`."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from act_peft.cli.examples import ExampleReader, add_examples, device_of
+from act_peft.cli.examples import ExampleReader, add_examples, check_modules, device_of
 from act_peft.cli.files import add_output, check_output_file
 from act_peft.cli.imports import importing
 
@@ -78,6 +78,7 @@ def run(arguments: argparse.Namespace) -> None:
     names = [*arguments.dataset, *(arguments.keep_dataset or [])]
     examples = [reader.load(name) for name in names]
     base = reader.model(arguments.base)
+    check_modules(base, target_modules=arguments.target_modules, exclude_modules=arguments.exclude_modules)
     donors = [reader.donor(name) for name in arguments.donor]
     data: list[Any] = [reader.batches(found, base, name=name) for name, found in zip(names, examples, strict=True)]
     fitted = fit(

@@ -6,7 +6,7 @@ import argparse
 import re
 from typing import Any
 
-from act_peft.cli.examples import ExampleReader, add_examples, device_of
+from act_peft.cli.examples import ExampleReader, add_examples, check_modules, device_of
 from act_peft.cli.files import add_output, check_output_file
 from act_peft.cli.imports import importing
 
@@ -66,13 +66,15 @@ def run(arguments: argparse.Namespace) -> None:
     datasets = {"dataloader": arguments.dataset, "keep_dataloader": arguments.keep_dataset}
     examples = {name: reader.load(dataset) for name, dataset in datasets.items() if dataset is not None}
     base = reader.model(arguments.base)
+    targets, excluded = _patterns(arguments.target_modules), _patterns(arguments.exclude_modules)
+    check_modules(base, target_modules=targets, exclude_modules=excluded)
     data: dict[str, Any] = {name: reader.batches(found, base, name=datasets[name]) for name, found in examples.items()}
     scores = localize(
         base,
         reader.donor(arguments.donor),
         score=arguments.score,
-        target_modules=_patterns(arguments.target_modules),
-        exclude_modules=_patterns(arguments.exclude_modules),
+        target_modules=targets,
+        exclude_modules=excluded,
         **data,
     )
     scores.save(arguments.output)
@@ -80,7 +82,6 @@ def run(arguments: argparse.Namespace) -> None:
     seen = "by weight" if arguments.score == "weight" else f"{scores.num_tokens} tokens"
     print(f"{arguments.output}: scores of {channels} channels in {len(scores)} modules, {seen}")
     if arguments.target_modules is None:
-        excluded = _patterns(arguments.exclude_modules)
         left_out = [name for name in left_out_by_default(base) if not matches(name, excluded)]
         if left_out:
             print(f"left out: {', '.join(left_out)} (name them in --target-modules to score them)")

@@ -9,7 +9,7 @@ from act_peft.cli.files import add_output
 from act_peft.cli.imports import importing
 
 SUMMARY = "List the recipes that come with the package, or copy one, with tiny models and examples to try it on."
-EXAMPLE = "act-peft recipes recover --output try && act-peft run try/recover.yaml"
+EXAMPLE = "act-peft recipes recover --output try"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -20,17 +20,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
     parser.add_argument("--base", required=True, help="model under the adapter: folder or Hub id")
     start = parser.add_mutually_exclusive_group(required=True)
-    start.add_argument("--adapter", metavar="DIR", help="train this adapter further: folder or Hub id")
-    start.add_argument("--mask", type=Path, help="train these channels: file of a mask, from `act-peft select`")
-    start.add_argument("--lora-rank", type=int, metavar="RANK", help="train a new LoRA adapter of this rank")
-    parser.add_argument("--donor", help="with --mask: the channels start from its difference (none: from the base)")
+    start.add_argument(
+        "--adapter", metavar="DIR", help="only this, --mask or --lora-rank: train it further: folder or Hub id"
+    )
+    start.add_argument(
+        "--mask", type=Path, help="only in place of --adapter: train these channels: file from `act-peft select`"
+    )
+    start.add_argument(
+        "--lora-rank", type=int, metavar="RANK", help="only in place of --adapter: train a new LoRA adapter"
+    )
+    parser.add_argument("--donor", help="with --mask: the channels start from its difference (from the base)")
     parser.add_argument(
         "--transfer-scale", type=float, default=0.3, metavar="SCALE", help="with --donor: share of it (0.3)"
     )
     parser.add_argument("--dataset", required=True, help="examples to train on in one of TRL's formats")
-    parser.add_argument(
-        "--keep-dataset", nargs="+", default=[], metavar="DATASET", help="examples of what is to be kept (none)"
-    )
+    parser.add_argument("--keep-dataset", nargs="+", metavar="DATASET", help="examples of what is to be kept (none)")
     parser.add_argument(
         "--keep-weight", type=float, default=3.0, metavar="WEIGHT", help="how much what is kept counts (3.0)"
     )
@@ -48,12 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--teacher grades (sft)",
     )
     parser.add_argument("--steps", type=int, help="optimizer steps (by --epochs)")
-    parser.add_argument("--epochs", type=float, default=1.0, help="rounds over the examples (1)")
-    parser.add_argument("--learning-rate", type=float, default=1e-4, metavar="RATE", help="the first one (1e-4)")
+    parser.add_argument("--epochs", type=float, default=1.0, help="rounds over the examples (1.0)")
+    parser.add_argument("--learning-rate", type=float, default=1e-4, metavar="RATE", help="the first one (0.0001)")
     parser.add_argument("--update-size", type=int, default=16, metavar="COUNT", help="examples in a step (16)")
-    parser.add_argument(
-        "--report-to", nargs="+", default=[], metavar="TRACKER", help="trackio, wandb, tensorboard (none)"
-    )
+    parser.add_argument("--report-to", nargs="+", metavar="TRACKER", help="trackio, wandb, tensorboard (none)")
     add_examples(parser, samples=100_000, batch_size=4)
     add_output(parser, what="folder of the adapter")
     parser.set_defaults(refuse=parser.error)
@@ -88,7 +90,7 @@ def run(arguments: argparse.Namespace) -> None:
             learning_rate=arguments.learning_rate,
             keep_weight=arguments.keep_weight if arguments.keep_dataset else 0,
             donor_weight=arguments.donor_weight if arguments.teacher is not None else 0,
-            report_to=arguments.report_to,
+            report_to=arguments.report_to or [],
         )
     except ValidationError as error:
         found = error.errors()[0]
@@ -116,7 +118,7 @@ def _train(arguments: argparse.Namespace, settings: Any) -> list[dict[str, Any]]
 
     reader = ExampleReader(arguments)
     found = reader.load(arguments.dataset)
-    kept = [(name, reader.load(name)) for name in arguments.keep_dataset]
+    kept = [(name, reader.load(name)) for name in arguments.keep_dataset or []]
     model = _model(arguments, reader)
     rows = reader.rows(found, model, name=arguments.dataset) if settings.trainer != "distillation" else None
     size, seed = settings.micro_batch_size, arguments.seed + PartialState().process_index

@@ -23,8 +23,7 @@ from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
-from trl.chat_template_utils import get_training_chat_template
-from trl.data_utils import maybe_convert_to_chatml
+from trl import get_training_chat_template, maybe_convert_to_chatml
 
 from act_peft.errors import ActValueError
 

@@ -193,6 +193,8 @@ def test_a_name_that_is_on_no_disk_and_not_on_the_hub(folder, capsys, monkeypatc
         (["--device", "meta"], "device: got 'meta', expected one that torch can use here"),
         (["--split", "test"], "cannot be loaded, expected a JSON or JSONL file, a folder or a Hub id (Unknown split"),
         (["--assistant-only"], "'completion'] and --assistant-only, expected conversations in a column 'messages'"),
+        (["--exclude-modules", "v_porj"], "--exclude-modules: 'v_porj': no module with channels has such a name"),
+        (["--target-modules", "q.*porj"], "--target-modules: 'q.*porj': no module with channels has such a name"),
         (["--base", "{}"], "cannot be loaded, expected the folder or Hub id of a causal language model"),
         (["--base", "{}/merged"], "merged: its tokenizer cannot be loaded, expected one in the folder of the model"),
     ],

@@ -102,6 +102,14 @@ def test_bad_arguments(capsys, arguments):
     assert "usage: act-peft" in capsys.readouterr().err
 
 
+def test_unknown_arguments_show_the_usage_of_their_command(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["demo", "--sed", "1"])
+    error = capsys.readouterr().err
+    assert error.startswith("usage: act-peft demo")
+    assert error.endswith("act-peft demo: error: unrecognized arguments: --sed 1\n")
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["--version"])
