@@ -213,7 +213,7 @@ def _check_bias(
     name = f"{module}.bias"
     has_bias = keys.holds(name)
     for source, delta in parts:
-        leaves_out = delta.bias is None and source.adapter.config.get("include_bias") is False
+        leaves_out = delta.bias is None and not source.adapter.config.include_bias
         if has_bias == (delta.bias is None) and not leaves_out:
             words = ("deltas", "none") if not has_bias else ("no deltas", "one")
             raise ActLoadError(

@@ -24,6 +24,7 @@ ORDER = [
     "tables",
     "disk",
     "batches",
+    "data",
     "channels",
     "adapter",
     "localization",
@@ -37,8 +38,10 @@ ORDER = [
     "merge",
     "tuner",
     "sweeps",
+    "evaluation",
     "library",
     "plots",
+    "recipes",
     "demo",
     "cli",
 ]

@@ -6,8 +6,8 @@ import argparse
 import re
 from typing import Any
 
-from act_peft.cli.examples import add_examples, batches_of, device_of, load_model
-from act_peft.cli.files import add_output, check_output_file, load_examples, output_file
+from act_peft.cli.examples import ExampleReader, add_examples, check_modules, device_of
+from act_peft.cli.files import add_output, check_output_file, output_file
 from act_peft.cli.imports import importing
 from act_peft.plain import one_line
 
@@ -61,34 +61,21 @@ def run(arguments: argparse.Namespace) -> None:
         from act_peft import localize
         from act_peft.channels.names import matches
         from act_peft.localization.candidates import left_out_by_default
-        from act_peft.transfer.donors import is_adapter
 
     arguments.device = device_of(arguments)
-    examples: dict[str, Any] = {
-        name: load_examples(dataset, split=arguments.split, samples=arguments.samples, seed=arguments.seed)
-        for name, dataset in (("dataloader", arguments.dataset), ("keep_dataloader", arguments.keep_dataset))
-        if dataset is not None
-    }
-
-    base = load_model(arguments.base, arguments)
-    data: dict[str, Any] = {
-        name: batches_of(
-            dataset,
-            base,
-            tokenizer=arguments.base,
-            batch_size=arguments.batch_size,
-            max_length=arguments.max_length,
-            assistant_only=arguments.assistant_only,
-            device=arguments.device,
-        )
-        for name, dataset in examples.items()
-    }
+    reader = ExampleReader(arguments)
+    datasets = {"dataloader": arguments.dataset, "keep_dataloader": arguments.keep_dataset}
+    examples = {name: reader.load(dataset) for name, dataset in datasets.items() if dataset is not None}
+    base = reader.model(arguments.base)
+    targets, excluded = _patterns(arguments.target_modules), _patterns(arguments.exclude_modules)
+    check_modules(base, target_modules=targets, exclude_modules=excluded)
+    data: dict[str, Any] = {name: reader.batches(found, base, name=datasets[name]) for name, found in examples.items()}
     scores = localize(
         base,
-        arguments.donor if is_adapter(arguments.donor) else load_model(arguments.donor, arguments),
+        reader.donor(arguments.donor),
         score=arguments.score,
-        target_modules=_patterns(arguments.target_modules),
-        exclude_modules=_patterns(arguments.exclude_modules),
+        target_modules=targets,
+        exclude_modules=excluded,
         **data,
     )
     with output_file(arguments.output, overwrite=arguments.overwrite) as path:
@@ -97,7 +84,6 @@ def run(arguments: argparse.Namespace) -> None:
     seen = "by weight" if arguments.score == "weight" else f"{scores.num_tokens} tokens"
     print(f"{arguments.output}: scores of {channels} channels in {len(scores)} modules, {seen}")
     if arguments.target_modules is None:
-        excluded = _patterns(arguments.exclude_modules)
         left_out = [name for name in left_out_by_default(base) if not matches(name, excluded)]
         if left_out:
             print(f"left out: {one_line(', '.join(left_out))} (name them in --target-modules to score them)")

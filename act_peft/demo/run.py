@@ -28,8 +28,6 @@ from act_peft.adapter.config import ActConfig
 from act_peft.channels.masks import ChannelMask
 from act_peft.checks import finite_number, whole_number
 from act_peft.demo.family import BASE, DONOR, encode
-from act_peft.demo.steps import RECORD, Report, Steps
-from act_peft.demo.surroundings import offline, one_thread, quiet
 from act_peft.demo.task import Row, Split, accuracy, rows
 from act_peft.demo.words import Language
 from act_peft.disk.atomic import new_folder
@@ -38,6 +36,8 @@ from act_peft.fitting import FittedTransfer, fit
 from act_peft.interrupts import scratch_folder
 from act_peft.localization import localize
 from act_peft.plots import check_matplotlib, plot_demo
+from act_peft.recipes.steps import RECORD, Report, Steps
+from act_peft.recipes.surroundings import offline, one_thread, quiet
 from act_peft.training.keep import KeepCallback
 
 ABILITY, KEPT, UNTOUCHED = Language.SPANISH, Language.GERMAN, Language.ENGLISH
@@ -145,7 +145,7 @@ class _Demo:
 
     def __init__(self, output: Path, settings: DemoSettings, report: Report, overwrite: bool) -> None:
         self.output, self.settings, self.report = output, settings, report
-        self.steps = Steps(output, report, overwrite)
+        self.steps = Steps(output, report, overwrite, owner="a demo")
 
     def run(self) -> DemoResult:
         s = self.settings

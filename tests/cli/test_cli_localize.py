@@ -156,8 +156,11 @@ def refused(folder, capsys, *arguments):
         ("[]", "cannot be loaded, expected a JSON or JSONL file"),
         ('{"foo": 1}\n{"foo": 2}\n', "got the columns ['foo'], expected those of one of TRL's formats: 'prompt' and"),
         ('{"prompt": "a", "text": "b"}', "got the columns ['prompt', 'text'], expected those of one of TRL's formats"),
-        ('{"prompt": "a", "completion": null}', "['prompt', 'completion']: TRL cannot tokenize it, expected examples"),
-        ('{"text": 1}', "dataset with the columns ['text']: TRL cannot tokenize it, expected examples"),
+        (
+            '{"prompt": "a", "completion": null}',
+            "got 1 examples without an answer, expected at least one",
+        ),
+        ('{"text": 1}', "with the columns ['text']: TRL cannot tokenize it, expected examples"),
     ],
 )
 def test_bad_datasets_are_one_line(tmp_path, capsys, text, message):
@@ -189,7 +192,9 @@ def test_a_name_that_is_on_no_disk_and_not_on_the_hub(folder, capsys, monkeypatc
         (["--device", "toaster"], "device: got 'toaster', expected one that torch can use here"),
         (["--device", "meta"], "device: got 'meta', expected one that torch can use here"),
         (["--split", "test"], "cannot be loaded, expected a JSON or JSONL file, a folder or a Hub id (Unknown split"),
-        (["--assistant-only"], "TRL cannot tokenize it, expected examples in one of its formats (ValueError: You set"),
+        (["--assistant-only"], "'completion'] and --assistant-only, expected conversations in a column 'messages'"),
+        (["--exclude-modules", "v_porj"], "--exclude-modules: 'v_porj': no module with channels has such a name"),
+        (["--target-modules", "q.*porj"], "--target-modules: 'q.*porj': no module with channels has such a name"),
         (["--base", "{}"], "cannot be loaded, expected the folder or Hub id of a causal language model"),
         (["--base", "{}/merged"], "merged: its tokenizer cannot be loaded, expected one in the folder of the model"),
     ],

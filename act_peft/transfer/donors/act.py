@@ -58,7 +58,7 @@ class ActDonor(OpenDonor):
         if (
             delta.weight_shape != expected
             or int(delta.index[-1]) >= shape[dim]
-            or (delta.bias is None and has_bias and self._folder.config.get("include_bias") is not False)
+            or (delta.bias is None and has_bias and self._folder.config.include_bias)
             or (delta.bias is not None and not has_bias)
         ):
             raise ActLoadError(
