@@ -30,7 +30,7 @@ ORDER = [
     "combination",
     "training",
     "export",
-    "merge_plan",
+    "merging",
     "merge",
     "tuner",
     "sweeps",

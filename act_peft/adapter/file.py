@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from act_peft.adapter.base_record import fingerprint, recorded_base
+from act_peft.adapter.byproducts import ByProducts, sort_out
 from act_peft.channels.kinds import ChannelKind
 from act_peft.channels.rows import scaled_channels
 from act_peft.disk.checkpoint import read_json
@@ -51,6 +52,7 @@ class AdapterFolder:
         folder: the local folder.
         config: the content of `adapter_config.json`.
         modules: module name -> `StoredDelta`.
+        byproducts: what the file holds beside deltas.
 
     Raises:
         ActValueError: if there is no such adapter, a file is damaged, or it is an adapter of a different method.
@@ -139,15 +141,14 @@ class AdapterFolder:
 
     def _read_modules(self) -> dict[str, StoredDelta]:
         parts: dict[str, dict[str, str]] = {}
+        others = []
         for key in self.shard.tensors:
             module, _, part = key.removeprefix(OUTER).rpartition(".")
-            if part not in _PARTS or not module or not key.startswith(OUTER):
-                raise ActLoadError(
-                    f"{self.location}: {key}: got a tensor that is no channel delta, expected only "
-                    f"{', '.join(_PARTS)} (modules_to_save and trainable tokens have to be merged in memory, with "
-                    "model.merge_and_unload())"
-                )
-            parts.setdefault(module, {})[part] = key
+            if part in _PARTS and module and key.startswith(OUTER):
+                parts.setdefault(module, {})[part] = key
+            else:
+                others.append(key)
+        self.byproducts: ByProducts = sort_out(self.location, self.shard, others, self.config)
         return {module: self._read_module(module, keys) for module, keys in parts.items()}
 
     def _read_module(self, module: str, keys: Mapping[str, str]) -> StoredDelta:

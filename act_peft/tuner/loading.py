@@ -18,6 +18,7 @@ from functools import partial
 from typing import cast
 
 import torch
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from act_peft.adapter.base_record import BaseComparison, recorded_base
@@ -39,7 +40,10 @@ def check_names(state_dict: Mapping[str, torch.Tensor], model: nn.Module, prefix
         ActLoadError: it lacks a tensor.
     """
     known = {prefix + key for key in model.state_dict()}
-    unknown = [key for key in state_dict if key not in known]
+    # Beside a resized embedding PEFT saves some tensors of its wrappers a second time, under names that it ignores.
+    wrappers = [name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    twice = tuple(f"{prefix}{name}.{part}." for name in wrappers for part in ("token_adapter", "modules_to_save"))
+    unknown = [key for key in state_dict if key not in known and not key.startswith(twice)]
     if unknown:
         raise ActLoadError(
             f"{unknown[0]}: the adapter has a tensor of this name, the model does not ({len(unknown)} of "
