@@ -23,7 +23,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig
 from torch import nn
 
-from act_peft.adapter.changes import AdapterChanges, ModuleChange, changes_in_folder
+from act_peft.adapter.changes import AdapterChanges, ModuleChange, OtherTensor, changes_in_folder
 from act_peft.adapter.file import TENSORS, AdapterFolder
 from act_peft.channels.kinds import ChannelKind
 from act_peft.channels.rows import wide_dtype
@@ -207,7 +207,13 @@ def _make_plan(source: AdapterChanges, choice: Biases, *, max_rank: int | None, 
         ranks = dict.fromkeys(ranks, top)
     parts = [_factor_part(m, ranks[m.name], max_rank, lora_bias) for m in factored]
     parts += [_whole_part(m, part, info) for m in whole for part, info in m.whole_infos().items()]
-    parts += [_tensor_part(key, tensor) for key, tensor in source.extra.items()]
+    parts += [_other_part(key, tensor) for key, tensor in source.extra.items()]
+    tokens = {key.removeprefix(OUTER).partition(".token_adapter.")[0] for key in source.extra}
+    for name, tensor in source.of_base.items():
+        module, _, part = name.rpartition(".")
+        if module not in saved:
+            inside = ".token_adapter.base_layer" if module in tokens else ".base_layer" if module in ranks else ""
+            parts.append(_other_part(f"{OUTER}{module}{inside}.{part}", tensor))
     # Wide dtypes first, so that every tensor starts at a multiple of its element size.
     parts.sort(key=lambda part: -min(dtype.itemsize for dtype, _ in part.infos.values()))
     return _Plan(_lora_config(source, factored, saved, ranks, lora_bias), ranks, saved, parts)
@@ -289,8 +295,8 @@ def _factor_part(module: ModuleChange, rank: int, max_rank: int | None, lora_bia
     return _Part(infos, make, module.name)
 
 
-def _tensor_part(key: str, tensor: torch.Tensor) -> _Part:
-    return _Part({key: (tensor.dtype, tuple(tensor.shape))}, lambda: ([tensor], 0.0))
+def _other_part(key: str, tensor: OtherTensor) -> _Part:
+    return _Part({key: (tensor.dtype, tensor.shape)}, lambda: ([tensor.read()], 0.0))
 
 
 def _whole_part(module: ModuleChange, part: str, info: tuple[torch.dtype, tuple[int, ...]]) -> _Part:

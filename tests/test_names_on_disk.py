@@ -23,6 +23,7 @@ from act_peft import (
 )
 from tests.support.architecture_settings import TEXT
 from tests.support.architectures import by_name
+from tests.support.tiny_checkpoints import change_adapter
 from tests.support.versions import skip_as_older
 from tests.test_architectures import adapter, equal, relatives, selected
 
@@ -104,6 +105,12 @@ def test_parts_of_tensors_that_cannot_be_merged_are_refused(tmp_path, monkeypatc
     expected = (theirs - mine).detach()
     assert torch.equal(delta, expected[:, 1:2] if name == "position_embeddings" else expected[1:2])
     with pytest.raises(ActValueError, match=refused):
+        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "modules_to_save": ["word_embeddings"]}))
+    whole = base.get_input_embeddings().weight.detach()
+    change_adapter(tmp_path / "adapter", "base_model.model.bert.embeddings.word_embeddings.weight", lambda _: whole)
+    with pytest.raises(ActValueError, match=r"is a part of bert\.embeddings\.both.*, expected a tensor of its own"):
         merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 

@@ -73,9 +73,14 @@ class ByProducts:
         return {name: tensor for name, tensor in self.whole.items() if not tensor.is_trained}
 
     @property
+    def saved(self) -> Mapping[str, WholeTensor]:
+        """The tensors of modules that were trained as a whole."""
+        return {name: tensor for name, tensor in self.whole.items() if tensor.is_trained}
+
+    @property
     def trained(self) -> Sequence[str]:
-        """The modules and parameters that were trained without being deltas."""
-        return [*(name for name, tensor in self.whole.items() if tensor.is_trained), *self.tokens]
+        """The parameters and modules that were trained without being deltas."""
+        return [*self.saved, *self.tokens]
 
 
 def sort_out(location: str, shard: Shard, keys: Iterable[str], config: Mapping[str, Any]) -> ByProducts:

@@ -57,6 +57,7 @@ def describe(path: Path) -> dict[str, Any]:
             "transfer_scale": config.transfer_scale,
             "trainable": config.trainable,
             "density": config.density,
+            **_describe_byproducts(path),
             "modules": config.adapted_modules or {},
         }
     kind = tensorfile.kind_of(path)
@@ -82,6 +83,19 @@ def describe(path: Path) -> dict[str, Any]:
         "modules": {
             name: {"selected": index.numel(), "channels": mask.num_channels[name]} for name, index in mask.items()
         },
+    }
+
+
+def _describe_byproducts(folder: Path) -> dict[str, Any]:
+    """What an adapter's file holds beside deltas, if anything."""
+    from act_peft.adapter.file import AdapterFolder
+
+    with AdapterFolder(folder) as adapter:
+        found = adapter.byproducts
+    return {
+        **({"tensors_of_the_base": sorted(found.of_base)} if found.of_base else {}),
+        **({"saved_as_a_whole": sorted(found.saved)} if found.saved else {}),
+        **({"tokens": {n: rows.index.tolist() for n, rows in found.tokens.items()}} if found.tokens else {}),
     }
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
 from act_peft.adapter.base_record import BaseComparison, fingerprint, module_record, recorded_base
-from act_peft.adapter.changes import ModuleChange
+from act_peft.adapter.changes import ModuleChange, OtherTensor
 from act_peft.combination.union import Source, UnionModule
 from act_peft.disk.checkpoint import Checkpoint
 from act_peft.disk.keys import CheckpointKeys
 from act_peft.disk.parameters import Parameters
+from act_peft.doors import OUTER
 from act_peft.errors import ActLoadError
 
 _COMPARED = 4  # modules whose base rows are read to recognize a part of a checkpoint
@@ -144,3 +145,29 @@ def _rows(base: Parameters, module: UnionModule, part: str) -> torch.Tensor:
             f"{list(shape)} by the adapters (they were made for a different model)"
         )
     return base.rows(name, module.index, dim)
+
+
+def tensors_of_base(sources: Sequence[Source], adapted: Collection[str]) -> dict[str, OtherTensor]:
+    """The tensors of the base that the adapters hold, as embeddings of a resized vocabulary, for the combined one.
+
+    Args:
+        sources: the adapters.
+        adapted: the modules that the combined adapter changes.
+
+    Raises:
+        ActLoadError: two adapters hold different ones.
+    """
+    found: dict[str, tuple[Source, OtherTensor]] = {}
+    for source in sources:
+        for name, tensor in source.changes.of_base.items():
+            other, first = found.setdefault(name, (source, tensor))
+            if tensor is not first and not torch.equal(tensor.read(), first.read()):
+                raise ActLoadError(
+                    f"{name}: {source.name} and {other.name} hold different tensors of the base, expected equal ones "
+                    "(save the adapters without them, with save_pretrained(..., save_embedding_layers=False))"
+                )
+    keys = {}
+    for name, (_, tensor) in sorted(found.items()):
+        module, _, part = name.rpartition(".")
+        keys[f"{OUTER}{module}{'.base_layer' if module in adapted else ''}.{part}"] = tensor
+    return keys

@@ -3,7 +3,7 @@
 | hook | called | checks |
 |---|---|---|
 | `ActModel._remap_adapter_state_dict_for_load` | by PEFT, for a whole adapter | names, missing ones, dtypes, indices |
-| `ActModel._load_from_state_dict` | by torch, before any copy | dtypes, indices, shapes, the base's weights |
+| `ActModel._load_from_state_dict` | by torch, before any copy | dtypes, indices, all shapes, the base's weights |
 | `DeltaLayer._load_from_state_dict` | by torch, for each layer | dtypes, indices, shapes |
 
 A plain `load_state_dict` does not call the first hook. Loading a single layer calls only the last one. The first
@@ -25,6 +25,7 @@ from act_peft.adapter.base_record import BaseComparison, recorded_base
 from act_peft.adapter.config import ActConfig
 from act_peft.errors import ActLoadError, ActWarning
 from act_peft.layers import ActLayer
+from act_peft.layers.deltas import PREFIX
 from act_peft.layers.lookup import record
 
 
@@ -51,8 +52,33 @@ def check_names(state_dict: Mapping[str, torch.Tensor], model: nn.Module, prefix
         )
 
 
+def check_whole(state_dict: Mapping[str, torch.Tensor], model: nn.Module, prefix: str) -> None:
+    """Check that whole tensors beside the deltas, as embeddings of a resized vocabulary, have the model's shapes.
+
+    Args:
+        state_dict: as in `check_names`.
+        model: likewise.
+        prefix: likewise.
+
+    Raises:
+        ActLoadError: one has another shape.
+    """
+    known = model.state_dict()
+    for key, tensor in state_dict.items():
+        mine = known.get(key.removeprefix(prefix))
+        if mine is not None and f".{PREFIX}" not in key and mine.shape != tensor.shape:
+            raise ActLoadError(
+                f"{key.removeprefix(prefix)}: size mismatch: the adapter holds a whole tensor {list(tensor.shape)}, "
+                f"the model has {list(mine.shape)} (for an adapter of a base with another vocabulary call "
+                f"model.resize_token_embeddings({len(tensor) if tensor.dim() else 0}) first)"
+            )
+
+
 def check_base(
-    config: ActConfig, adapter_name: str, layers: Mapping[str, ActLayer], indices: Mapping[str, torch.Tensor]
+    config: ActConfig,
+    adapter_name: str,
+    layers: Mapping[str, ActLayer],
+    states: Mapping[str, Mapping[str, torch.Tensor]],
 ) -> None:
     """Compare the base rows with the fingerprints that the adapter has recorded.
 
@@ -60,14 +86,16 @@ def check_base(
         config: the adapter's configuration.
         adapter_name: name of the adapter.
         layers: module name -> layer.
-        indices: module name -> channels that were loaded, int64 `[K]`.
+        states: module name -> tensors that are loaded.
 
     Warns:
         ActWarning: once, if any differ.
     """
     comparison = BaseComparison(f"adapter {adapter_name!r}")
-    for name, index in indices.items():
-        comparison.add_(name, recorded_base(config.adapted_modules, name), partial(_base_of, layers[name], index))
+    for name, state in states.items():
+        index = state.get("act_delta_index")
+        if index is not None:
+            comparison.add_(name, recorded_base(config.adapted_modules, name), partial(_base_of, layers[name], index))
     note = comparison.note()
     if note is not None:
         warnings.warn(

@@ -26,7 +26,7 @@ from act_peft.transfer.difference import Transfer
 from act_peft.transfer.in_model import donor_for_model, fill_deltas
 from act_peft.tuner.combined import check_new_name, combined_adapter
 from act_peft.tuner.copies import copy_adapter_, find_twin
-from act_peft.tuner.loading import check_base, check_names
+from act_peft.tuner.loading import check_base, check_names, check_whole
 from act_peft.tuner.mixed_batches import adapter_per_sample
 from act_peft.tuner.plan import InjectionPlan, withdraw
 from act_peft.tuner.ties import configuration_of_ties
@@ -347,10 +347,8 @@ class ActModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        if not any(tensor.device.type == "meta" for tensor in tensors.values()):
-            return tensors
         # Deltas on the meta device have no values to save, and the known channels of such an adapter are no state yet.
-        return {key: tensor for key, tensor in tensors.items() if tensor.device.type == "meta"}
+        return {key: tensor for key, tensor in tensors.items() if tensor.device.type == "meta"} or tensors
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -380,6 +378,8 @@ class ActModel(BaseTuner):
         try:
             if complete:
                 check_names(state_dict, self.model, prefix)
+            elif awaited:
+                check_whole(state_dict, self.model, prefix)
             for name, layer in layers.items():
                 check_adapter_state(layer.expected_state(adapter_name), states[name], name, complete=complete)
         except ActLoadError:
@@ -391,8 +391,8 @@ class ActModel(BaseTuner):
             raise
         if awaited and not complete:
             self._pop_awaiting(adapter_name)
-            indices = {n: s["act_delta_index"] for n, s in states.items() if "act_delta_index" in s}
-            check_base(self.peft_config[adapter_name], adapter_name, layers, indices)
+            own = {n: s for n, s in states.items() if f"{prefix}{n}.base_layer.weight" not in state_dict}
+            check_base(self.peft_config[adapter_name], adapter_name, layers, own)
 
     def _pop_awaiting(self, adapter_name: str) -> list[nn.Parameter]:
         trainable = self._awaiting[adapter_name]
