@@ -117,7 +117,7 @@ def combine(
         inputs = [folder for source in sources for folder in source.changes.inputs]
         check_output(output, [*inputs, *([] if checkpoint is None else [checkpoint.folder])], overwrite=overwrite)
         modules = union_modules(sources)
-        notes = list(different_bases(sources))
+        notes = list(different_bases(sources, by_names=checkpoint is None))
         settings = combined_settings(sources)
         settings.inference_mode = True
         if checkpoint is None:

@@ -8,8 +8,15 @@ from typing import Any
 
 import torch
 
-from act_peft.adapter.base_record import BaseComparison, fingerprint, module_record, recorded_base
+from act_peft.adapter.base_record import (
+    BaseComparison,
+    fingerprint,
+    module_record,
+    recorded_base,
+    recorded_sample,
+)
 from act_peft.adapter.changes import ModuleChange, OtherTensor
+from act_peft.adapter.models import record_of
 from act_peft.combination.union import Source, UnionModule
 from act_peft.disk.checkpoint import Checkpoint
 from act_peft.disk.keys import CheckpointKeys
@@ -20,27 +27,40 @@ from act_peft.errors import ActLoadError
 _COMPARED = 4  # modules whose base rows are read to recognize a part of a checkpoint
 
 
-def different_bases(sources: Sequence[Source]) -> Iterator[str]:
-    """Reasons to doubt that the adapters share one base, from their records."""
-    names = dict.fromkeys(s.changes.config.base_model_name_or_path for s in sources)
-    named = [str(name) for name in names if name]
-    if len(named) > 1:
-        yield f"they name different bases ({', '.join(named)})"
-    first: dict[tuple[str, bytes], tuple[str, str]] = {}
+def different_bases(sources: Sequence[Source], *, by_names: bool) -> Iterator[str]:
+    """Reasons to doubt that the adapters share one base, from their records.
+
+    Fingerprints decide; names, which may mean nothing on this machine, only where no fingerprints can be compared.
+
+    Args:
+        sources: the adapters.
+        by_names: whether names count at all; not where the base itself is there to compare with.
+    """
+    first: dict[tuple[str, bytes | None], tuple[str, str]] = {}
     comparisons: dict[tuple[str, str], BaseComparison] = {}
     for source in sources:
         for change in source.changes.modules:
-            recorded = _recorded_base(source, change)
-            if recorded is None:
-                continue
-            # Only fingerprints of the same channels can be compared.
-            key = change.name, change.index.numpy().tobytes()
-            partner, value = first.setdefault(key, (source.name, recorded))
-            if partner != source.name:
-                pair = source.name, partner
-                comparison = comparisons.setdefault(pair, BaseComparison(source.name, f"that of {partner}"))
-                comparison.add_(change.name, recorded, partial(str, value))
+            # Fingerprints of the selected rows can be compared where the channels are the same, samples always.
+            recorded = {
+                (change.name, change.index.numpy().tobytes()): _recorded_base(source, change),
+                (change.name, None): recorded_sample(source.changes.config.adapted_modules, change.name),
+            }
+            known = {key: value for key, value in recorded.items() if value is not None}
+            for key, value in known.items():
+                if key in first and first[key][0] != source.name:
+                    partner, other = first[key]
+                    pair = source.name, partner
+                    comparison = comparisons.setdefault(pair, BaseComparison(source.name, f"that of {partner}"))
+                    comparison.add_(change.name, value, partial(str, other))
+                    break
+            for key, value in known.items():
+                first.setdefault(key, (source.name, value))
     yield from _notes(comparisons.values())
+    if by_names and any(all(source.name not in pair for pair in comparisons) for source in sources):
+        names = dict.fromkeys(source.changes.config.base_model_name_or_path for source in sources)
+        named = [str(name) for name in names if name]
+        if len(named) > 1:
+            yield f"they name different bases ({', '.join(named)})"
 
 
 def _notes(comparisons: Iterable[BaseComparison]) -> Iterator[str]:
@@ -63,8 +83,13 @@ def records(modules: Sequence[UnionModule], sources: Sequence[Source]) -> dict[s
             for source, change in zip(sources, module.changes, strict=True)
             if change is not None and change.index.numel() == module.index.numel()
         ]
-        found[module.name] = _record(module, next((base for base in known if base is not None), None))
+        samples = [recorded_sample(source.changes.config.adapted_modules, module.name) for source in sources]
+        found[module.name] = _record(module, _first(known), _first(samples))
     return found
+
+
+def _first(values: Iterable[str | None]) -> str | None:
+    return next((value for value in values if value is not None), None)
 
 
 def records_on(
@@ -83,10 +108,11 @@ def records_on(
         recognize=partial(_recognize, modules, sources),
     )
     found = {}
+    samples = record_of(base, [module.name for module in modules]).fingerprints
     comparisons = [BaseComparison(source.name, checkpoint.location) for source in sources]
     for module in modules:
         rows = {part: _rows(base, module, part) for part in module.shapes()}
-        found[module.name] = _record(module, fingerprint(rows["weight"], rows.get("bias")))
+        found[module.name] = _record(module, fingerprint(rows["weight"], rows.get("bias")), samples.get(module.name))
         for source, change, comparison in zip(sources, module.changes, comparisons, strict=True):
             if change is not None:
                 current = partial(_fingerprint_of, module, rows, change.index)
@@ -130,8 +156,9 @@ def _fingerprint_of(module: UnionModule, rows: Mapping[str, torch.Tensor], index
     return fingerprint(parts["weight"], parts.get("bias"))
 
 
-def _record(module: UnionModule, base: str | None) -> dict[str, Any]:
-    return module_record(module.kind, selected=module.index.numel(), channels=module.num_channels, base=base)
+def _record(module: UnionModule, base: str | None, sample: str | None) -> dict[str, Any]:
+    selected = module.index.numel()
+    return module_record(module.kind, selected=selected, channels=module.num_channels, base=base, sample=sample)
 
 
 def _rows(base: Parameters, module: UnionModule, part: str) -> torch.Tensor:
