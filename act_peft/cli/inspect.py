@@ -65,6 +65,7 @@ def describe(path: Path) -> dict[str, Any]:
         scores = ChannelScores.load(path)
         return {
             "kind": kind,
+            **_describe_origin(scores.origin),
             "score": scores.kind.value,
             "tokens": scores.num_tokens,
             "channels": sum(len(values) for values in scores.values()),
@@ -78,12 +79,18 @@ def describe(path: Path) -> dict[str, Any]:
     mask = ChannelMask.load(path)
     return {
         "kind": kind,
+        **_describe_origin(mask.origin),
         "selected": mask.num_selected,
         "density": mask.density,
         "modules": {
             name: {"selected": index.numel(), "channels": mask.num_channels[name]} for name, index in mask.items()
         },
     }
+
+
+def _describe_origin(origin: Any) -> dict[str, Any]:
+    """The two models that scores or a mask came from, where they are known."""
+    return {} if origin is None else {"base": origin.base.name, "donor": origin.donor.name}
 
 
 def _describe_byproducts(folder: Path) -> dict[str, Any]:

@@ -208,9 +208,11 @@ def _check_names(channels: Mapping[str, Any], model: nn.Module) -> None:
                 "them with LoraConfig(target_parameters=...))"
             )
     if unknown:
+        renamed = "; of a saved adapter whose modules were renamed since: from_pretrained takes key_mapping={old: new}"
         raise ActValueError(
             f"channels: {unknown[0]!r} matches no module of {type(model).__name__}, expected names of its modules "
-            f"({len(unknown)} of {len(channels)} names match none; the mask belongs to another model)"
+            f"({len(unknown)} of {len(channels)} names match none; the mask belongs to another model"
+            f"{'' if isinstance(channels, ChannelMask) else renamed})"
         )
 
 

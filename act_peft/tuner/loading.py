@@ -48,7 +48,8 @@ def check_names(state_dict: Mapping[str, torch.Tensor], model: nn.Module, prefix
     if unknown:
         raise ActLoadError(
             f"{unknown[0]}: the adapter has a tensor of this name, the model does not ({len(unknown)} of "
-            f"{len(state_dict)} tensors are not expected; the adapter was made for another model)"
+            f"{len(state_dict)} tensors are not expected; the adapter was made for another model, or for names that "
+            "modules had before: from_pretrained and load_adapter take key_mapping={old: new})"
         )
 
 
