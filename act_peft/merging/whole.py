@@ -217,8 +217,9 @@ def new_config(plan: Plan, *, says_untied: bool) -> dict[str, Any]:
         return {}
     written, config = read_json(checkpoint.folder, "config.json"), load_config(checkpoint)
     if resized:
-        _resize(written, config, rows=next(iter(resized.values())))
-        _check_resized(plan, cast(Layout, layout), build_skeleton(config).state_dict())
+        rows = next(iter(resized.values()))
+        _resize(written, config, rows=rows)
+        _check_resized(plan, cast(Layout, layout), build_skeleton(config).state_dict(), rows=rows)
     return without_ties(written, config) if says_untied else written
 
 
@@ -230,18 +231,20 @@ def _resize(written: dict[str, Any], config: Any, *, rows: int) -> None:
     text.vocab_size = rows
 
 
-def _check_resized(plan: Plan, layout: Layout, expected: Mapping[str, torch.Tensor]) -> None:
-    """Check that all parameters that depend on the number of tokens get the new one."""
+def _check_resized(plan: Plan, layout: Layout, expected: Mapping[str, torch.Tensor], *, rows: int) -> None:
+    """Check that all parameters that depend on the number of tokens, and no others, get the new one."""
+    embeddings = _vocabulary(plan.keys)
     for name, before in layout.model.state_dict().items():
         holder = layout.holder(name)
-        place = None if holder is None else layout.place(holder)
-        if place is None or place.key is None:
+        if holder is None or (expected[name].shape == before.shape and name not in embeddings):
             continue
-        new = layout.new_key(name)
-        found = plan.info(new if new in plan.untied else place.key).shape
-        if expected[name].shape != before.shape and found != tuple(expected[name].shape):
+        place, new = layout.place(holder), layout.new_key(name)
+        found = before.shape
+        if place is not None and place.key is not None:
+            found = torch.Size(plan.info(new if new in plan.untied else place.key).shape)
+        if found != expected[name].shape:
             raise ActLoadError(
-                f"{name}: would have {list(found)} beside embeddings of {expected[name].shape[0]} tokens, expected "
-                f"{list(expected[name].shape)} (the adapter holds resized embeddings, but not all of them: "
-                f"{_IN_MEMORY})"
+                f"{name}: would have {list(found)} beside embeddings of {rows} tokens, expected "
+                f"{list(expected[name].shape)} (the adapter holds resized embeddings, but not all that depends on "
+                f"their number: {_IN_MEMORY})"
             )
