@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from act_peft.channels.rows import ScaledDelta, merged_rows
+from act_peft.channels.rows import ScaledDelta, all_finite, merged_rows, wide_dtype
 from act_peft.disk.folders import copy_file
 from act_peft.disk.shard import DTYPES, Shard
 from act_peft.disk.writing import GatheringWriter, header_with
@@ -113,7 +113,7 @@ class _Writing:
             original = block.index_select(change.dim, local)
             _note_seen(change, index, original)
             merged = merged_rows(original, index, _deltas_between(change, first, stop), dim=change.dim)
-            if not torch.isfinite(merged).all():
+            if not all_finite(merged):
                 self._refuse_or_note(change, first, stop)
             if change.dim == 0 and info.row_bytes > _SMALL_ROW:
                 out.write_with_rows(block, local, merged)
@@ -123,7 +123,7 @@ class _Writing:
     def _check_new(self, key: str, values: torch.Tensor) -> None:
         """Check values that an adapter brings."""
         start = self.plan.starts.get(key)
-        if start is not None and not torch.isfinite(values).all():
+        if start is not None and not all_finite(values):
             raise ActValueError(
                 f"{start.shard.path}: {start.key} holds NaN or infinity, expected finite numbers (the adapter is "
                 "broken)"
@@ -133,7 +133,7 @@ class _Writing:
         """Say why merged values are not finite: a broken adapter is refused, a narrow dtype is noted."""
         deltas = _deltas_between(change, first, stop)
         for part, (_, delta, weight) in zip(change.parts, deltas, strict=True):
-            if not torch.isfinite(delta.to(torch.promote_types(delta.dtype, torch.float32)) * weight).all():
+            if not all_finite(delta.to(wide_dtype(delta.dtype)) * weight):
                 raise ActValueError(
                     f"{part.module}: the deltas of {part.source.adapter.location} times their weight {weight:g} hold "
                     "NaN or infinity, expected finite numbers (the adapter is broken, or the weight too large)"
@@ -155,7 +155,7 @@ def _with_rows(block: torch.Tensor, new: NewRows, first: int) -> torch.Tensor:
     if i == j:
         return block
     rows = new.source.adapter.shard.tensor(tokens.key)[tokens.order[i:j]]
-    if not torch.isfinite(rows).all():
+    if not all_finite(rows):
         raise ActValueError(
             f"{new.module}: the rows of tokens of {new.source.adapter.location} hold NaN or infinity, expected finite "
             "numbers (the adapter is broken)"
