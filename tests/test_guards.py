@@ -33,7 +33,7 @@ ORDER = [
     "fitting",
     "combination",
     "training",
-    "merge_plan",
+    "merging",
     "merge",
     "tuner",
     "sweeps",

@@ -20,6 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weight", type=float, action="append", metavar="FACTOR", help="factor of each --adapter, in order (1)"
     )
+    parser.add_argument(
+        "--safe-merge", action="store_true", help="refuse a result with values that are not finite (a warning)"
+    )
     add_output(parser, what="folder of the merged checkpoint")
 
 
@@ -33,6 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.adapter,
         arguments.output,
         weights=arguments.weight,
+        safe_merge=arguments.safe_merge,
         overwrite=arguments.overwrite,
         show_progress=True,
     )

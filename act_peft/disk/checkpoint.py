@@ -116,7 +116,8 @@ class Checkpoint:
         if name not in self._file_of:
             raise ActValueError(
                 f"{self.location}: {name} is missing in the checkpoint, expected it among its {len(self._file_of)} "
-                "tensors (the checkpoint is incomplete, or belongs to a different model)"
+                "tensors (the checkpoint is incomplete, or of a different model; if transformers loads it only "
+                "with key_mapping, load it so and save it with save_pretrained(folder, save_original_format=False))"
             )
         return self._file_of[name]
 

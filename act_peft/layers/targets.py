@@ -131,8 +131,13 @@ def _check_trained_tokens(config: ActConfig, model: nn.Module, targets: Iterable
     }
     for name in targets:
         weight = inner_layer(model.get_submodule(name))._parameters.get("weight")
+        if name in trained:
+            raise ActValueError(
+                f"{name}: has selected channels and tokens in trainable_token_indices, expected either of them (leave "
+                f"it out with exclude_modules=[{name!r}], or set trainable_token_indices=None)"
+            )
         for other, its in trained.items():
-            if other != name and weight is not None and its._parameters.get("weight") is weight:
+            if weight is not None and its._parameters.get("weight") is weight:
                 raise ActValueError(
                     f"{name}: has the same weight as {other}, whose tokens trainable_token_indices trains, expected "
                     f"either of them (leave it out with exclude_modules=[{name!r}], or set "
@@ -205,9 +210,11 @@ def _check_names(channels: Mapping[str, Any], model: nn.Module) -> None:
                 "them with LoraConfig(target_parameters=...))"
             )
     if unknown:
+        renamed = "; of a saved adapter whose modules were renamed since: from_pretrained takes key_mapping={old: new}"
         raise ActValueError(
             f"channels: {unknown[0]!r} matches no module of {type(model).__name__}, expected names of its modules "
-            f"({len(unknown)} of {len(channels)} names match none; the mask belongs to another model)"
+            f"({len(unknown)} of {len(channels)} names match none; the mask belongs to another model"
+            f"{'' if isinstance(channels, ChannelMask) else renamed})"
         )
 
 

@@ -50,6 +50,9 @@ class ModelTensors:
         parameter = self._parameters[name]
         module, _, part = name.rpartition(".")
         layer = self._model.get_submodule(module)
+        if isinstance(layer, ActLayer) and dim != layer.kind.axis_of(part):
+            everything = layer.original_rows(torch.arange(layer.num_channels))
+            return cast(torch.Tensor, getattr(everything, part)).index_select(dim, index.to(parameter.device))
         if isinstance(layer, ActLayer):
             return cast(torch.Tensor, getattr(layer.original_rows(index), part))
         return parameter.detach().index_select(dim, index.to(parameter.device))

@@ -41,7 +41,7 @@ class FullDonor(OpenDonor):
         checkpoint: Checkpoint | None = None,
     ) -> None:
         self.location = parameters.location
-        self._parameters = parameters
+        self.parameters: Parameters = parameters
         self._checkpoint = checkpoint
         mine, theirs = base.shapes(), parameters.shapes()
         check_shapes(mine, theirs, donor_name=self.location, needed=needed, vocabulary=vocabulary)
@@ -63,12 +63,12 @@ class FullDonor(OpenDonor):
     def difference(self, module: str, part: str, index: torch.Tensor, dim: int, base: torch.Tensor) -> torch.Tensor:
         """See `OpenDonor.difference`; zero for tokens that the donor does not have."""
         name = f"{module}.{part}"
-        length = self._parameters.shape(name)[0]
+        length = self.parameters.shape(name)[0]
         if dim == 0:
             common = int((index < length).sum())  # `index` is ascending
-            theirs = self._parameters.rows(name, index[:common], 0)
+            theirs = self.parameters.rows(name, index[:common], 0)
         else:
-            theirs = self._parameters.rows(name, index, dim)
+            theirs = self.parameters.rows(name, index, dim)
             common = min(len(theirs), len(base))
         if common == len(base):
             return wide_difference(theirs[:common], base)
