@@ -16,6 +16,7 @@ PACKAGE = ROOT / "act_peft"
 ORDER = [
     "errors",
     "doors",
+    "offloading",
     "peft_modules",
     "checks",
     "tables",

@@ -63,7 +63,7 @@ def check_not_hidden(names: Iterable[str], model: nn.Module) -> None:
     Raises:
         ActValueError: one is.
     """
-    hidden = {}
+    hidden: dict[str, tuple[str, nn.Module]] = {}
     for outer, wrapper in model.named_modules():
         if isinstance(wrapper, AuxiliaryTrainingWrapper):
             inside = [f"{outer}.{own}".strip(".") for own, _ in wrapper.original_module.named_modules()]

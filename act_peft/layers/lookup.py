@@ -14,12 +14,13 @@ from torch import nn
 from act_peft.adapter.base_record import fingerprint, module_record
 from act_peft.errors import ActTypeError, ActValueError
 from act_peft.layers import ActLayer
+from act_peft.offloading import has_values
 
 
 def record(layer: ActLayer, index: torch.Tensor) -> dict[str, Any]:
     """The entry of one module in `ActConfig.adapted_modules`."""
     base = None
-    if layer.get_base_layer().weight.device.type != "meta" and not layer.is_quantized:
+    if has_values(layer.get_base_layer()) and not layer.is_quantized:
         rows = layer.original_rows(index)
         base = fingerprint(rows.weight, rows.bias)
     return module_record(layer.kind, selected=index.numel(), channels=layer.num_channels, base=base)
