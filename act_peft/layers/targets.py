@@ -18,6 +18,7 @@ from act_peft.adapter.config import ActConfig
 from act_peft.channels.kinds import channel_kind, num_channels
 from act_peft.channels.masks import ChannelMask, checked_indices
 from act_peft.channels.names import matching_key, suffixes
+from act_peft.disk.quantization import quantization_method
 from act_peft.disk.rules import WeightRenaming, get_model_conversion_mapping, rename_source_key
 from act_peft.doors import (
     COMPILED,
@@ -79,6 +80,7 @@ def find_targets(config: ActConfig, model: nn.Module, state_dict: Mapping[str, t
     check_auxiliary(config, model, [*wanted, *_held_back(config, modules)])
     indices = {}
     for name in wanted:
+        _check_kind(name, modules[name], model)
         index = _index_for(name, config, channels, stored, modules[name])
         if index is None:
             continue
@@ -269,14 +271,14 @@ def _index_for(
 ) -> torch.Tensor | None:
     """The channels of one target module, checked; None if none are selected."""
     if stored is not None:
-        return _placeholder(name, stored[name], _count_channels(name, module))
+        return _placeholder(name, stored[name], num_channels(inner_layer(module)))
     if config.channels is None:
         recorded = channels[name]["selected"] if name in channels else 0  # a renamed module: its tensors will tell
-        return _placeholder(name, recorded, _count_channels(name, module))
+        return _placeholder(name, recorded, num_channels(inner_layer(module)))
     entry = matching_key(name, channels)
     if entry is None or not len(channels[entry]):
         return None
-    count = _count_channels(name, module)
+    count = num_channels(inner_layer(module))
     if isinstance(channels, ChannelMask) and channels.num_channels[entry] != count:
         raise ActValueError(
             f"{name}: the mask counts {channels.num_channels[entry]} channels, the module has {count} "
@@ -285,14 +287,15 @@ def _index_for(
     return checked_indices(name, channels[entry], count)
 
 
-def _count_channels(name: str, module: nn.Module) -> int:
+def _check_kind(name: str, module: nn.Module, model: nn.Module) -> None:
     plain = inner_layer(module)
     if channel_kind(plain) is None:
+        method = quantization_method(getattr(model, "config", None))
+        quantized = "" if method is None else f"the model is quantized ({method}): take the original one, or "
         raise ActTypeError(
             f"{name}: {type(plain).__name__} is not supported, expected Linear (quantized or not), Conv1D, Embedding "
-            f"or a norm (leave it out with exclude_modules=[{name!r}])"
+            f"or a norm ({quantized}leave it out with exclude_modules=[{name!r}])"
         )
-    return num_channels(plain)
 
 
 def _placeholder(name: str, num_selected: int, count: int) -> torch.Tensor:

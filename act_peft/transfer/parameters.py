@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from act_peft.disk.quantization import quantization_method
 from act_peft.layers import ActLayer
 from act_peft.layers.lookup import embedding, output_head
 from act_peft.offloading import values_of
@@ -23,11 +24,13 @@ class ModelTensors:
     Attributes:
         location: name of the model in messages.
         names: the names of all parameters, tied ones under each of their names.
+        quantization: the method that the model is quantized with, by its configuration.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.location = str(getattr(model, "name_or_path", "") or type(model).__name__)
         self._model = model
+        self.quantization = quantization_method(getattr(model, "config", None))
         names = {
             plain_name(name): name
             for name, _ in model.named_parameters(remove_duplicate=False)
