@@ -29,9 +29,8 @@ from tests.support.tiny_models import batch, build, build_relatives
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),  # PEFT
-    pytest.mark.filterwarnings(
-        "ignore:Model with .tie_word_embeddings=True.:UserWarning"
-    ),  # PEFT, which merges anyway
+    pytest.mark.filterwarnings("ignore:Model with .tie_word_embeddings=True.:UserWarning"),  # PEFT merges anyway
+    pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied:UserWarning"),
 ]
 CHANNELS = {"q_proj": [0, 1], "lm_head": [3], "input_layernorm": [2]}
 DATA = [{"input_ids": batch(), "attention_mask": torch.ones_like(batch()), "labels": batch()}]
