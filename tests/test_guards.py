@@ -19,6 +19,7 @@ ORDER = [
     "errors",
     "patterns",
     "doors",
+    "offloading",
     "peft_modules",
     "checks",
     "tables",

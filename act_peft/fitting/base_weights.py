@@ -87,8 +87,10 @@ def rows_of(parameters: Parameters, name: str, module: FittedModule, rows: torch
 
 
 def _check(parameters: Parameters, modules: Modules) -> None:
+    shapes = {name: tuple(module.weight_change().shape) for name, module in modules.items()}
+    parameters.check_unquantized({f"{name}.weight": shape for name, shape in shapes.items()})
     for name, module in modules.items():
-        shape = tuple(module.weight_change().shape)
+        shape = shapes[name]
         found = parameters.shape(f"{name}.weight") if f"{name}.weight" in parameters else None
         if found != shape:
             got = "no such module" if found is None else f"a weight {list(found)}"

@@ -165,6 +165,7 @@ def _check_shapes(
 ) -> None:
     """Check that the base has the tensors that its configuration describes."""
     modules = set(needed)
+    parameters.check_unquantized({f"{name}.weight": shapes[f"{name}.weight"] for name in modules})
     for name, shape in shapes.items():
         if name not in parameters and name.rpartition(".")[0] in modules:
             base.file_of(name)  # raises an error that names the missing tensor

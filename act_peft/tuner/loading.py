@@ -65,6 +65,26 @@ def check_whole(state_dict: Mapping[str, torch.Tensor], model: nn.Module, prefix
             )
 
 
+def check_place_of_base(model: nn.Module, adapter_name: str) -> None:
+    """Check that the base's weights are in memory, or were put elsewhere by hand.
+
+    PEFT spreads a model that was loaded with `device_map` over the devices again after it has loaded an adapter. For
+    what is on the disk it writes the checkpoint's files anew, in their own place if the checkpoint is a local folder.
+    transformers' `load_adapter` leaves out the tensors of such modules.
+
+    Raises:
+        ActLoadError: weights lie elsewhere because of a `device_map`. No file has been written.
+    """
+    places = {"cpu", "disk"} & {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
+    away = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
+    if places and away:
+        raise ActLoadError(
+            f"adapter {adapter_name!r}: {away[0]} of the base is offloaded by device_map, expected a base in memory "
+            "before an adapter is loaded (PEFT would write the base's own files anew; load the base again without "
+            "offloading, or merge on disk with merge_checkpoint and load the merged folder with this device_map)"
+        )
+
+
 def check_base(
     config: ActConfig,
     adapter_name: str,

@@ -27,7 +27,7 @@ from act_peft.tuner.awaited import Awaited
 from act_peft.tuner.combined import check_new_name, combined_adapter
 from act_peft.tuner.copies import copy_adapter_, find_twin
 from act_peft.tuner.filling import fill_new_adapter
-from act_peft.tuner.loading import check_names, check_whole
+from act_peft.tuner.loading import check_names, check_place_of_base, check_whole
 from act_peft.tuner.mixed_batches import adapter_per_sample
 from act_peft.tuner.plan import InjectionPlan, withdraw
 from act_peft.tuner.ties import configuration_of_ties
@@ -90,6 +90,8 @@ class ActModel(BaseTuner):
         config = self.peft_config[adapter_name]
         source = find_twin(adapter_name, configs=self.peft_config, awaiting=self._awaited())
         if source is None:
+            if config.channels is None:
+                check_place_of_base(model, adapter_name)
             if config.channels is None and config.adapted_modules is not None:
                 config.adapted_modules = renamed_record(config.adapted_modules, model)
             targets = find_targets(config, model, state_dict)

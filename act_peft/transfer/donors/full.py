@@ -44,6 +44,8 @@ class FullDonor(OpenDonor):
         self.parameters: Parameters = parameters
         self._checkpoint = checkpoint
         mine, theirs = base.shapes(), parameters.shapes()
+        weights = [name for name in needed if name.endswith(".weight")]
+        parameters.check_unquantized({name: None if name in vocabulary else mine[name] for name in weights})
         check_shapes(mine, theirs, donor_name=self.location, needed=needed, vocabulary=vocabulary)
         self._common = {n: theirs[n][0] for n in vocabulary if n in mine and n in theirs and theirs[n][0] < mine[n][0]}
         sizes = {(theirs[n][0], mine[n][0]) for n in vocabulary if n in mine and n in theirs and theirs[n] != mine[n]}
