@@ -10,6 +10,10 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import huggingface_hub.constants as hub_constants  # HF_HUB_OFFLINE: the variable is read at import only
+from accelerate.utils import (
+    align_module_device,  # brings the parameters of a module in that are kept in CPU memory or on the disk
+    has_offloaded_params,  # whether they are
+)
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING  # a second registration has to remove the entry of the first
 from peft.tuners._buffer_dict import BufferDict  # a tensor for each adapter that PEFT saves, moves and deletes
 from peft.tuners.lora import LoraLayer  # the factors of an adapter in a layer, for what fills them
@@ -18,6 +22,7 @@ from peft.tuners.tuners_utils import (
     _check_lora_target_modules_mamba,  # the only place where PEFT lists the models with fused Mamba kernels
     check_adapters_to_merge,  # the names to merge, with PEFT's own warnings
     check_target_module_exists,  # the one rule of PEFT for target_modules, exclude_modules and layers_to_transform
+    onload_layer,  # brings the weights of a layer in, and puts changed ones back
 )
 from peft.tuners.tuners_utils import (
     _maybe_include_all_linear_layers as include_all_linear_layers_,  # "all-linear" -> names; writes the configuration
@@ -46,13 +51,16 @@ __all__ = [
     "BufferDict",
     "LoraLayer",
     "TrainableTokensLayer",
+    "align_module_device",
     "check_adapters_to_merge",
     "check_target_module_exists",
     "dequantize_bnb_weight",
+    "has_offloaded_params",
     "hub_constants",
     "include_all_linear_layers_",
     "is_read_by_mamba_kernel",
     "merge_utils",
+    "onload_layer",
     "skip_init_on_device",
 ]
 

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
 
 import act_peft
-from act_peft import ActConfig, ActLoadError, ActTypeError, ActValueError, ActWarning, merge, merge_checkpoint
+from act_peft import ActConfig, ActLoadError, ActTypeError, ActValueError, ActWarning, merge_checkpoint
 from act_peft.disk import shard as shards
+from act_peft.merging import writing
 from tests.support.killed_runs import contents, slow_runs
 from tests.support.tiny_checkpoints import save_adapter, save_relatives
 from tests.support.tiny_models import batch, build, random_mask, state_bytes
@@ -40,7 +41,7 @@ def in_memory(base, adapters, weights=()):
 @pytest.fixture(params=[8 << 20, 100], ids=["one window", "many windows"])
 def _window(request, monkeypatch):
     monkeypatch.setattr(shards, "_WINDOW", request.param)
-    monkeypatch.setattr(merge, "_PART", request.param)  # many parts of a file, too
+    monkeypatch.setattr(writing, "_PART", request.param)  # many parts of a file, too
 
 
 @pytest.mark.usefixtures("_window")
@@ -231,7 +232,7 @@ def test_a_full_disk_is_noticed_before_and_while_writing(folders, monkeypatch):
     def full(*_args, **_settings):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(merge.GatheringWriter, "write_with_rows", full)
+    monkeypatch.setattr(writing.GatheringWriter, "write_with_rows", full)
     refused(folders, "cannot be written .*No space left on device")
 
 

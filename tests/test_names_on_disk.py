@@ -23,6 +23,7 @@ from act_peft import (
 )
 from tests.support.architecture_settings import TEXT
 from tests.support.architectures import by_name
+from tests.support.tiny_checkpoints import change_adapter
 from tests.support.versions import skip_as_older
 from tests.test_architectures import adapter, equal, relatives, selected
 
@@ -104,6 +105,12 @@ def test_parts_of_tensors_that_cannot_be_merged_are_refused(tmp_path, monkeypatc
     expected = (theirs - mine).detach()
     assert torch.equal(delta, expected[:, 1:2] if name == "position_embeddings" else expected[1:2])
     with pytest.raises(ActValueError, match=refused):
+        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "modules_to_save": ["word_embeddings"]}))
+    whole = base.get_input_embeddings().weight.detach()
+    change_adapter(tmp_path / "adapter", "base_model.model.bert.embeddings.word_embeddings.weight", lambda _: whole)
+    with pytest.raises(ActValueError, match=r"is a part of bert\.embeddings\.both.*, expected a tensor of its own"):
         merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
@@ -288,8 +295,24 @@ def test_an_adapter_loads_under_a_key_mapping(tmp_path, name, new, old, channels
     after = adapter(tmp_path / "again")
     assert after.keys() == before.keys()
     assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
-    with pytest.raises(ActValueError, match="the adapter has a tensor of this name, the model does not"):
+    with pytest.raises(ActValueError, match=r"this name, the model does not .*take key_mapping=\{old: new\}"):
         PeftModel.from_pretrained(architecture.build(0), tmp_path)
+
+
+def test_a_checkpoint_that_loads_only_with_a_key_mapping_is_refused_with_the_way_out(tmp_path):
+    architecture = by_name("LlamaForCausalLM")
+    base, donor = relatives(architecture)
+    base.save_pretrained(tmp_path / "base")
+    donor.save_pretrained(tmp_path / "donor")
+    path = tmp_path / "base" / "model.safetensors"
+    renamed = {key.replace("self_attn.q_proj", "attn.query"): tensor for key, tensor in load_file(path).items()}
+    save_file(renamed, path, metadata={"format": "pt"})
+    with pytest.raises(ActValueError, match=r"q_proj\.weight is missing .* only with key_mapping, load it so"):
+        create_adapter(tmp_path / "base", tmp_path / "donor", {"q_proj": [1]}, tmp_path / "out")
+    mapping = {r"attn\.query": "self_attn.q_proj"}
+    loaded = architecture.model_class.from_pretrained(tmp_path / "base", key_mapping=mapping)
+    loaded.save_pretrained(tmp_path / "saved", save_original_format=False)
+    create_adapter(tmp_path / "saved", tmp_path / "donor", {"q_proj": [1]}, tmp_path / "out")
 
 
 def test_trained_tokens_and_channels_of_a_tied_output_layer_are_refused():

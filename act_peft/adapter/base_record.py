@@ -93,7 +93,16 @@ def recorded_base(modules: Any, module: str) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def module_record(kind: ChannelKind, *, selected: int, channels: int, base: str | None) -> dict[str, Any]:
+def recorded_sample(modules: Any, module: str) -> str | None:
+    """Hash of a few fixed rows of the base's weight, from `adapted_modules`; None if there is none."""
+    entry = modules.get(module) if isinstance(modules, Mapping) else None
+    found = entry.get("sample") if isinstance(entry, Mapping) else None
+    return found if isinstance(found, str) else None
+
+
+def module_record(
+    kind: ChannelKind, *, selected: int, channels: int, base: str | None, sample: str | None
+) -> dict[str, Any]:
     """An entry of `adapted_modules`.
 
     Args:
@@ -101,8 +110,9 @@ def module_record(kind: ChannelKind, *, selected: int, channels: int, base: str 
         selected: number of its selected channels K.
         channels: number of its channels C.
         base: fingerprint of the base rows; None where they cannot be read.
+        sample: hash of a few rows of the base's weight that do not depend on what is selected; None likewise.
     """
-    return {"kind": kind.value, "selected": selected, "channels": channels, "base": base}
+    return {"kind": kind.value, "selected": selected, "channels": channels, "base": base, "sample": sample}
 
 
 def _check_record(modules: Any) -> None:

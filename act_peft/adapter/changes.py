@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from act_peft.channels.rows import merged_rows, wide_dtype
 from act_peft.disk.checkpoint import Checkpoint
 from act_peft.disk.parameters import Parameters
 from act_peft.disk.writing import TensorInfos
+from act_peft.doors import OUTER
 from act_peft.errors import ActLoadError
 from act_peft.plain import in_markdown
 
@@ -79,13 +81,23 @@ class ModuleChange(ABC):
 
 
 @dataclass(frozen=True)
+class OtherTensor:
+    """A tensor of an adapter that is no delta: dtype, shape, and how to read it."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True)
 class AdapterChanges:
     """An adapter in memory or on disk.
 
     Attributes:
         config: its configuration.
         modules: its changes, module by module.
-        extra: tensors that are copied unchanged (modules that the adapter saves as a whole, trained tokens).
+        extra: key -> what was trained without deltas (modules that the adapter saves as a whole, tokens).
+        of_base: parameter -> tensors of the base that were saved too (resized embeddings).
         known: the known module names of the base model.
         inputs: folders that are read.
         origin: description of the adapter, for the card.
@@ -93,7 +105,8 @@ class AdapterChanges:
 
     config: ActConfig
     modules: list[ModuleChange]
-    extra: dict[str, torch.Tensor]
+    extra: dict[str, OtherTensor]
+    of_base: dict[str, OtherTensor]
     known: list[str]
     inputs: list[Path]
     origin: str
@@ -119,11 +132,24 @@ def changes_in_folder(folder: AdapterFolder, checkpoint: Checkpoint | None) -> A
     return AdapterChanges(
         config=config,
         modules=modules,
-        extra={},
+        extra={**_trained(folder), **_tokens(folder)},
+        of_base={name: _other(folder, tensor.key) for name, tensor in folder.byproducts.of_base.items()},
         known=list(folder.modules),
         inputs=[folder.folder, *([] if checkpoint is None else [checkpoint.folder])],
         origin=f"`{in_markdown(name)}`",
     )
+
+
+def _trained(folder: AdapterFolder) -> dict[str, OtherTensor]:
+    return {f"{OUTER}{name}": _other(folder, tensor.key) for name, tensor in folder.byproducts.saved.items()}
+
+
+def _tokens(folder: AdapterFolder) -> dict[str, OtherTensor]:
+    return {tokens.key: _other(folder, tokens.key) for tokens in folder.byproducts.tokens.values()}
+
+
+def _other(folder: AdapterFolder, key: str) -> OtherTensor:
+    return OtherTensor(folder.shard.dtype(key), folder.shard.shape(key), partial(folder.shard.tensor, key))
 
 
 def _parts(delta: StoredDelta) -> dict[str, str]:

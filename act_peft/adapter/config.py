@@ -298,7 +298,7 @@ class ActConfig(PeftConfig):
                 f"{folder}: {CONFIG_NAME} cannot be used ({_reason(error)}), expected the configuration of an adapter"
             ) from error
         tensors = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
-        if isinstance(config, ActConfig) and os.path.isfile(tensors):  # those on the Hub are not here yet
+        if isinstance(config, ActConfig) and os.path.exists(tensors):  # those on the Hub are not here yet
             try:
                 with Shard(tensors) as shard:
                     read_deltas(shard, folder, recorded=config.adapted_modules, has_scales=config.trains.has_scales)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from act_peft.adapter.base_record import fingerprint, recorded_base
+from act_peft.adapter.byproducts import ByProducts, sort_out
 from act_peft.adapter.config import ActConfig, config_from
 from act_peft.adapter.stored import PARTS, read_deltas
 from act_peft.channels.kinds import ChannelKind
@@ -17,7 +18,7 @@ from act_peft.disk.keys import CheckpointKeys
 from act_peft.disk.locations import Location, open_location
 from act_peft.disk.shard import Shard
 from act_peft.doors import OUTER
-from act_peft.errors import ActLoadError, ActValueError
+from act_peft.errors import ActValueError
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -36,6 +37,7 @@ class AdapterFolder:
         folder: the local folder.
         config: its configuration.
         modules: module name -> `StoredDelta`.
+        byproducts: what the file holds beside deltas.
 
     Raises:
         ActValueError: if there is no such adapter, a file is damaged, or it is an adapter of a different method.
@@ -55,7 +57,8 @@ class AdapterFolder:
         self._recorded = self.config.adapted_modules or {}
         self.shard = Shard(place.file(TENSORS))
         try:
-            _check_parts(self.location, self.shard)
+            others = [key for key in self.shard.tensors if not _is_delta(key)]
+            self.byproducts: ByProducts = sort_out(self.location, self.shard, others, content)
             has_scales = self.config.trains.has_scales
             self.modules = read_deltas(self.shard, self.location, recorded=self._recorded, has_scales=has_scales)
         except BaseException:
@@ -123,12 +126,7 @@ class AdapterFolder:
         return rows if scales is None else scaled_channels(rows, scales[channels], dim)
 
 
-def _check_parts(where: str, shard: Shard) -> None:
-    """Check that an adapter holds channel deltas only."""
-    for key in shard.tensors:
-        module, _, part = key.removeprefix(OUTER).rpartition(".")
-        if part not in PARTS or not module or not key.startswith(OUTER):
-            raise ActLoadError(
-                f"{where}: {key}: got a tensor that is no channel delta, expected only {', '.join(PARTS)} "
-                "(modules_to_save and trainable tokens have to be merged in memory, with model.merge_and_unload())"
-            )
+def _is_delta(key: str) -> bool:
+    """Whether a tensor's name is that of a channel delta of a module."""
+    module, _, part = key.removeprefix(OUTER).rpartition(".")
+    return part in PARTS and bool(module) and key.startswith(OUTER)

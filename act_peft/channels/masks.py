@@ -6,19 +6,21 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
+from act_peft.channels.origin import HasOrigin, Origin, join
 from act_peft.checks import MOST, module_name, whole_number
 from act_peft.disk import tensorfile
 from act_peft.errors import ActError, ActTypeError, ActValueError
 
 _KIND = "channel mask"
-_VERSION = 1
+_PLAIN_VERSION, _VERSION = 1, 2  # version 2 has the origin, and is written only where it is known
 
 
 @dataclass(frozen=True, init=False, eq=False, repr=False)
-class ChannelMask(Mapping[str, torch.Tensor]):
+class ChannelMask(HasOrigin, Mapping[str, torch.Tensor]):
     """An immutable set of channels of one model: module name -> sorted unique int64 tensor `[K]` on the CPU.
 
     The mapping holds every candidate module in the model's order, also those without a selected channel (K = 0), and
@@ -138,13 +140,18 @@ class ChannelMask(Mapping[str, torch.Tensor]):
         """Write the mask to one safetensors file, whole or not at all.
 
         Layout: one int64 tensor `[K]` per module under the module's name, and in the metadata
-        `modules: [[name, number of channels], ...]` in order.
+        `modules: [[name, number of channels], ...]` in order. Version 2, where the origin is known, adds `origin:
+        {base, donor}`, each with `name` and `fingerprints: {module: hash}`.
 
         Raises:
             ActValueError: `path` is a folder or lies in a folder that does not exist.
         """
-        metadata = {"modules": [[name, count] for name, count in self._num_channels.items()]}
-        tensorfile.write(path, _KIND, _VERSION, self._channels, metadata)
+        metadata: dict[str, Any] = {"modules": [[name, count] for name, count in self._num_channels.items()]}
+        version = _PLAIN_VERSION
+        if self._origin is not None:
+            version = _VERSION
+            metadata |= {"origin": self._origin.to_json()}
+        tensorfile.write(path, _KIND, version, self._channels, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ChannelMask:
@@ -167,6 +174,8 @@ class ChannelMask(Mapping[str, torch.Tensor]):
             )
         try:
             mask = cls(tensors, num_channels)
+            if "origin" in metadata:
+                mask = mask.with_origin(Origin.from_json(metadata["origin"]))
         except ActError as error:
             raise ActValueError(f"{path}: {error}") from error
         for name, index in tensors.items():
@@ -198,7 +207,7 @@ class ChannelMask(Mapping[str, torch.Tensor]):
                 for name in counts
             },
             counts,
-        )
+        ).with_origin(join(self._origin, other._origin))
 
 
 def checked_indices(name: str, channels: Iterable[int] | torch.Tensor, count: int | None = None) -> torch.Tensor:

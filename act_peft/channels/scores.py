@@ -14,15 +14,16 @@ import torch
 
 from act_peft.channels.contrast import contrast, mean_of_all
 from act_peft.channels.masks import ChannelMask
+from act_peft.channels.origin import HasOrigin, Origin, check_same_pair, join
 from act_peft.channels.selection import Normalization, Scope, dominance_text, select_channels
 from act_peft.checks import MOST, member_of, module_name, whole_number
 from act_peft.disk import tensorfile
 from act_peft.errors import ActError, ActTypeError, ActValueError, ActWarning
 
 _KIND = "channel scores"
-# Version 2 has more metadata, version 3 has two rows a module (contrast). Scores by activations over one vocabulary
-# need neither and are written as version 1.
-_PLAIN_VERSION, _SCORE_VERSION, _VERSION = 1, 2, 3
+# Version 2 has more metadata, version 3 has two rows a module (contrast), version 4 has the origin. Scores by
+# activations over one vocabulary, of unknown origin, need none of these and are written as version 1.
+_PLAIN_VERSION, _SCORE_VERSION, _CONTRAST_VERSION, _VERSION = 1, 2, 3, 4
 
 
 class ScoreKind(Enum):
@@ -41,7 +42,7 @@ class ScoreKind(Enum):
 
 
 @dataclass(frozen=True, init=False, eq=False, repr=False)
-class ChannelScores(Mapping[str, torch.Tensor]):
+class ChannelScores(HasOrigin, Mapping[str, torch.Tensor]):
     """One score for every channel: module name -> float64 tensor `[C]` on the CPU.
 
     By default the mean absolute activation difference. Equation of the paper (arXiv 2601.09398), with T the answer
@@ -161,6 +162,7 @@ class ChannelScores(Mapping[str, torch.Tensor]):
                 f"right, expected two runs of the same pair of models ({len(differing)} of {len({**left, **right})} "
                 "modules differ; use the same target_modules and exclude_modules)"
             )
+        check_same_pair(self._origin, other._origin)
         sums = {name: values + other._sums[name] for name, values in self._sums.items()}
         return ChannelScores(
             sums,
@@ -168,7 +170,7 @@ class ChannelScores(Mapping[str, torch.Tensor]):
             kind=self._kind,
             num_comparable=self._num_comparable,
             keep=None if self._keep is None or other._keep is None else self._keep + other._keep,
-        )
+        ).with_origin(join(self._origin, other._origin))
 
     def _check_keep(self) -> None:
         """Refuse data to keep that do not belong to these scores.
@@ -276,7 +278,7 @@ class ChannelScores(Mapping[str, torch.Tensor]):
         text = dominance_text(mask, comparable) if scope is Scope.GLOBAL else None
         if text is not None:
             warnings.warn(f"top: {text}", ActWarning, stacklevel=2)
-        return mask
+        return mask.with_origin(self._origin)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the scores to one safetensors file, whole or not at all.
@@ -285,7 +287,8 @@ class ChannelScores(Mapping[str, torch.Tensor]):
         metadata `modules: [name, ...]` in order and `num_tokens`. Version 2, which is written only if needed, has
         also `score: "activation" | "weight" | "attribution" | "gain"` and `num_comparable: {name: count}` with the
         modules that have fewer comparable channels than channels. Version 3, only for `score: "contrast"`, has
-        tensors `[2, C]` (sums on the ability, sums on the data to keep) and also `num_keep_tokens`.
+        tensors `[2, C]` (sums on the ability, sums on the data to keep) and also `num_keep_tokens`. Version 4, where
+        the origin is known, adds `origin` as in the file of a mask.
 
         Raises:
             ActValueError: `path` is a folder or lies in a folder that does not exist.
@@ -297,9 +300,12 @@ class ChannelScores(Mapping[str, torch.Tensor]):
             metadata |= {"score": self._kind.value, "num_comparable": self._num_comparable}
         tensors = self._sums
         if self._keep is not None:
-            version = _VERSION
+            version = _CONTRAST_VERSION
             metadata |= {"num_keep_tokens": self._keep.num_tokens}
             tensors = {name: torch.stack([sums, self._keep._sums[name]]) for name, sums in self._sums.items()}
+        if self._origin is not None:
+            version = _VERSION
+            metadata |= {"origin": self._origin.to_json()}
         tensorfile.write(path, _KIND, version, tensors, metadata)
 
     @classmethod
@@ -325,13 +331,14 @@ class ChannelScores(Mapping[str, torch.Tensor]):
             if metadata.get("score") == ScoreKind.CONTRAST.value:
                 sums, kept = _two_rows(sums)
                 keep = cls(kept, metadata.get("num_keep_tokens"), num_comparable=comparable)  # type: ignore[arg-type]
-            return cls(
+            scores = cls(
                 sums,
                 metadata.get("num_tokens"),  # type: ignore[arg-type]
                 kind=metadata.get("score", ScoreKind.ACTIVATION),
                 num_comparable=comparable,
                 keep=keep,
             )
+            return scores.with_origin(Origin.from_json(metadata["origin"])) if "origin" in metadata else scores
         except ActError as error:
             raise ActValueError(f"{path}: {error}") from error
 

@@ -58,6 +58,7 @@ def describe(path: Path) -> dict[str, Any]:
             "transfer_scale": config.transfer_scale,
             "trainable": config.trainable,
             "density": config.density,
+            **_describe_byproducts(path),
             "modules": config.adapted_modules or {},
         }
     kind = tensorfile.kind_of(path)
@@ -65,6 +66,7 @@ def describe(path: Path) -> dict[str, Any]:
         scores = ChannelScores.load(path)
         return {
             "kind": kind,
+            **_describe_origin(scores.origin),
             "score": scores.kind.value,
             "tokens": scores.num_tokens,
             "channels": sum(len(values) for values in scores.values()),
@@ -78,11 +80,30 @@ def describe(path: Path) -> dict[str, Any]:
     mask = ChannelMask.load(path)
     return {
         "kind": kind,
+        **_describe_origin(mask.origin),
         "selected": mask.num_selected,
         "density": mask.density,
         "modules": {
             name: {"selected": index.numel(), "channels": mask.num_channels[name]} for name, index in mask.items()
         },
+    }
+
+
+def _describe_origin(origin: Any) -> dict[str, Any]:
+    """The two models that scores or a mask came from, where they are known."""
+    return {} if origin is None else {"base": origin.base.name, "donor": origin.donor.name}
+
+
+def _describe_byproducts(folder: Path) -> dict[str, Any]:
+    """What an adapter's file holds beside deltas, if anything."""
+    from act_peft.adapter.file import AdapterFolder
+
+    with AdapterFolder(folder) as adapter:
+        found = adapter.byproducts
+    return {
+        **({"tensors_of_the_base": sorted(found.of_base)} if found.of_base else {}),
+        **({"saved_as_a_whole": sorted(found.saved)} if found.saved else {}),
+        **({"tokens": {n: rows.index.tolist() for n, rows in found.tokens.items()}} if found.tokens else {}),
     }
 
 

@@ -24,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     weights.add_argument(  # up to version 0.1
         "--weight", type=float, action="append", dest="weights", metavar="FACTOR", help="the same, one at a time (1)"
     )
+    parser.add_argument(
+        "--safe-merge", action="store_true", help="refuse a result with values that are not finite (a warning)"
+    )
     add_output(parser, what="folder of the merged checkpoint")
 
 
@@ -37,6 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.adapter,
         arguments.output,
         weights=arguments.weights,
+        safe_merge=arguments.safe_merge,
         overwrite=arguments.overwrite,
         show_progress=True,
     )

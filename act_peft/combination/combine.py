@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from act_peft.adapter.changes import changes_in_folder
+from act_peft.adapter.changes import OtherTensor, changes_in_folder
 from act_peft.adapter.config import ActConfig, record_adapter
 from act_peft.adapter.file import TENSORS, AdapterFolder
 from act_peft.combination.conflicts import ConflictReport, Conflicts
 from act_peft.combination.rules import CombinationType, MajoritySign, Rule, make_rule
-from act_peft.combination.same_base import different_bases, records, records_on
+from act_peft.combination.same_base import different_bases, records, records_on, tensors_of_base
 from act_peft.combination.union import Source, UnionModule, union_modules
 from act_peft.combination.weighting import Weighted, checked_weights, weighted_adapters
 from act_peft.disk.atomic import new_folder
@@ -97,7 +97,8 @@ def combine(
     Raises:
         ActValueError: a missing or damaged adapter or base; settings that contradict each other; deltas that are not
             finite; an output that exists or lies inside an input; not enough disk space. Then nothing is written.
-        ActLoadError: adapters of different models, or adapters that do not fit the base.
+        ActLoadError: adapters of different models, adapters that do not fit the base, or that bring different
+            embeddings of it.
         ActTypeError: a weight or density that is no number.
 
     Warns:
@@ -117,7 +118,7 @@ def combine(
         inputs = [folder for source in sources for folder in source.changes.inputs]
         check_output(output, [*inputs, *([] if checkpoint is None else [checkpoint.folder])], overwrite=overwrite)
         modules = union_modules(sources)
-        notes = list(different_bases(sources))
+        notes = list(different_bases(sources, by_names=checkpoint is None))
         settings = combined_settings(sources)
         settings.inference_mode = True
         if checkpoint is None:
@@ -126,11 +127,12 @@ def combine(
             recorded, differing = records_on(checkpoint, modules, sources)
             notes += differing
         record_adapter(settings, recorded)
-        infos = _infos(modules)
+        others = tensors_of_base(sources, {module.name for module in modules})
+        infos = _infos(modules, others)
         check_room(output, size_of(infos) + _SLACK)
         conflicts = Conflicts([source.name for source in sources])
         with new_folder(output, overwrite=overwrite) as folder:
-            write_tensors(folder / TENSORS, infos, _tensors(modules, sources, rule, conflicts))
+            write_tensors(folder / TENSORS, infos, _tensors(modules, others, sources, rule, conflicts))
             (folder / "README.md").write_text(_provenance(sources, rule), encoding="utf-8")
             settings.save_pretrained(str(folder))
         _warn(notes, stacklevel=2)
@@ -139,7 +141,7 @@ def combine(
 
 def _open(stack: ExitStack, chosen: Sequence[Weighted]) -> list[Source]:
     unique = len({adapter.name for adapter in chosen}) == len(chosen)
-    return [
+    sources = [
         Source(
             adapter.name if unique else adapter.location,
             changes_in_folder(stack.enter_context(AdapterFolder(adapter.location)), None),
@@ -147,6 +149,24 @@ def _open(stack: ExitStack, chosen: Sequence[Weighted]) -> list[Source]:
         )
         for adapter in chosen
     ]
+    for source in sources:
+        _check_deltas_only(source)
+    return sources
+
+
+def _check_deltas_only(source: Source) -> None:
+    """Check that nothing of an adapter was trained without deltas.
+
+    Raises:
+        ActValueError: modules that it saves as a whole, or tokens.
+    """
+    extra = source.changes.extra
+    if extra:
+        raise ActValueError(
+            f"adapters: {source.name!r} holds {next(iter(extra)).removeprefix(OUTER)}, expected channel deltas only "
+            "(modules_to_save and trainable tokens have no deltas to combine: merge the adapters with "
+            "model.merge_and_unload() or merge_checkpoint)"
+        )
 
 
 def _warn(notes: Sequence[str], *, stacklevel: int) -> None:
@@ -178,25 +198,39 @@ def combined_settings(sources: Sequence[Source]) -> ActConfig:
     return settings
 
 
-def _infos(modules: Sequence[UnionModule]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def _infos(
+    modules: Sequence[UnionModule], others: Mapping[str, OtherTensor]
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """The tensors of the file in their order: wide dtypes first, then by name, as in a file that PEFT saves."""
     infos: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for module in modules:
         infos[f"{OUTER}{module.name}.{PREFIX}index"] = (torch.int64, (module.index.numel(),))
+    infos |= {key: (tensor.dtype, tensor.shape) for key, tensor in _wide(others).items()}
     for module in modules:
         for part, shape in sorted(module.shapes().items()):
             infos[f"{OUTER}{module.name}.{PREFIX}{part}"] = (module.dtype, shape)
-    return infos
+    return infos | {key: (tensor.dtype, tensor.shape) for key, tensor in others.items() if key not in infos}
+
+
+def _wide(others: Mapping[str, OtherTensor]) -> dict[str, OtherTensor]:
+    """The tensors that are as wide as float64: every tensor begins at a multiple of its item size."""
+    return {key: tensor for key, tensor in others.items() if tensor.dtype.itemsize > torch.float32.itemsize}
 
 
 def _tensors(
-    modules: Sequence[UnionModule], sources: Sequence[Source], rule: Rule, conflicts: Conflicts
+    modules: Sequence[UnionModule],
+    others: Mapping[str, OtherTensor],
+    sources: Sequence[Source],
+    rule: Rule,
+    conflicts: Conflicts,
 ) -> Iterator[torch.Tensor]:
     """The tensors in the order of `_infos`, computed one module at a time."""
     yield from (module.index for module in modules)
+    yield from (tensor.read() for tensor in _wide(others).values())
     for module in modules:
         deltas = module.combine(sources, rule, conflicts)
         yield from (deltas[part] for part in sorted(deltas))
+    yield from (tensor.read() for key, tensor in others.items() if key not in _wide(others))
 
 
 def _provenance(sources: Sequence[Source], rule: Rule) -> str:
@@ -241,14 +275,8 @@ def sources_in_model(model: nn.Module, adapters: Any, weights: Any) -> list[Sour
     factors = checked_weights(adapters, weights)
     sources = []
     for name, weight in zip(adapters, factors, strict=True):
-        changes = changes_in_model(model, name)
-        if changes.extra:
-            raise ActValueError(
-                f"adapters: {name!r} holds {next(iter(changes.extra)).removeprefix(OUTER)}, expected channel deltas "
-                "only (modules_to_save and trainable tokens have no deltas to combine: merge the adapters with "
-                "model.merge_and_unload())"
-            )
-        sources.append(Source(name, changes, weight))
+        sources.append(Source(name, changes_in_model(model, name), weight))
+        _check_deltas_only(sources[-1])
     return sources
 
 

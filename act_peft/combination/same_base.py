@@ -2,44 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
-from act_peft.adapter.base_record import BaseComparison, fingerprint, module_record, recorded_base
-from act_peft.adapter.changes import ModuleChange
+from act_peft.adapter.base_record import (
+    BaseComparison,
+    fingerprint,
+    module_record,
+    recorded_base,
+    recorded_sample,
+)
+from act_peft.adapter.changes import ModuleChange, OtherTensor
+from act_peft.adapter.models import record_of
 from act_peft.combination.union import Source, UnionModule
 from act_peft.disk.checkpoint import Checkpoint
 from act_peft.disk.keys import CheckpointKeys
 from act_peft.disk.parameters import Parameters
+from act_peft.doors import OUTER
 from act_peft.errors import ActLoadError
 
 _COMPARED = 4  # modules whose base rows are read to recognize a part of a checkpoint
 
 
-def different_bases(sources: Sequence[Source]) -> Iterator[str]:
-    """Reasons to doubt that the adapters share one base, from their records."""
-    names = dict.fromkeys(s.changes.config.base_model_name_or_path for s in sources)
-    named = [str(name) for name in names if name]
-    if len(named) > 1:
-        yield f"they name different bases ({', '.join(named)})"
-    first: dict[tuple[str, bool, bytes], tuple[str, str]] = {}
+def different_bases(sources: Sequence[Source], *, by_names: bool) -> Iterator[str]:
+    """Reasons to doubt that the adapters share one base, from their records.
+
+    Fingerprints decide; names, which may mean nothing on this machine, only where no fingerprints can be compared.
+
+    Args:
+        sources: the adapters.
+        by_names: whether names count at all; not where the base itself is there to compare with.
+    """
+    first: dict[tuple[str, bool, bytes | None], tuple[str, str]] = {}
     comparisons: dict[tuple[str, str], BaseComparison] = {}
     for source in sources:
         for change in source.changes.modules:
-            recorded = _recorded_base(source, change)
-            if recorded is None:
-                continue
-            # Only fingerprints of the same parameters can be compared.
-            key = change.name, change.has_bias, change.index.numpy().tobytes()
-            partner, value = first.setdefault(key, (source.name, recorded))
-            if partner != source.name:
-                pair = source.name, partner
-                comparison = comparisons.setdefault(pair, BaseComparison(source.name, f"that of {partner}"))
-                comparison.add_(change.name, recorded, partial(str, value))
+            # Fingerprints of the selected rows can be compared where the parameters are the same, samples always.
+            recorded = {
+                (change.name, change.has_bias, change.index.numpy().tobytes()): _recorded_base(source, change),
+                (change.name, False, None): recorded_sample(source.changes.config.adapted_modules, change.name),
+            }
+            known = {key: value for key, value in recorded.items() if value is not None}
+            for key, value in known.items():
+                if key in first and first[key][0] != source.name:
+                    partner, other = first[key]
+                    pair = source.name, partner
+                    comparison = comparisons.setdefault(pair, BaseComparison(source.name, f"that of {partner}"))
+                    comparison.add_(change.name, value, partial(str, other))
+                    break
+            for key, value in known.items():
+                first.setdefault(key, (source.name, value))
     yield from _notes(comparisons.values())
+    if by_names and any(all(source.name not in pair for pair in comparisons) for source in sources):
+        names = dict.fromkeys(source.changes.config.base_model_name_or_path for source in sources)
+        named = [str(name) for name in names if name]
+        if len(named) > 1:
+            yield f"they name different bases ({', '.join(named)})"
 
 
 def _notes(comparisons: Iterable[BaseComparison]) -> Iterator[str]:
@@ -64,8 +85,13 @@ def records(modules: Sequence[UnionModule], sources: Sequence[Source]) -> dict[s
             and change.index.numel() == module.index.numel()
             and change.has_bias == module.has_bias
         ]
-        found[module.name] = _record(module, next((base for base in known if base is not None), None))
+        samples = [recorded_sample(source.changes.config.adapted_modules, module.name) for source in sources]
+        found[module.name] = _record(module, _first(known), _first(samples))
     return found
+
+
+def _first(values: Iterable[str | None]) -> str | None:
+    return next((value for value in values if value is not None), None)
 
 
 def records_on(
@@ -84,10 +110,11 @@ def records_on(
         recognize=partial(_recognize, modules, sources),
     )
     found = {}
+    samples = record_of(base, [module.name for module in modules]).fingerprints
     comparisons = [BaseComparison(source.name, checkpoint.location) for source in sources]
     for module in modules:
         rows = {part: _rows(base, module, part) for part in module.shapes()}
-        found[module.name] = _record(module, fingerprint(rows["weight"], rows.get("bias")))
+        found[module.name] = _record(module, fingerprint(rows["weight"], rows.get("bias")), samples.get(module.name))
         for source, change, comparison in zip(sources, module.changes, comparisons, strict=True):
             if change is not None:
                 current = partial(_fingerprint_of, module, rows, change)
@@ -135,8 +162,9 @@ def _parts(change: ModuleChange) -> list[str]:
     return ["weight", "bias"] if change.has_bias else ["weight"]
 
 
-def _record(module: UnionModule, base: str | None) -> dict[str, Any]:
-    return module_record(module.kind, selected=module.index.numel(), channels=module.num_channels, base=base)
+def _record(module: UnionModule, base: str | None, sample: str | None) -> dict[str, Any]:
+    selected = module.index.numel()
+    return module_record(module.kind, selected=selected, channels=module.num_channels, base=base, sample=sample)
 
 
 def _rows(base: Parameters, module: UnionModule, part: str) -> torch.Tensor:
@@ -150,3 +178,29 @@ def _rows(base: Parameters, module: UnionModule, part: str) -> torch.Tensor:
             f"{list(shape)} by the adapters (they were made for a different model)"
         )
     return base.rows(name, module.index, dim)
+
+
+def tensors_of_base(sources: Sequence[Source], adapted: Collection[str]) -> dict[str, OtherTensor]:
+    """The tensors of the base that the adapters hold, as embeddings of a resized vocabulary, for the combined one.
+
+    Args:
+        sources: the adapters.
+        adapted: the modules that the combined adapter changes.
+
+    Raises:
+        ActLoadError: two adapters hold different ones.
+    """
+    found: dict[str, tuple[Source, OtherTensor]] = {}
+    for source in sources:
+        for name, tensor in source.changes.of_base.items():
+            other, first = found.setdefault(name, (source, tensor))
+            if tensor is not first and not torch.equal(tensor.read(), first.read()):
+                raise ActLoadError(
+                    f"{name}: {source.name} and {other.name} hold different tensors of the base, expected equal ones "
+                    "(save the adapters without them, with save_pretrained(..., save_embedding_layers=False))"
+                )
+    keys = {}
+    for name, (_, tensor) in sorted(found.items()):
+        module, _, part = name.rpartition(".")
+        keys[f"{OUTER}{module}{'.base_layer' if module in adapted else ''}.{part}"] = tensor
+    return keys

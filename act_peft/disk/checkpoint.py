@@ -15,6 +15,7 @@ import torch
 from act_peft.disk.folders import file_in
 from act_peft.disk.json_text import parse_json
 from act_peft.disk.locations import Location, open_location
+from act_peft.disk.quantization import quantization_method, quantized_weight
 from act_peft.disk.shard import Shard, TensorInfo
 from act_peft.errors import ActValueError
 
@@ -107,16 +108,25 @@ class Checkpoint:
         """
         return MappingProxyType(read_json(self.folder, "config.json", finite=False))
 
+    @property
+    def quantization(self) -> str | None:
+        """The method that the model is quantized with, by `config.json`; None also without this file."""
+        has_config = os.path.lexists(self.folder / "config.json")
+        return quantization_method(self.config) if has_config else None
+
     def file_of(self, name: str) -> str:
         """The name of the file that holds a tensor.
 
         Raises:
             ActValueError: if there is no such tensor.
         """
+        if name not in self._file_of and self.quantization is not None:
+            raise quantized_weight(self.location, name, self.quantization)
         if name not in self._file_of:
             raise ActValueError(
                 f"{self.location}: {name} is missing in the checkpoint, expected it among its {len(self._file_of)} "
-                "tensors (the checkpoint is incomplete, or belongs to a different model)"
+                "tensors (the checkpoint is incomplete, or of a different model; if transformers loads it only "
+                "with key_mapping, load it so and save it with save_pretrained(folder, save_original_format=False))"
             )
         return self._file_of[name]
 

@@ -17,6 +17,12 @@ from act_peft.errors import ActValueError
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 
+def lasting_name(name: str | os.PathLike[str]) -> str:
+    """A name that means the same elsewhere: the absolute path of a folder, any other name (a Hub id) as it is."""
+    text = os.fspath(name)
+    return os.path.abspath(text) if os.path.isdir(text) else text
+
+
 @dataclass(frozen=True)
 class Location:
     """A folder, or the local snapshot of a repository on the Hub. Made by `open_location`.

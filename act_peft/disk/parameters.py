@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
 from act_peft.disk.keys import CheckpointKeys, Fits, Recognize
+from act_peft.disk.quantization import quantized_weight
 from act_peft.disk.shard import PLAIN
 from act_peft.disk.sources import TensorSource
 from act_peft.errors import ActValueError
@@ -25,6 +26,7 @@ class Parameters:
     Attributes:
         location: name of the source in messages.
         names: the parameter names.
+        quantization: as in `TensorSource`.
 
     Raises:
         ActValueError: as `CheckpointKeys`.
@@ -42,6 +44,7 @@ class Parameters:
         self.location = source.location
         self.names = names
         self._keys = CheckpointKeys(source, names, fits=fits, recognize=recognize, model_types=model_types)
+        self.quantization = source.quantization
         self._held = frozenset(name for name in names if self._keys.holds(name))
 
     def __contains__(self, name: object) -> bool:
@@ -74,6 +77,20 @@ class Parameters:
     def is_plain(self, name: str) -> bool:
         """Whether a parameter holds ordinary floating point numbers."""
         return self.dtype(name) in PLAIN
+
+    def check_unquantized(self, shapes: Mapping[str, Sequence[int] | None]) -> None:
+        """Check that a model that calls itself quantized has some parameters as plain numbers all the same.
+
+        Args:
+            shapes: parameter -> the shape of its plain numbers; None: any.
+
+        Raises:
+            ActValueError: it does not.
+        """
+        for name, shape in shapes.items() if self.quantization is not None else ():
+            fits = name in self and self.is_plain(name) and (shape is None or self.shape(name) == tuple(shape))
+            if not fits:
+                raise quantized_weight(self.location, self.key(name), str(self.quantization))
 
     def rows(self, name: str, index: torch.Tensor, dim: int = 0) -> torch.Tensor:
         """A copy of rows (`dim` 0) or columns (`dim` 1) of a parameter; `index` is int64 `[K]`, ascending.

@@ -142,6 +142,11 @@ class Shard:
         """The names of all tensors."""
         return tuple(self.tensors)
 
+    @property
+    def quantization(self) -> str | None:
+        """None: a file does not say it."""
+        return None
+
     def info(self, name: str) -> TensorInfo:
         """The header's entry of a tensor.
 

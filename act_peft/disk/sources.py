@@ -18,6 +18,10 @@ class TensorSource(Protocol):
     location: str
 
     @property
+    def quantization(self) -> str | None:
+        """The method that the model is quantized with, if it says so."""
+
+    @property
     def names(self) -> Sequence[str]:
         """The names of all tensors."""
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from act_peft.disk.shard import DTYPES, Shard, TensorInfo
+from act_peft.disk.shard import BITS, DTYPES, Shard, TensorInfo
 
 _AT_ONCE = 1000  # pieces in one call; POSIX systems accept 1024
 _WAITING = 16 << 20  # bytes that are collected before a write
@@ -156,19 +156,24 @@ def write_tensors(
             file.write(flat.view(torch.uint8).numpy().data)
 
 
-def header_with(shard: Shard, like: Mapping[str, str]) -> bytes:
-    """The bytes before the data of a file that holds more tensors, at its end.
+def header_with(shard: Shard, new: Mapping[str, TensorInfo]) -> tuple[bytes, list[str]]:
+    """The bytes before the data of a file that holds more tensors, or some of other sizes.
 
     Args:
         shard: the file as it is.
-        like: name of a new tensor -> the tensor with its dtype and shape.
+        new: name -> dtype and shape of the new tensors, and of those that change; where they lie says nothing.
+
+    Returns:
+        The bytes; and the names in the order in which the data have to follow. Wide dtypes come first, so that every
+        tensor begins at a multiple of its item size.
     """
-    places, end = dict(shard.tensors), shard.size
-    for name, model in like.items():
-        info = shard.info(model)
-        start, end = end, end + info.stop - info.start
-        places[name] = replace(info, start=start, stop=end)
-    return _header(places, shard.metadata, data_start=shard.data_start)
+    infos = {**dict(sorted(shard.tensors.items(), key=lambda item: item[1].start)), **new}
+    order = sorted(infos, key=lambda name: -BITS[infos[name].dtype])
+    places, end = {}, 0
+    for name in order:
+        start, end = end, end + infos[name].stop - infos[name].start
+        places[name] = replace(infos[name], start=start, stop=end)
+    return _header(places, shard.metadata, data_start=0), order
 
 
 def _header(places: Mapping[str, TensorInfo], metadata: Mapping[str, str], *, data_start: int) -> bytes:

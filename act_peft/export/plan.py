@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from peft import LoraConfig
 
-from act_peft.adapter.changes import AdapterChanges, ModuleChange
+from act_peft.adapter.changes import AdapterChanges, ModuleChange, OtherTensor
 from act_peft.channels.kinds import ChannelKind
+from act_peft.doors import OUTER
 from act_peft.errors import ActValueError
 from act_peft.export.base import BaseFacts
 from act_peft.export.config import bias_key, factor_keys, lora_config, module_of, whole_key
 from act_peft.export.engines import check_for_engine, missing_siblings
 from act_peft.export.factors import Losses, factor_rank, factors, lost_squares
-from act_peft.export.folder import Part, infos_of, tensor_part
+from act_peft.export.folder import Part, infos_of
 from act_peft.export.settings import Biases, ExportSettings
 from act_peft.export.stock_peft import check_with_peft
 from act_peft.export.targets import Target, listed
@@ -94,7 +95,7 @@ def make_plan(source: AdapterChanges, base: BaseFacts | None, settings: ExportSe
     parts = [_factor_part(m, own[m.name], ranks[m.name], measured, lora_bias=lora_bias) for m in factored]
     parts += [_zero_part(name, shape, ranks[name], dtype, measured) for name, shape in zeros.items()]
     parts += [_whole_part(m, part, info) for m in whole for part, info in m.whole_infos().items()]
-    parts += [tensor_part(key, tensor) for key, tensor in source.extra.items()]
+    parts += _other_parts(source, ranks, [m.name for m in whole])
     config = lora_config(
         ranks,
         known=source.known if base is None else base.known,
@@ -173,6 +174,23 @@ def _factor_part(module: ModuleChange, own: int, rank: int, measured: Measured, 
         return made
 
     return Part(infos, make)
+
+
+def _other_parts(source: AdapterChanges, ranks: Container[str], saved: Container[str]) -> Iterator[Part]:
+    """What the adapter holds beside deltas, under the names that PEFT gives it beside factors."""
+    tokens = set()
+    for key, tensor in source.extra.items():
+        tokens.add(key.removeprefix(OUTER).partition(".token_adapter.")[0])
+        yield _other_part(key, tensor)
+    for name, tensor in source.of_base.items():
+        module, _, part = name.rpartition(".")
+        if module not in saved:
+            inside = ".token_adapter.base_layer" if module in tokens else ".base_layer" if module in ranks else ""
+            yield _other_part(f"{OUTER}{module}{inside}.{part}", tensor)
+
+
+def _other_part(key: str, tensor: OtherTensor) -> Part:
+    return Part({key: (tensor.dtype, tensor.shape)}, lambda: [tensor.read()])
 
 
 def _zero_part(name: str, shape: tuple[int, int], rank: int, dtype: torch.dtype, measured: Measured) -> Part:

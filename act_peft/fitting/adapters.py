@@ -10,6 +10,7 @@ import torch
 
 from act_peft.adapter.base_record import fingerprint, module_record
 from act_peft.adapter.config import ActConfig
+from act_peft.adapter.models import record_of
 from act_peft.channels.rows import wide_dtype
 from act_peft.disk.folders import check_output
 from act_peft.disk.parameters import Parameters
@@ -51,6 +52,7 @@ def write_act(
         raise ActValueError("mask: selects no channel, expected at least one (PEFT loads no ACT adapter without)")
     tensors: Tensors = {}
     records = {}
+    samples = {} if base is None else record_of(base, channels).fingerprints
     for name, index in channels.items():
         module = modules[name] if include_bias else replace(modules[name], bias=None)
         parts = {"index": index, "weight": _in_file_dtype(module.weight_change(index))}
@@ -58,7 +60,9 @@ def write_act(
             parts["bias"] = _in_file_dtype(module.bias[index])
         tensors |= {f"{OUTER}{name}.{PREFIX}{part}": tensor for part, tensor in parts.items()}
         found = None if base is None else _base_fingerprint(base, name, module, index)
-        records[name] = module_record(module.kind, selected=index.numel(), channels=len(module.delta), base=found)
+        records[name] = module_record(
+            module.kind, selected=index.numel(), channels=len(module.delta), base=found, sample=samples.get(name)
+        )
     tensors |= token_tensors(modules, tokens, base)
     config = ActConfig(
         donor=record.donors[0] if len(record.donors) == 1 else None,

@@ -16,6 +16,7 @@ from act_peft.fitting.module import FittedModule, Modules
 from act_peft.layers import ActLayer
 from act_peft.layers.lookup import base_model
 from act_peft.layers.rows import ChannelRows
+from act_peft.offloading import keeps_elsewhere, values_of
 from act_peft.peft_modules import named_modules, without_wrapper
 
 _Write = tuple[torch.Tensor, torch.Tensor]  # a parameter's tensor, and what it will hold
@@ -77,6 +78,11 @@ def add_changes_(model: nn.Module, modules: Modules) -> None:
             raise ActValueError(
                 f"{name}: the model has {got}, the transfer was fitted for a weight {list(change.shape)} (take the "
                 "base that it was fitted for)"
+            )
+        if keeps_elsewhere(cast(nn.Module, layer)) or weight.device.type == "meta":
+            raise ActValueError(
+                f"{name}: its weight is offloaded (device meta), expected it in memory (load the base without "
+                "offloading, or write a merged checkpoint with merge)"
             )
         writes.append((weight, change))
         if module.bias is not None:
@@ -159,8 +165,8 @@ def _lora_writes(name: str, layer: LoraLayer, module: FittedModule, adapter_name
 def _token_write(layer: TrainableTokensLayer, module: FittedModule, adapter_name: str) -> _Write:
     target = layer.trainable_tokens_delta[adapter_name]
     index = torch.tensor(layer.token_indices[adapter_name])
-    weight = layer.get_base_layer().weight
-    rows = weight.detach()[index.to(weight.device)]
+    weight = values_of(layer.get_base_layer(), "weight")
+    rows = weight[index.to(weight.device)]
     wide = wide_dtype(rows.dtype)
     return target.data, (rows.to(wide) + module.delta[index].to(rows.device, wide)).to(target)
 
@@ -169,7 +175,7 @@ def _whole_writes(layer: ModulesToSaveWrapper, module: FittedModule, adapter_nam
     writes = []
     for part, change in (("weight", module.weight_change()), ("bias", module.bias)):
         if change is not None:
-            base = getattr(layer.original_module, part).detach()
+            base = values_of(layer.original_module, part)
             target = getattr(layer.modules_to_save[adapter_name], part)
             wide = wide_dtype(base.dtype)
             writes.append((target.data, (base.to(wide) + change.to(base.device, wide)).to(target)))

@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from act_peft.adapter.base_record import Fingerprint
+from act_peft.adapter.models import record_of
 from act_peft.channels.kinds import ChannelKind
+from act_peft.channels.origin import check_models
 from act_peft.disk.checkpoint import Checkpoint
 from act_peft.disk.parameters import Parameters
 from act_peft.errors import ActTypeError, ActValueError
-from act_peft.fitting.module import FittedModule, Modules
+from act_peft.fitting.module import FitRecord, FittedModule, Modules
 from act_peft.peft_modules import without_wrapper
 from act_peft.transfer.parameters import ModelTensors
 
@@ -50,11 +52,33 @@ def opened_base(base: Base, modules: Modules) -> Iterator[Parameters]:
         )
 
 
-def differing_modules(parameters: Parameters, modules: Modules) -> list[str]:
-    """The modules whose weights are others than those that the change was fitted for."""
-    return [
+def differing_modules(parameters: Parameters, modules: Modules, record: FitRecord) -> list[str]:
+    """The modules whose weights are others than those that the change was fitted for.
+
+    Raises:
+        ActValueError: they are those of a donor.
+    """
+    differing = [
         name for name, module in modules.items() if weight_fingerprint(parameters, name, module) != module.fingerprint
     ]
+    if differing:
+        _refuse_donor(parameters, record)
+    return differing
+
+
+def refuse_donor(model: nn.Module, record: FitRecord) -> None:
+    """Check that a model is not a donor of a transfer.
+
+    Raises:
+        ActValueError: it is.
+    """
+    tensors = ModelTensors(without_wrapper(model))
+    _refuse_donor(Parameters(tensors, tensors.names), record)
+
+
+def _refuse_donor(parameters: Parameters, record: FitRecord) -> None:
+    for origin in record.origins:
+        check_models(origin, base=record_of(parameters, origin.modules), what="the transfer")
 
 
 def rows_of(parameters: Parameters, name: str, module: FittedModule, rows: torch.Tensor) -> torch.Tensor:
@@ -63,8 +87,10 @@ def rows_of(parameters: Parameters, name: str, module: FittedModule, rows: torch
 
 
 def _check(parameters: Parameters, modules: Modules) -> None:
+    shapes = {name: tuple(module.weight_change().shape) for name, module in modules.items()}
+    parameters.check_unquantized({f"{name}.weight": shape for name, shape in shapes.items()})
     for name, module in modules.items():
-        shape = tuple(module.weight_change().shape)
+        shape = shapes[name]
         found = parameters.shape(f"{name}.weight") if f"{name}.weight" in parameters else None
         if found != shape:
             got = "no such module" if found is None else f"a weight {list(found)}"

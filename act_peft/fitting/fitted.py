@@ -24,7 +24,7 @@ from act_peft.fitting import storage
 from act_peft.fitting.adapter_parts import absolute
 from act_peft.fitting.adapters import write_act
 from act_peft.fitting.application import add_changes_, fill_adapter
-from act_peft.fitting.base_weights import Base, differing_modules, opened_base
+from act_peft.fitting.base_weights import Base, differing_modules, opened_base, refuse_donor
 from act_peft.fitting.lora import FittedLora, write_lora
 from act_peft.fitting.low_rank import cut
 from act_peft.fitting.merging import merge_fitted
@@ -80,7 +80,7 @@ class FittedTransfer:
         gains = {name: module.gains for name, module in self.modules.items() if not module.is_embedding}
         if not gains:
             raise ActValueError("gains: only embeddings were fitted, expected other modules too (see token_gains)")
-        return ChannelScores(gains, 0, kind=ScoreKind.GAIN)
+        return ChannelScores(gains, 0, kind=ScoreKind.GAIN).with_origin(self.record.origin)
 
     @property
     def token_gains(self) -> Mapping[str, torch.Tensor]:
@@ -159,7 +159,7 @@ class FittedTransfer:
             ActValueError: channels or tokens that were not fitted; nothing selected; a base with other weights; tokens
                 without a base; an output that exists; no room on the disk. Nothing is written then.
         """
-        channels = selected_channels(mask, self.modules)
+        channels = selected_channels(mask, self.modules, self.record)
         rows = selected_tokens(tokens, self.modules)
         used = {name: self.modules[name] for name in {**channels, **rows}}
         total = sum(len(module.delta) for module in self.modules.values() if not module.is_embedding)
@@ -255,6 +255,7 @@ class FittedTransfer:
         Warns:
             ActWarning: if the base has other weights than the one that was fitted.
         """
+        refuse_donor(model, self.record)
         filled = fill_adapter(model, self.modules, adapter_name=adapter_name)
         self._warn_of_other_base(model, {n: m for n, m in self.modules.items() if not filled.isdisjoint(m.names)})
 
@@ -270,6 +271,7 @@ class FittedTransfer:
         Warns:
             ActWarning: if it has other weights than the base that was fitted.
         """
+        refuse_donor(model, self.record)
         self._warn_of_other_base(model, self.modules)
         add_changes_(model, self.modules)
 
@@ -300,7 +302,7 @@ class FittedTransfer:
                 "memory call add_to_, then save_pretrained)"
             )
         with Checkpoint.open(base) as checkpoint, opened_base(base, self.modules) as parameters:
-            _warn_of(differing_modules(parameters, self.modules), os.fspath(base), stacklevel=3)
+            _warn_of(differing_modules(parameters, self.modules, self.record), os.fspath(base), stacklevel=3)
             merge_fitted(checkpoint, parameters, self.modules, absolute(output_dir), overwrite=overwrite)
 
     @contextmanager
@@ -308,7 +310,7 @@ class FittedTransfer:
         """The weights of the base of some modules; None where the user named none and it cannot be reached."""
         if base is not None:
             with opened_base(base, used) as parameters:
-                differing = differing_modules(parameters, used)
+                differing = differing_modules(parameters, used, self.record)
                 if differing:
                     raise ActValueError(
                         f"{differing[0]}: the base has other weights than the one that was fitted, expected the same "
@@ -322,7 +324,7 @@ class FittedTransfer:
                 continue
             try:
                 with opened_base(candidate, used) as parameters:
-                    same = not differing_modules(parameters, used)
+                    same = not differing_modules(parameters, used, self.record)
             except (ActValueError, ActTypeError):
                 continue
             if same:
@@ -343,7 +345,7 @@ class FittedTransfer:
     def _warn_of_other_base(self, model: nn.Module, used: Mapping[str, FittedModule]) -> None:
         try:
             with opened_base(model, used) as parameters:
-                differing = differing_modules(parameters, used)
+                differing = differing_modules(parameters, used, self.record)
         except ActValueError:  # what does not fit is said where it is used
             return
         _warn_of(differing, type(model).__name__, stacklevel=4)

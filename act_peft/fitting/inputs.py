@@ -11,10 +11,12 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from act_peft.adapter.models import name_of, record_in_memory
 from act_peft.batches.evaluation import evaluation
 from act_peft.batches.forward import Batch
 from act_peft.channels.kinds import weight_of
 from act_peft.channels.names import Patterns
+from act_peft.channels.origin import ModelRecord, Origin
 from act_peft.disk.parameters import Parameters
 from act_peft.errors import ActTypeError, ActValueError
 from act_peft.fitting.base_weights import weight_fingerprint
@@ -28,6 +30,7 @@ from act_peft.fitting.settings import FitSettings
 from act_peft.fitting.solution import solve_rows
 from act_peft.fitting.tokens import solve_tied, solve_tokens
 from act_peft.localization.vocabulary import CommonVocabulary
+from act_peft.peft_modules import named_modules
 from act_peft.transfer.parameters import ModelTensors
 
 
@@ -121,10 +124,16 @@ class PairInputs:
         return FitRecord(
             settings=settings,
             num_tokens=num_tokens,
-            base=_location(self._base),
-            donors=tuple(_location(donor) for donor in self._donors),
+            base=name_of(self._base),
+            donors=tuple(name_of(donor) for donor in self._donors),
             task_type=_task_type(self._base),
+            origins=tuple(Origin(self._recorded(self._base), self._recorded(donor)) for donor in self._donors),
         )
+
+    def _recorded(self, model: nn.Module) -> ModelRecord:
+        fitted = {name for pair in self.pairs for name in pair.names}
+        modules = [(name, module) for name, module in named_modules(model) if name in fitted]
+        return record_in_memory(model, modules, as_base=False)
 
     def result(self, modules: Mapping[str, FittedModule], record: FitRecord, live_base: nn.Module) -> FittedTransfer:
         """The transfer of these modules, with fingerprints of the base's weights."""
@@ -264,10 +273,6 @@ def _listed(batches: Iterable[Batch], argument: str) -> list[Batch]:
             f"{argument}: got no batch, expected at least one (is the dataset empty, or a generator already used up?)"
         )
     return found
-
-
-def _location(model: nn.Module) -> str | None:
-    return str(getattr(model, "name_or_path", "") or "") or None
 
 
 def _task_type(model: nn.Module) -> str | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from act_peft.channels.kinds import ChannelKind
+from act_peft.channels.origin import Origin
 from act_peft.fitting.settings import FitSettings
 
 
@@ -82,6 +83,7 @@ class FitRecord:
         base: path or Hub id of the base, None where it had none.
         donors: the same of every donor.
         task_type: PEFT's task type of the base, None for other models than causal language models.
+        origins: the records of the base and each donor; none from a file of an older version.
     """
 
     settings: FitSettings
@@ -89,6 +91,12 @@ class FitRecord:
     base: str | None
     donors: tuple[str | None, ...]
     task_type: str | None
+    origins: tuple[Origin, ...] = ()
+
+    @property
+    def origin(self) -> Origin | None:
+        """The records of base and donor; of several donors, none."""
+        return self.origins[0] if len(self.origins) == 1 else Origin(self.origins[0].base) if self.origins else None
 
 
 Modules = Mapping[str, FittedModule]

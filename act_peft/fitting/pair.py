@@ -176,8 +176,8 @@ def _check_weights(where: str, modules: Mapping[str, nn.Module]) -> None:
     empty = [name for name, module in modules.items() if weight_of(module).device.type == "meta"]
     if empty:
         raise ActValueError(
-            f"{empty[0]}: the {where}'s weight has no data (device meta), expected a loaded model ({len(empty)} of "
-            f"{len(modules)} modules; load the model with its weights, without offloading to disk)"
+            f"{empty[0]}: the {where}'s weight has no data in memory (device meta), expected a loaded model "
+            f"({len(empty)} of {len(modules)} modules; load it without offloading to CPU memory or disk)"
         )
 
 

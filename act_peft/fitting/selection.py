@@ -3,33 +3,43 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 
 import torch
 
 from act_peft.channels.masks import ChannelMask, checked_indices
 from act_peft.channels.names import matching_key
+from act_peft.channels.origin import check_models
 from act_peft.checks import finite_number
-from act_peft.errors import ActTypeError, ActValueError
-from act_peft.fitting.module import FittedModule, Modules
+from act_peft.errors import ActTypeError, ActValueError, ActWarning
+from act_peft.fitting.module import FitRecord, FittedModule, Modules
 
 MaskLike = ChannelMask | Mapping[str, Iterable[int]] | str | os.PathLike[str]
 TokensLike = float | Iterable[int] | torch.Tensor | None
 
 
-def selected_channels(mask: MaskLike, modules: Modules) -> dict[str, torch.Tensor]:
+def selected_channels(mask: MaskLike, modules: Modules, record: FitRecord) -> dict[str, torch.Tensor]:
     """Module name -> channels, int64 `[K]` with K at least 1, ascending.
 
     Args:
         mask: a mask, the path of a saved one, or names (or dotted suffixes of names) -> channels.
         modules: the fitted modules.
+        record: what they were made from.
 
     Raises:
         ActTypeError: another type.
-        ActValueError: a name that no fitted module has; channels out of range; a tied embedding; nothing selected.
+        ActValueError: a name that no fitted module has; channels out of range; a tied embedding; nothing selected; a
+            mask that was made with base and donor exchanged.
+
+    Warns:
+        ActWarning: a mask that was made with other models.
     """
     if isinstance(mask, (str, os.PathLike)):
         mask = ChannelMask.load(mask)
+    if isinstance(mask, ChannelMask) and record.origin is not None:
+        for note in check_models(mask.origin, base=record.origin.base, donor=record.origin.donor):
+            warnings.warn(note, ActWarning, stacklevel=3)
     if not isinstance(mask, Mapping):
         raise ActTypeError(f"mask: got {type(mask).__name__}, expected a ChannelMask, a dict or the path of a mask")
     counts = {name: len(module.delta) for name, module in modules.items()}

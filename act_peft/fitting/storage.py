@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from act_peft.channels.kinds import ChannelKind
+from act_peft.channels.origin import Origin
 from act_peft.checks import MOST
 from act_peft.disk import tensorfile
 from act_peft.disk.shard import PLAIN
@@ -18,7 +19,7 @@ from act_peft.fitting.module import FitRecord, FittedModule, Modules
 from act_peft.fitting.settings import FitSettings
 
 KIND = "fitted transfer"
-_VERSION = 1
+_PLAIN_VERSION, _VERSION = 1, 2  # version 2 has the origins
 _PARTS = ("delta", "bias", "gains", "directions", "strengths", "token_metric", "token_weights")
 _OPTIONAL = ("bias", "directions", "strengths", "token_metric", "token_weights")
 _DOUBLE = ("gains", "strengths", "token_metric", "token_weights")
@@ -29,7 +30,7 @@ def write(path: str | os.PathLike[str], modules: Modules, record: FitRecord) -> 
 
     Layout: tensors `MODULE:PART` with the parts of `FittedModule` that a module has, and in the metadata `modules:
     [{name, names, head, kind, fingerprint}, ...]` in the base's order, `settings`, `num_tokens`, `base`, `donors` and
-    `task_type`.
+    `task_type`. Version 2 adds `origins: [{base, donor}, ...]` for each donor, as in the file of a mask.
 
     Raises:
         ActValueError: `path` is a folder or lies in a folder that does not exist.
@@ -38,7 +39,7 @@ def write(path: str | os.PathLike[str], modules: Modules, record: FitRecord) -> 
     for name, module in modules.items():
         parts = {part: getattr(module, part) for part in _PARTS}
         tensors |= {f"{name}:{part}": tensor for part, tensor in parts.items() if tensor is not None}
-    metadata = {
+    metadata: dict[str, Any] = {
         "modules": [
             {"name": name, "names": list(m.names), "head": m.head, "kind": m.kind.value, "fingerprint": m.fingerprint}
             for name, m in modules.items()
@@ -49,7 +50,10 @@ def write(path: str | os.PathLike[str], modules: Modules, record: FitRecord) -> 
         "donors": list(record.donors),
         "task_type": record.task_type,
     }
-    tensorfile.write_large(path, KIND, _VERSION, tensors, metadata)
+    if record.origins:
+        metadata |= {"origins": [origin.to_json() for origin in record.origins]}
+    version = _VERSION if record.origins else _PLAIN_VERSION
+    tensorfile.write_large(path, KIND, version, tensors, metadata)
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, FittedModule], FitRecord]:
@@ -93,6 +97,7 @@ def _record(metadata: Mapping[str, Any]) -> FitRecord:
         base=metadata["base"],
         donors=tuple(metadata["donors"]),
         task_type=metadata["task_type"],
+        origins=tuple(Origin.from_json(origin) for origin in metadata.get("origins", ())),
     )
 
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from act_peft.channels.rows import ChannelRows, merged_rows
 from act_peft.checks import finite_number
-from act_peft.doors import check_adapters_to_merge
+from act_peft.doors import check_adapters_to_merge, onload_layer
 from act_peft.errors import ActValueError, ActWarning
 from act_peft.layers.loadable import LoadableLayer
 from act_peft.layers.quantized import QuantizedRows
 from act_peft.layers.rows import BaseRows
+from act_peft.offloading import brought_in, has_data
 
 
 def remove_adapter(model: nn.Module, name: str, adapter_name: str) -> None:
@@ -70,7 +72,7 @@ class ActLayer(LoadableLayer):
             return
         self.act_delta_scale[adapter_name] = scale
         if adapter_name in self.merged_adapters:
-            self._rows.write(self.get_base_layer(), self._merged_rows(self.merged_adapters))
+            self._write(self._merged_rows(self.merged_adapters))
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the current factor of the active adapters by `scale` (diffusers calls this).
@@ -116,6 +118,14 @@ class ActLayer(LoadableLayer):
             if self.merged_adapters:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
+        if "_hf_hook" in self.act_delta_weight.__dict__:  # accelerate hooks modules that nobody calls, too
+            with brought_in(self.act_delta_weight, self.act_delta_bias, self.act_delta_channel_scale):
+                return self._forward_adapted(x, adapter_names, *args, **kwargs)
+        return self._forward_adapted(x, adapter_names, *args, **kwargs)
+
+    def _forward_adapted(
+        self, x: torch.Tensor, adapter_names: list[str] | None, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         if self._awaited:
             self.settle(self.active_adapters if adapter_names is None else set(adapter_names))
         if adapter_names is not None:
@@ -248,15 +258,26 @@ class ActLayer(LoadableLayer):
                 ActWarning,
                 stacklevel=2,
             )
-        self._rows.write(self.get_base_layer(), rows)
+        self._write(rows)
         self.merged_adapters = merged
+
+    def _write(self, rows: ChannelRows) -> None:
+        with self._base_brought_in():
+            self._rows.write(self.get_base_layer(), rows)
+
+    def _base_brought_in(self) -> AbstractContextManager[None]:
+        """For writing into the base weight, where accelerate keeps it elsewhere; `merge_adapter` has done it."""
+        if has_data(self.get_base_layer()):
+            return nullcontext()
+        return cast("AbstractContextManager[None]", onload_layer(self))
 
     def unmerge(self) -> None:
         """Restore the original bytes of the base weight."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self._rows.restore(self.get_base_layer())
+        with self._base_brought_in():
+            self._rows.restore(self.get_base_layer())
         self.merged_adapters = []
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:

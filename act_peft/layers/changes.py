@@ -8,7 +8,7 @@ import torch
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from act_peft.adapter.changes import AdapterChanges, ModuleChange
+from act_peft.adapter.changes import AdapterChanges, ModuleChange, OtherTensor
 from act_peft.disk.writing import TensorInfos
 from act_peft.doors import OUTER
 from act_peft.errors import ActValueError
@@ -34,11 +34,12 @@ def changes_in_model(model: nn.Module, adapter_name: str) -> AdapterChanges:
     for name, wrapper in root.named_modules():
         if isinstance(wrapper, AuxiliaryTrainingWrapper):
             for key, tensor in wrapper.adapter_state_dict(adapter_name, wrapper.state_dict()).items():
-                extra[f"{OUTER}{name}.{key}"] = tensor.detach().cpu()
+                extra[f"{OUTER}{name}.{key}"] = OtherTensor(tensor.dtype, tuple(tensor.shape), tensor.detach().cpu)
     return AdapterChanges(
         config=cast(Any, model).peft_config[adapter_name],
         modules=[LayerChange(name, layer, adapter_name) for name, layer in layers.items()],
         extra=extra,
+        of_base={},
         known=[name for name, module in root.named_modules() if getattr(module, "weight", None) is not None],
         inputs=[],
         origin=f"adapter `{in_markdown(adapter_name)}` of a model in memory",

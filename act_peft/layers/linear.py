@@ -51,6 +51,8 @@ class Linear(ActLayer):
     def _adapted(self, tensor: torch.Tensor, part: str) -> torch.Tensor:
         if not self.is_output_head or self.is_quantized or self.disable_adapters or self.merged:
             return tensor
+        if tensor.device.type == "meta":  # as the plain layer, which has its weight only while it runs
+            return tensor
         for name in sorted(self.active_adapters):
             if name in getattr(self, f"act_delta_{part}"):
                 change = (self.delta(name, part) * self.act_delta_scale[name]).to(tensor.dtype)

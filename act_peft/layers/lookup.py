@@ -12,17 +12,23 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from act_peft.adapter.base_record import fingerprint, module_record
+from act_peft.adapter.models import sample_of
 from act_peft.errors import ActTypeError, ActValueError
 from act_peft.layers import ActLayer
+from act_peft.offloading import has_values
 
 
 def record(layer: ActLayer, index: torch.Tensor, *, include_bias: bool) -> dict[str, Any]:
     """The entry of one module in `ActConfig.adapted_modules`; the fingerprint is that of what the adapter changes."""
-    base = None
-    if layer.get_base_layer().weight.device.type != "meta" and not layer.is_quantized:
+    base = sample = None
+    if has_values(layer.get_base_layer()) and not layer.is_quantized:
         rows = layer.original_rows(index)
         base = fingerprint(rows.weight, rows.bias if include_bias else None)
-    return module_record(layer.kind, selected=index.numel(), channels=layer.num_channels, base=base)
+        weight = layer.get_base_layer().weight
+        if layer.merged_adapters or weight.device.type == "meta":
+            weight = layer.original_rows(torch.arange(layer.num_channels)).weight
+        sample = sample_of(weight)
+    return module_record(layer.kind, selected=index.numel(), channels=layer.num_channels, base=base, sample=sample)
 
 
 def shared_parameters(model: nn.Module) -> set[int]:

@@ -9,6 +9,7 @@ from torch import nn
 
 from act_peft.channels.kinds import ChannelKind
 from act_peft.channels.rows import ChannelRows
+from act_peft.offloading import keeps_elsewhere, values_of
 
 
 class BaseRows:
@@ -29,9 +30,11 @@ class BaseRows:
 
     def original(self, base: Any, index: torch.Tensor) -> ChannelRows:
         """Copies of the parameters of channels `index` (int64 `[K]`, ascending) as they were before any `write`."""
-        index = index.to(base.weight.device)
-        weight = base.weight.data.index_select(self._dim, index)
-        bias = None if getattr(base, "bias", None) is None else base.bias.data.index_select(0, index)
+        values = values_of(base, "weight")
+        index = index.to(values.device)
+        weight = values.index_select(self._dim, index)
+        has_bias = getattr(base, "bias", None) is not None
+        bias = values_of(base, "bias").index_select(0, index) if has_bias else None
         if self._kept is not None and index.numel():
             kept = self._kept
             where = torch.searchsorted(index, kept.index.to(index.device)).clamp(max=index.numel() - 1)
@@ -49,6 +52,10 @@ class BaseRows:
             self._tied = {part: p for part in ("weight", "bias") if (p := getattr(base, part, None)) is not None}
             for part, parameter in self._tied.items():
                 setattr(base, part, nn.Parameter(parameter.detach().clone(), requires_grad=False))
+        elif keeps_elsewhere(base):  # in CPU memory tied weights are one tensor, although their parameters are not
+            for part in ("weight", "bias"):
+                if getattr(base, part, None) is not None:
+                    setattr(base, part, nn.Parameter(getattr(base, part).detach().clone(), requires_grad=False))
         self._overwrite(base, rows)
 
     def restore(self, base: Any) -> None:

@@ -6,7 +6,7 @@ import copy
 import inspect
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ from act_peft.adapter.config import ActConfig
 from act_peft.channels.kinds import channel_kind, num_channels
 from act_peft.channels.masks import ChannelMask, checked_indices
 from act_peft.channels.names import matching_key, suffixes
+from act_peft.disk.quantization import quantization_method
 from act_peft.disk.rules import WeightRenaming, get_model_conversion_mapping, rename_source_key
 from act_peft.doors import (
     COMPILED,
@@ -26,8 +27,8 @@ from act_peft.doors import (
     is_read_by_mamba_kernel,
 )
 from act_peft.errors import ActTypeError, ActValueError
+from act_peft.layers.auxiliary import check_auxiliary, check_not_hidden, is_saved_whole
 from act_peft.layers.deltas import PREFIX, unknown_index
-from act_peft.layers.lookup import embedding
 from act_peft.peft_modules import inner_layer
 
 
@@ -65,17 +66,22 @@ def find_targets(config: ActConfig, model: nn.Module, state_dict: Mapping[str, t
             "(for example ActConfig(channels=localize(base, donor, dataloader).top(0.2, scope='module')))"
         )
     channels = given_channels(config)
-    if config.chosen_targets is None:
-        _check_names(channels, model)
+    known = {suffix for name, _ in model.named_modules() for suffix in suffixes(name)}
+    unknown = [key for key in channels if key not in known]
+    check_not_hidden([key for key in unknown if _is_target(config, channels, key)], model)
+    if unknown and config.chosen_targets is None:
+        _refuse_names(unknown, channels, model)
     include_all_linear_layers_(config, model)
     stored = None if state_dict is None else _stored_counts(state_dict)
     prefix = "" if stored is None else COMPILED  # where PEFT ignores this prefix too
     modules = {name.removeprefix(prefix): module for name, module in model.named_modules()}
     answers = target_answers(config, modules)
+    wanted = [name for name in modules if name and (name in stored if stored is not None else answers[name])]
+    check_auxiliary(config, model, [*wanted, *_held_back(config, modules)])
     indices = {}
-    for name, module in modules.items():
-        targeted = name in stored if stored is not None else bool(answers[name])
-        index = _index_for(name, config, channels, stored, module) if name and targeted else None
+    for name in wanted:
+        _check_kind(name, modules[name], model)
+        index = _index_for(name, config, channels, stored, modules[name])
         if index is None:
             continue
         user = _user_of_weight(name, model)
@@ -101,7 +107,6 @@ def find_targets(config: ActConfig, model: nn.Module, state_dict: Mapping[str, t
             "channels: no channel of a module that may be adapted is selected, expected at least one "
             "(a higher density, or other exclude_modules)"
         )
-    _check_trained_tokens(config, model, indices)
     return Targets(indices, answers)
 
 
@@ -116,28 +121,6 @@ def _reader_of_weights(name: str, model: nn.Module) -> str | None:
     if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
         return "the fast path of nn.TransformerEncoderLayer (torch.backends.mha.set_fastpath_enabled(False) ends that)"
     return None
-
-
-def _check_trained_tokens(config: ActConfig, model: nn.Module, targets: Iterable[str]) -> None:
-    """Check that PEFT's layer for trained tokens does not come between an adapter and a tied output layer."""
-    tokens = config.trainable_token_indices
-    if tokens is None:
-        return
-    first = embedding(model, "get_input_embeddings")
-    trained = {
-        name: inner_layer(module)
-        for name, module in model.named_modules()
-        if (any(f".{name}".endswith(f".{key}") for key in tokens) if isinstance(tokens, dict) else module is first)
-    }
-    for name in targets:
-        weight = inner_layer(model.get_submodule(name))._parameters.get("weight")
-        for other, its in trained.items():
-            if other != name and weight is not None and its._parameters.get("weight") is weight:
-                raise ActValueError(
-                    f"{name}: has the same weight as {other}, whose tokens trainable_token_indices trains, expected "
-                    f"either of them (leave it out with exclude_modules=[{name!r}], or set "
-                    "trainable_token_indices=None)"
-                )
 
 
 def _user_of_weight(name: str, model: nn.Module) -> str | None:
@@ -176,6 +159,17 @@ def target_answers(config: ActConfig, names: Iterable[str]) -> dict[str, Any]:
     return {name: _is_target(config, channels, name) for name in names}
 
 
+def _held_back(config: ActConfig, names: Iterable[str]) -> list[str]:
+    """The modules that would be targets if `modules_to_save` did not take them, which PEFT excludes silently."""
+    others = copy.copy(config)
+    others.modules_to_save = None
+    return [
+        name
+        for name, found in target_answers(others, [n for n in names if is_saved_whole(config, n)]).items()
+        if found
+    ]
+
+
 def _is_target(config: ActConfig, channels: Mapping[str, Any], name: str) -> Any:
     entry = matching_key(name, channels)
     if config.from_file:  # the record says which modules they are, whatever was chosen once
@@ -193,10 +187,9 @@ def _is_target(config: ActConfig, channels: Mapping[str, Any], name: str) -> Any
     return found if entry is not None and len(channels[entry]) else False
 
 
-def _check_names(channels: Mapping[str, Any], model: nn.Module) -> None:
-    known = {suffix for name, _ in model.named_modules() for suffix in suffixes(name)}
-    unknown = [key for key in channels if key not in known]
-    for name, parameter in model.named_parameters() if unknown else ():
+def _refuse_names(unknown: Sequence[str], channels: Collection[str], model: nn.Module) -> None:
+    """Say what names of channels are that match no module."""
+    for name, parameter in model.named_parameters():
         if unknown[0] in suffixes(name):
             owner = model.get_submodule(name.rpartition(".")[0])
             raise ActTypeError(
@@ -204,11 +197,12 @@ def _check_names(channels: Mapping[str, Any], model: nn.Module) -> None:
                 "name of a Linear, Conv1D, Embedding or norm module (fused experts are none: leave them out, or train "
                 "them with LoraConfig(target_parameters=...))"
             )
-    if unknown:
-        raise ActValueError(
-            f"channels: {unknown[0]!r} matches no module of {type(model).__name__}, expected names of its modules "
-            f"({len(unknown)} of {len(channels)} names match none; the mask belongs to another model)"
-        )
+    renamed = "; of a saved adapter whose modules were renamed since: from_pretrained takes key_mapping={old: new}"
+    raise ActValueError(
+        f"channels: {unknown[0]!r} matches no module of {type(model).__name__}, expected names of its modules "
+        f"({len(unknown)} of {len(channels)} names match none; the mask belongs to another model"
+        f"{'' if isinstance(channels, ChannelMask) else renamed})"
+    )
 
 
 def renamed_record(record: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
@@ -281,14 +275,14 @@ def _index_for(
 ) -> torch.Tensor | None:
     """The channels of one target module, checked; None if none are selected."""
     if stored is not None:
-        return _placeholder(name, stored[name], _count_channels(name, module))
+        return _placeholder(name, stored[name], num_channels(inner_layer(module)))
     if config.channels is None:
         recorded = channels[name]["selected"] if name in channels else 0  # a renamed module: its tensors will tell
-        return _placeholder(name, recorded, _count_channels(name, module))
+        return _placeholder(name, recorded, num_channels(inner_layer(module)))
     entry = matching_key(name, channels)
     if entry is None or not len(channels[entry]):
         return None
-    count = _count_channels(name, module)
+    count = num_channels(inner_layer(module))
     if isinstance(channels, ChannelMask) and channels.num_channels[entry] != count:
         raise ActValueError(
             f"{name}: the mask counts {channels.num_channels[entry]} channels, the module has {count} "
@@ -297,14 +291,15 @@ def _index_for(
     return checked_indices(name, channels[entry], count)
 
 
-def _count_channels(name: str, module: nn.Module) -> int:
+def _check_kind(name: str, module: nn.Module, model: nn.Module) -> None:
     plain = inner_layer(module)
     if channel_kind(plain) is None:
+        method = quantization_method(getattr(model, "config", None))
+        quantized = "" if method is None else f"the model is quantized ({method}): take the original one, or "
         raise ActTypeError(
             f"{name}: {type(plain).__name__} is not supported, expected Linear (quantized or not), Conv1D, Embedding "
-            f"or a norm (leave it out with exclude_modules=[{name!r}])"
+            f"or a norm ({quantized}leave it out with exclude_modules=[{name!r}])"
         )
-    return num_channels(plain)
 
 
 def _placeholder(name: str, num_selected: int, count: int) -> torch.Tensor:

@@ -20,8 +20,10 @@ from torch import nn
 
 from act_peft.adapter.config import ActConfig
 from act_peft.adapter.file import CONFIG, TENSORS
+from act_peft.adapter.models import record_in_memory
+from act_peft.channels.origin import ModelRecord, Origin
 from act_peft.disk.checkpoint import read_json
-from act_peft.disk.locations import Location, open_location
+from act_peft.disk.locations import Location, lasting_name, open_location
 from act_peft.disk.shard import Shard
 from act_peft.doors import MISSING_WARNING, OUTER
 from act_peft.errors import ActError, ActTypeError, ActValueError
@@ -29,6 +31,7 @@ from act_peft.localization.foreign_config import check_foreign_config_
 from act_peft.peft_modules import (
     _MODELS,
     _WRAPPERS,
+    NamedModule,
     SwitchedOff,
     has_adapters,
     named_modules,
@@ -75,6 +78,29 @@ def open_pair(base: nn.Module, donor: Donor, *, merged: bool) -> tuple[nn.Module
             _check_switch(adapted)
             return (_without_adapters(adapted), _merged(adapted)) if merged else (SwitchedOff(adapted), adapted)
     return (_merged(base), _merged(donor)) if merged else (base, donor)
+
+
+def origin_of_pair(base: nn.Module, donor: Donor, names: Container[str]) -> Origin:
+    """The record of base and donor, from the same arguments as `open_pair`.
+
+    An adapter has no weights of its own to recognize it by; of a base without its adapters the plain weights count.
+
+    Args:
+        base: the base.
+        donor: the donor.
+        names: the modules of which fingerprints are taken.
+    """
+    is_own = isinstance(donor, nn.Module) and without_wrapper(base) is without_wrapper(donor)
+    of_base = record_in_memory(base, _named(base, names), as_base=is_own)
+    if not isinstance(donor, nn.Module):
+        return Origin(of_base, ModelRecord(lasting_name(donor)))
+    if is_own or has_adapters(donor):
+        return Origin(of_base, ModelRecord())
+    return Origin(of_base, record_in_memory(donor, _named(donor, names), as_base=False))
+
+
+def _named(model: nn.Module, names: Container[str]) -> list[tuple[str, NamedModule]]:
+    return [(name, module) for name, module in named_modules(model) if name in names]
 
 
 def beside(model: nn.Module, location: str | os.PathLike[str]) -> nn.Module:

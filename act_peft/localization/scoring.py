@@ -15,7 +15,7 @@ from act_peft.errors import ActValueError, ActWarning
 from act_peft.localization.activations import score_activations, score_contrasts
 from act_peft.localization.attribution import POINTS, score_attributions
 from act_peft.localization.candidates import find_candidates, unmatched_names
-from act_peft.localization.pair import Donor, open_pair
+from act_peft.localization.pair import Donor, open_pair, origin_of_pair
 from act_peft.localization.vocabulary import warn_left_out
 from act_peft.localization.weights import score_weights
 
@@ -90,6 +90,7 @@ def localize(
     """
     kind = member_of(ScoreKind, score, "score")
     _check_settings(kind, dataloader=dataloader, keep_dataloader=keep_dataloader, points=points)
+    given = (base, donor)
     base, donor = open_pair(base, donor, merged=kind not in (ScoreKind.ACTIVATION, ScoreKind.CONTRAST))
     candidates = find_candidates(base, donor, target_modules=target_modules, exclude_modules=exclude_modules)
     warn_left_out(candidates, stacklevel=2)
@@ -119,7 +120,7 @@ def localize(
         warnings.warn(
             "all scores are 0: donor and base are equal (is it the same model twice?)", ActWarning, stacklevel=2
         )
-    return scores
+    return scores.with_origin(origin_of_pair(*given, candidates.num_channels))
 
 
 def _check_settings(kind: ScoreKind, *, dataloader: object, keep_dataloader: object, points: object) -> None:

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from act_peft.channels.kinds import ChannelKind, kind_of
 from act_peft.channels.scores import ChannelScores, ScoreKind
 from act_peft.errors import ActValueError
 from act_peft.localization.candidates import Candidates
 from act_peft.localization.sums import sum_per_channel
+from act_peft.offloading import values_of
 
 
 def score_weights(candidates: Candidates) -> ChannelScores:
@@ -36,15 +38,27 @@ class ParameterPair:
 
     Attributes:
         part: `"weight"` or `"bias"`.
-        base: values of the base, a view of its parameter.
-        donor: values of the donor, of the same shape.
+        modules: the plain layers in base and donor.
         channel_dim: axis of the channels.
+        by_token: axis of the rows.
+        common: number of rows that both have.
     """
 
     part: str
-    base: torch.Tensor
-    donor: torch.Tensor
+    modules: tuple[nn.Module, nn.Module]
     channel_dim: int
+    by_token: int
+    common: int
+
+    @property
+    def base(self) -> torch.Tensor:
+        """Values of the base, a view of its parameter; read each time if accelerate keeps them elsewhere."""
+        return values_of(self.modules[0], self.part).narrow(self.by_token, 0, self.common)
+
+    @property
+    def donor(self) -> torch.Tensor:
+        """Values of the donor, of the same shape."""
+        return values_of(self.modules[1], self.part).narrow(self.by_token, 0, self.common)
 
 
 def parameter_pairs(candidates: Candidates) -> dict[str, list[ParameterPair]]:
@@ -74,8 +88,8 @@ def _pairs_of(name: str, candidates: Candidates) -> list[ParameterPair]:
                 "same (take two models of the same structure, or leave the module out with exclude_modules)"
             )
         common = min(base.shape[by_token], donor.shape[by_token])
-        base, donor = (tensor.detach().narrow(by_token, 0, common) for tensor in (base, donor))
-        pairs.append(ParameterPair(part, base, donor, channel_dim))
+        modules = (candidates.base[name], candidates.donor[name])
+        pairs.append(ParameterPair(part, modules, channel_dim, by_token, common))
     return pairs
 
 

@@ -168,7 +168,8 @@ def sweep(
         moves = None
         if masks:
             moving = [name for name, channels in masks[plan.densities[-1]].items() if channels.numel()]
-            with donor_for_model(base, donor, moving) as transfer:
+            origin = None if scores is None else scores.origin
+            with donor_for_model(base, donor, moving, origin=origin) as transfer:
                 moves = RowMoves(base, transfer, list(masks.values()))
                 transfer.warn(stacklevel=2)
         hidden = None if show_progress else True
@@ -210,7 +211,9 @@ def _masks(scores: ChannelScores, base: nn.Module, plan: Plan) -> dict[float, Ch
     _check_scores(scores, base)
     comparable = scores.num_comparable
     masks = {
-        density: select_channels(scores, comparable, density, scope=plan.scope, normalize=plan.normalize)
+        density: select_channels(scores, comparable, density, scope=plan.scope, normalize=plan.normalize).with_origin(
+            scores.origin
+        )
         for density in plan.densities
     }
     if not masks[plan.densities[0]].num_selected:

@@ -9,7 +9,10 @@ from typing import cast
 
 import torch
 
+from act_peft.adapter.models import record_of
+from act_peft.channels.origin import ModelRecord, Origin, check_models
 from act_peft.channels.rows import ChannelRows
+from act_peft.disk.locations import lasting_name
 from act_peft.disk.parameters import Parameters
 from act_peft.errors import ActValueError, ActWarning
 from act_peft.transfer.donors import OpenDonor
@@ -23,13 +26,33 @@ class Transfer:
         base: the parameters of the base.
         donor: the donor.
         axes: module -> axis of its channels.
+        origin: the models that the channels were found with, if they are known.
+
+    Raises:
+        ActValueError: they were found with this base as donor. The donor is closed then.
     """
 
-    def __init__(self, base: Parameters, donor: OpenDonor, axes: Mapping[str, int]) -> None:
+    def __init__(
+        self, base: Parameters, donor: OpenDonor, axes: Mapping[str, int], *, origin: Origin | None = None
+    ) -> None:
         self._base, self._donor, self._axes = base, donor, axes
         self._notes = list(donor.notes)
+        self._origin_notes = self._compare(origin)
         self._resemblance = Resemblance()
         self._differs = False
+
+    def _compare(self, origin: Origin | None) -> list[str]:
+        """Compare base and donor with the models that the channels were found with."""
+        if origin is None:
+            return []
+        theirs = ModelRecord(lasting_name(self._donor.location))
+        try:
+            if self._donor.parameters is not None:
+                theirs = record_of(self._donor.parameters, origin.modules)
+            return check_models(origin, base=record_of(self._base, origin.modules), donor=theirs)
+        except BaseException:
+            self._donor.close()
+            raise
 
     def __enter__(self) -> Transfer:
         return self
@@ -102,7 +125,8 @@ class Transfer:
             stacklevel: as in `warnings.warn`, counted from the caller.
 
         Warns:
-            ActWarning: vocabulary, settings or ancestor differ; or the selected weights are all equal.
+            ActWarning: vocabulary, settings or ancestor differ; the selected weights are all equal; the channels were
+                found with other models.
         """
         if not self._differs:
             message = (
@@ -113,3 +137,5 @@ class Transfer:
         notes = self._notes if self._donor.is_adapter else [*self._notes, *self._resemblance.notes()]
         if notes:
             warnings.warn(f"donor and base differ: {'; '.join(notes)}", ActWarning, stacklevel=stacklevel + 1)
+        for note in self._origin_notes:
+            warnings.warn(note, ActWarning, stacklevel=stacklevel + 1)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from act_peft.adapter.models import name_of, record_of
 from act_peft.channels.kinds import is_quantized, kind_of
+from act_peft.channels.masks import ChannelMask
+from act_peft.channels.origin import Origin, check_models
 from act_peft.channels.rows import ChannelRows
 from act_peft.checks import finite_number
+from act_peft.disk.locations import lasting_name
 from act_peft.disk.parameters import Parameters
 from act_peft.doors import skip_init_on_device
-from act_peft.errors import ActValueError
+from act_peft.errors import ActValueError, ActWarning
 from act_peft.layers import ActLayer
 from act_peft.layers.lookup import adapter_layers, base_model, check_unmerged
 from act_peft.peft_modules import inner_layer
@@ -63,14 +68,15 @@ def initialize_from_donor(
     scale = finite_number(config.transfer_scale if transfer_scale is None else transfer_scale, "transfer_scale")
     check_unmerged(layers, adapter_name)
     index = {name: layer.act_delta_index[adapter_name] for name, layer in layers.items()}
-    with donor_for_model(base_model(model), donor, index) as transfer:
+    origin = origin_of(config.channels)
+    with donor_for_model(base_model(model), donor, index, origin=origin) as transfer:
         learned = config.trains.has_scales
         scaled = transfer.deltas(index, transfer_scale=1.0 if learned else scale)
         # All are read before the first one is written, each in dtype and on the device of the delta that it replaces.
         deltas = [(name, layers[name].as_stored(adapter_name, rows)) for name, _, rows in scaled]
         transfer.warn(stacklevel=2)
     fill_deltas(layers, deltas, adapter_name=adapter_name, transfer_scale=scale)
-    named = getattr(donor, "name_or_path", "") or None if isinstance(donor, nn.Module) else os.fspath(donor)
+    named = name_of(donor) if isinstance(donor, nn.Module) else lasting_name(donor)
     config.transfer_scale, config.donor = scale, named
 
 
@@ -80,6 +86,7 @@ def donor_for_model(
     modules: Iterable[str],
     *,
     revision: str | None = None,
+    origin: Origin | None = None,
 ) -> Transfer:
     """Prepare the transfer from a donor to a model in memory.
 
@@ -88,9 +95,11 @@ def donor_for_model(
         donor: as in `open_donor`.
         modules: names of the modules that will get deltas.
         revision: revision of the donor on the Hub.
+        origin: of the mask, if it is known.
 
     Raises:
-        ActTypeError, ActValueError: as `open_donor`; ActValueError if one of the modules is quantized.
+        ActTypeError, ActValueError: as `open_donor`; ActValueError if one of the modules is quantized, or base and
+            donor are exchanged.
     """
     plain = {name: inner_layer(base.get_submodule(name)) for name in modules}
     quantized = [name for name, module in plain.items() if is_quantized(module)]
@@ -106,7 +115,34 @@ def donor_for_model(
     config = base.config if isinstance(base, PreTrainedModel) else None
     vocabulary = vocabulary_parameters(base)
     opened = open_donor(donor, parameters, axes=axes, config=config, vocabulary=vocabulary, revision=revision)
-    return Transfer(parameters, opened, axes)
+    return Transfer(parameters, opened, axes, origin=origin)
+
+
+def warn_of_other_base(channels: Any, base: nn.Module, *, stacklevel: int) -> None:
+    """Compare a base with the models that a mask was made with, where no donor is there to be compared too.
+
+    Args:
+        channels: of the adapter's configuration.
+        base: the base model, with or without adapters in it.
+        stacklevel: as in `warnings.warn`, counted from the caller.
+
+    Raises:
+        ActValueError: the base is the mask's donor.
+
+    Warns:
+        ActWarning: it has other weights than the mask's base.
+    """
+    origin = origin_of(channels)
+    if origin is not None:
+        tensors = ModelTensors(base)
+        record = record_of(Parameters(tensors, tensors.names), origin.modules)
+        for note in check_models(origin, base=record):
+            warnings.warn(note, ActWarning, stacklevel=stacklevel + 1)
+
+
+def origin_of(channels: Any) -> Origin | None:
+    """The two models that the channels of a configuration were found with, where they are known."""
+    return channels.origin if isinstance(channels, ChannelMask) else None
 
 
 @skip_init_on_device  # with `low_cpu_mem_usage` PEFT would create the deltas on the meta device

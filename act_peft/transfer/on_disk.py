@@ -17,12 +17,14 @@ from transformers import PreTrainedModel
 
 from act_peft.adapter.base_record import fingerprint, module_record
 from act_peft.adapter.config import ActConfig, record_adapter
+from act_peft.adapter.models import record_of
 from act_peft.channels.kinds import kind_of
 from act_peft.channels.masks import ChannelMask
 from act_peft.channels.rows import ChannelRows, wide_dtype
 from act_peft.disk.atomic import new_folder
 from act_peft.disk.checkpoint import Checkpoint
 from act_peft.disk.folders import check_output, check_room
+from act_peft.disk.locations import lasting_name
 from act_peft.disk.parameters import Parameters
 from act_peft.disk.skeleton import build_skeleton, load_config
 from act_peft.doors import OUTER
@@ -31,6 +33,7 @@ from act_peft.layers.deltas import PREFIX
 from act_peft.layers.targets import find_targets, read_mask
 from act_peft.transfer.difference import Transfer
 from act_peft.transfer.donors import open_donor
+from act_peft.transfer.in_model import origin_of
 from act_peft.transfer.parameters import vocabulary_parameters
 
 
@@ -68,12 +71,13 @@ def create_adapter(
 
     Raises:
         ActValueError, ActTypeError: a missing or damaged checkpoint; channels that do not fit the base; a donor with a
-            different architecture or shape, or with selected weights that are not finite or quantized; an output that
-            exists or lies inside an input; no room on the disk. Nothing is written then.
+            different architecture or shape, or with selected weights that are not finite or quantized; base and donor
+            exchanged, compared with those that the mask was made with; an output that exists or lies inside an input;
+            no room on the disk. Nothing is written then.
 
     Warns:
         ActWarning: once, if vocabulary (channels beyond the common tokens are left out), rotary base or context length
-            differ or the weights look unrelated.
+            differ or the weights look unrelated; if the mask was made with models of other weights.
 
     Example:
         >>> create_adapter(BASE, DONOR, mask, "ability", transfer_scale=0.4)
@@ -82,7 +86,7 @@ def create_adapter(
     output = Path(os.path.abspath(output_dir))
     settings = ActConfig(
         channels=mask,
-        donor=os.fspath(donor),
+        donor=lasting_name(donor),
         transfer_scale=transfer_scale,
         include_bias=include_bias,
         inference_mode=True,
@@ -102,8 +106,9 @@ def create_adapter(
         axes = {name: kind.channel_dim for name, kind in kinds.items()}
         vocabulary = vocabulary_parameters(skeleton)
         opened = open_donor(donor, parameters, axes=axes, config=config, vocabulary=vocabulary)
-        with Transfer(parameters, opened, axes) as transfer:
+        with Transfer(parameters, opened, axes, origin=origin_of(settings.channels)) as transfer:
             indices = transfer.common(indices)
+            samples = record_of(parameters, indices).fingerprints
             tensors: dict[str, torch.Tensor] = {}
             records = {}
             read = transfer.deltas(indices, transfer_scale=transfer_scale)
@@ -119,10 +124,11 @@ def create_adapter(
                     selected=rows.index.numel(),
                     channels=shapes[f"{name}.weight"][axes[name]],
                     base=fingerprint(rows.weight, rows.bias),
+                    sample=samples.get(name),
                 )
             transfer.warn(stacklevel=2)
     record_adapter(settings, records)
-    settings.base_model_name_or_path = skeleton.name_or_path
+    settings.base_model_name_or_path = skeleton.name_or_path = lasting_name(skeleton.name_or_path)
     check_room(output, sum(t.numel() * t.element_size() for t in tensors.values()) + (1 << 20))
     with new_folder(output, overwrite=overwrite) as folder:
         _CardWriter(skeleton, settings).create_or_update_model_card(str(folder))
@@ -159,6 +165,7 @@ def _check_shapes(
 ) -> None:
     """Check that the base has the tensors that its configuration describes."""
     modules = set(needed)
+    parameters.check_unquantized({f"{name}.weight": shapes[f"{name}.weight"] for name in modules})
     for name, shape in shapes.items():
         if name not in parameters and name.rpartition(".")[0] in modules:
             base.file_of(name)  # raises an error that names the missing tensor

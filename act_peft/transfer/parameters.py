@@ -8,8 +8,10 @@ from typing import cast
 import torch
 from torch import nn
 
+from act_peft.disk.quantization import quantization_method
 from act_peft.layers import ActLayer
 from act_peft.layers.lookup import embedding, output_head
+from act_peft.offloading import values_of
 from act_peft.peft_modules import plain_name
 
 
@@ -22,16 +24,20 @@ class ModelTensors:
     Attributes:
         location: name of the model in messages.
         names: the names of all parameters, tied ones under each of their names.
+        quantization: the method that the model is quantized with, by its configuration.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.location = str(getattr(model, "name_or_path", "") or type(model).__name__)
         self._model = model
-        self._parameters = {
-            plain_name(name): parameter
-            for name, parameter in model.named_parameters(remove_duplicate=False)
+        self.quantization = quantization_method(getattr(model, "config", None))
+        names = {
+            plain_name(name): name
+            for name, _ in model.named_parameters(remove_duplicate=False)
             if not any(part in name for part in ("act_delta_", "modules_to_save.", "token_adapter."))
         }
+        self._owners = {plain: model.get_submodule(name.rpartition(".")[0]) for plain, name in names.items()}
+        self._parameters = {plain: model.get_parameter(name) for plain, name in names.items()}
         self.names: Sequence[str] = tuple(self._parameters)
 
     def __contains__(self, name: object) -> bool:
@@ -47,12 +53,15 @@ class ModelTensors:
 
     def rows(self, name: str, index: torch.Tensor, dim: int = 0) -> torch.Tensor:
         """A copy of rows (`dim` 0) or columns (`dim` 1) of a parameter; if an adapter is merged, the original ones."""
-        parameter = self._parameters[name]
         module, _, part = name.rpartition(".")
         layer = self._model.get_submodule(module)
+        if isinstance(layer, ActLayer) and dim != layer.kind.axis_of(part):
+            everything = cast(torch.Tensor, getattr(layer.original_rows(torch.arange(layer.num_channels)), part))
+            return everything.index_select(dim, index.to(everything.device))
         if isinstance(layer, ActLayer):
             return cast(torch.Tensor, getattr(layer.original_rows(index), part))
-        return parameter.detach().index_select(dim, index.to(parameter.device))
+        values = values_of(self._owners[name], part, name=module)
+        return values.index_select(dim, index.to(values.device))
 
 
 def vocabulary_parameters(model: nn.Module) -> Collection[str]:

@@ -10,23 +10,24 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from act_peft.adapter.config import ActConfig, record_adapter
+from act_peft.adapter.config import ActConfig
 from act_peft.adapter.state import INDEX, check_state
 from act_peft.combination.rules import CombinationType, MajoritySign, make_rule
 from act_peft.doors import OUTER
 from act_peft.errors import ActError, ActValueError
 from act_peft.layers import ActLayer
 from act_peft.layers.deltas import PREFIX
-from act_peft.layers.lookup import act_layers, output_head, record, shared_parameters
+from act_peft.layers.lookup import act_layers, output_head, shared_parameters
 from act_peft.layers.output_head import seen_from_outside
 from act_peft.layers.targets import Targets, find_targets, read_mask, renamed_record, target_answers
 from act_peft.peft_modules import same_gradients
 from act_peft.transfer.difference import Transfer
-from act_peft.transfer.in_model import donor_for_model, fill_deltas
+from act_peft.transfer.in_model import donor_for_model, origin_of, warn_of_other_base
 from act_peft.tuner.awaited import Awaited
 from act_peft.tuner.combined import check_new_name, combined_adapter
 from act_peft.tuner.copies import copy_adapter_, find_twin
-from act_peft.tuner.loading import check_names
+from act_peft.tuner.filling import fill_new_adapter
+from act_peft.tuner.loading import check_names, check_place_of_base, check_whole
 from act_peft.tuner.mixed_batches import adapter_per_sample
 from act_peft.tuner.plan import InjectionPlan, withdraw
 from act_peft.tuner.ties import configuration_of_ties
@@ -89,6 +90,8 @@ class ActModel(BaseTuner):
         config = self.peft_config[adapter_name]
         source = find_twin(adapter_name, configs=self.peft_config, awaiting=self._awaited())
         if source is None:
+            if config.channels is None:
+                check_place_of_base(model, adapter_name)
             if config.channels is None and config.adapted_modules is not None:
                 config.adapted_modules = renamed_record(config.adapted_modules, model)
             targets = find_targets(config, model, state_dict)
@@ -98,8 +101,11 @@ class ActModel(BaseTuner):
         with ExitStack() as stack:
             transfer, indices = None, targets.indices
             if source is None and donor is not None:
-                transfer = stack.enter_context(donor_for_model(model, donor, indices, revision=config.donor_revision))
-                indices = transfer.common(indices)
+                origin, revision = origin_of(config.channels), config.donor_revision
+                transfer = donor_for_model(model, donor, indices, revision=revision, origin=origin)
+                indices = stack.enter_context(transfer).common(indices)
+            elif source is None and state_dict is None:
+                warn_of_other_base(config.channels, model, stacklevel=6)
             self._plan = InjectionPlan(
                 indices=indices,
                 answers=targets.answers,
@@ -114,7 +120,7 @@ class ActModel(BaseTuner):
                 if source is not None:
                     copy_adapter_(self._layers(adapter_name), source, adapter_name)
                 elif config.channels is not None and state_dict is None:
-                    self._fill(config, model, adapter_name, indices, transfer)
+                    self._fill(config, model, indices, transfer, adapter_name=adapter_name)
             except BaseException as error:
                 withdraw(model, adapter_name, trainable)
                 if config.from_file and isinstance(error, ValueError) and not isinstance(error, ActError):
@@ -130,21 +136,12 @@ class ActModel(BaseTuner):
         self,
         config: ActConfig,
         model: nn.Module,
-        adapter_name: str,
         indices: Mapping[str, torch.Tensor],
         transfer: Transfer | None,
+        *,
+        adapter_name: str,
     ) -> None:
-        """Write the deltas of a new adapter, and its record in the configuration."""
-        layers: dict[str, Any] = {name: model.get_submodule(name) for name in indices}
-        if transfer is not None:
-            scale = 1.0 if config.trains.has_scales else config.transfer_scale
-            deltas = ((name, rows) for name, _, rows in transfer.deltas(indices, transfer_scale=scale))
-            fill_deltas(layers, deltas, adapter_name=adapter_name, transfer_scale=config.transfer_scale)
-            transfer.warn(stacklevel=4)
-        record_adapter(
-            config,
-            {name: record(layer, indices[name], include_bias=config.include_bias) for name, layer in layers.items()},
-        )
+        fill_new_adapter(config, model, indices, transfer, adapter_name=adapter_name)
 
     def _check_target_module_exists(self, peft_config: ActConfig, key: str) -> Any:
         if self._plan is None:  # PEFT's `inspect_matched_modules` asks at any time
@@ -351,10 +348,8 @@ class ActModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        if not any(tensor.device.type == "meta" for tensor in tensors.values()):
-            return tensors
         # Deltas on the meta device have no values to save, and the known channels of such an adapter are no state yet.
-        return {key: tensor for key, tensor in tensors.items() if tensor.device.type == "meta"}
+        return {key: tensor for key, tensor in tensors.items() if tensor.device.type == "meta"} or tensors
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -384,6 +379,8 @@ class ActModel(BaseTuner):
         with nullcontext() if awaited is None else awaited.removed_if_refused():
             if complete:
                 check_names(state_dict, self.model, prefix)
+            elif awaited:
+                check_whole(state_dict, self.model, prefix)
             for name, layer in layers.items():
                 expected = layer.expected_state(adapter_name)
                 # PEFT's `ignore_mismatched_sizes` drops tensors of other shapes after the first check.
@@ -391,7 +388,9 @@ class ActModel(BaseTuner):
         if awaited is not None and complete:
             awaited.seen_whole()
         elif awaited is not None and awaited.is_complete(states):
-            awaited.accepted({name: state[INDEX] for name, state in states.items() if INDEX in state})
+            # Weights of the base that come with the adapter are not there yet.
+            own = {n: s for n, s in states.items() if f"{prefix}{n}.base_layer.weight" not in state_dict}
+            awaited.accepted({name: state[INDEX] for name, state in own.items() if INDEX in state})
 
     def _awaited(self) -> dict[str, Awaited]:
         """The adapters that are being loaded."""

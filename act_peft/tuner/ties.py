@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from act_peft.disk.ties import FLAG, can_say_untied, parts_with_flag
+from act_peft.offloading import keeps_elsewhere, values_of
 
 
 @contextmanager
@@ -27,22 +29,30 @@ def configuration_of_ties(model: nn.Module) -> Iterator[None]:
     if not tied_before or not isinstance(model, PreTrainedModel):
         return
     pairs = list(_pairs(model))
-    if all(first is second for _, _, first, second in pairs):
+    if all(same for *_, same in pairs):
         return
     model.config.tie_word_embeddings = True  # PEFT has changed it
     if not can_say_untied(model):
         return
     for part in parts_with_flag(model.config):
         setattr(part, FLAG, False)
-    for module, name, first, second in pairs:
-        if first is second:
+    for module, name, first, same in pairs:
+        if same and first.device.type != "meta":
             setattr(module, name, nn.Parameter(first.detach().clone(), requires_grad=first.requires_grad))
 
 
-def _pairs(model: PreTrainedModel) -> Iterator[tuple[nn.Module, str, nn.Parameter, nn.Parameter]]:
-    """The owner and name of every parameter that transformers ties, the parameter, and what it is tied to."""
+def _pairs(model: PreTrainedModel) -> Iterator[tuple[nn.Module, str, nn.Parameter, bool]]:
+    """Every parameter that transformers ties: its owner and name, the parameter, and whether it is tied still."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for target, source in model.all_tied_weights_keys.items():
         if target in parameters and source in parameters:
-            owner, _, name = target.rpartition(".")
-            yield model.get_submodule(owner), name, parameters[target], parameters[source]
+            (owner, name), (other, its) = (_owner(model, tied) for tied in (target, source))
+            same = parameters[target] is parameters[source]
+            if keeps_elsewhere(owner) and keeps_elsewhere(other):  # their parameters are never the same
+                same = torch.equal(values_of(owner, name), values_of(other, its))
+            yield owner, name, parameters[target], same
+
+
+def _owner(model: nn.Module, parameter: str) -> tuple[nn.Module, str]:
+    owner, _, name = parameter.rpartition(".")
+    return model.get_submodule(owner), name

@@ -64,10 +64,11 @@ DAMAGES = {
     ),
     "no tensors": (lambda f: (f / "adapter_model.safetensors").unlink(), "adapter_model.safetensors: no such file"),
     "no configuration": (lambda f: (f / "adapter_config.json").unlink(), "adapter_config.json: no such file"),
-    "a whole module": (
-        with_key("base_model.model.lm_head.weight", lambda _: torch.ones(3)),
-        "got a tensor that is no channel delta, .*merge_and_unload",
+    "a part of no module": (
+        with_key("base_model.model.lm_head.extra", lambda _: torch.ones(3)),
+        "got a tensor that is no channel delta, expected those of an ACT adapter",
     ),
+    "whole integers": (with_key("base_model.model.lm_head.weight", lambda _: torch.arange(3)), "no channel delta"),
     "another prefix": (with_key("lm_head.act_delta_index", lambda _: torch.ones(3)), "no channel delta"),
     "no index": (with_key(HEAD + "act_delta_index", lambda _: None), "lm_head: the adapter has no act_delta_index"),
     "no weight": (with_key(HEAD + "act_delta_weight", lambda _: None), "lm_head: the adapter has no act_delta_weight"),

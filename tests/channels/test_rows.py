@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from act_peft.channels.rows import merged_rows, wide_difference, wide_dtype
+from act_peft.channels.rows import all_finite, merged_rows, wide_difference, wide_dtype
 from tests.support.tiny_models import DTYPES
 
 
@@ -38,3 +38,13 @@ def test_the_difference_is_wide():
     assert torch.equal(wide_difference(donor, base), torch.tensor([-0.0078125]))
     assert wide_dtype(torch.bfloat16) == torch.float32
     assert wide_dtype(torch.float16, torch.float64) == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_all_finite_is_what_isfinite_says(dtype):
+    largest = torch.finfo(dtype).max
+    assert all_finite(torch.empty(0, 3, dtype=dtype))
+    for value in (0.0, largest, -largest, float("nan"), float("inf"), -float("inf")):
+        values = torch.full((3, 2), largest, dtype=dtype)
+        values[1, 1] = value
+        assert all_finite(values) == bool(torch.isfinite(values).all())

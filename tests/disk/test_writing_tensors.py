@@ -57,8 +57,9 @@ def test_a_header_with_one_more_tensor_makes_a_file_that_the_library_reads(tmp_p
     path = tmp_path / "t.safetensors"
     save_file(tensors, path, metadata={"format": "pt"})
     with Shard(path) as shard:
-        head = header_with(shard, {"a new one, named ü": "half"})
+        head, order = header_with(shard, {"a new one, named ü": shard.info("half")})
         data = path.read_bytes()[shard.data_start :]
+    assert order == ["index", "half", "a new one, named ü"]
     assert len(head) % 8 == 0
     path.write_bytes(head + data + bytes(7 * 5 * 2))
     with safe_open(path, "pt") as file:

@@ -7,6 +7,7 @@ import torch
 
 from act_peft import FittedTransfer
 from act_peft.channels.kinds import ChannelKind
+from act_peft.channels.origin import ModelRecord, Origin
 from act_peft.disk import tensorfile
 from act_peft.errors import ActValueError
 from act_peft.fitting.module import FitRecord, FittedModule
@@ -116,14 +117,30 @@ def test_damaged_tensors(tmp_path, changes, message: str) -> None:
         FittedTransfer.load(saved(tmp_path, linear(**changes)))
 
 
+def test_origins_are_kept_and_raise_the_version(tmp_path) -> None:
+    FittedTransfer({"layer": linear()}, RECORD).save(tmp_path / "old")
+    assert tensorfile.read(tmp_path / "old", KIND, 1)
+    origin = Origin(ModelRecord("org/base", {"layer": "a"}), ModelRecord("org/donor", {"layer": "b"}))
+    record = dataclasses.replace(RECORD, origins=(origin,))
+    FittedTransfer({"layer": linear()}, record).save(tmp_path / "new")
+    loaded = FittedTransfer.load(tmp_path / "new")
+    assert loaded.record == record
+    assert loaded.gains.origin == origin
+    tensors, metadata = tensorfile.read(tmp_path / "new", KIND, 2)
+    for damaged in ("x", [1], [{"base": None, "donor": None}], 3):
+        tensorfile.write_large(tmp_path / "bad", KIND, 2, tensors, {**metadata, "origins": damaged})
+        with pytest.raises(ActValueError, match=r"origin|metadata is not that of a fitted transfer"):
+            FittedTransfer.load(tmp_path / "bad")
+
+
 def test_other_files(tmp_path) -> None:
     with pytest.raises(ActValueError, match=r"no such file, expected a file of kind 'fitted transfer'"):
         FittedTransfer.load(tmp_path / "none.safetensors")
     tensorfile.write(tmp_path / "mask", "channel mask", 1, {"a": torch.ones(1)}, {})
     with pytest.raises(ActValueError, match="got a file of kind 'channel mask', expected 'fitted transfer'"):
         FittedTransfer.load(tmp_path / "mask")
-    tensorfile.write(tmp_path / "new", KIND, 2, {"a": torch.ones(1)}, {})
-    with pytest.raises(ActValueError, match="got version 2 of kind 'fitted transfer', expected at most 1"):
+    tensorfile.write(tmp_path / "new", KIND, 3, {"a": torch.ones(1)}, {})
+    with pytest.raises(ActValueError, match="got version 3 of kind 'fitted transfer', expected at most 2"):
         FittedTransfer.load(tmp_path / "new")
     with pytest.raises(ActValueError, match="got a folder"):
         FittedTransfer({"layer": linear()}, RECORD).save(tmp_path)

@@ -14,7 +14,7 @@ from pathlib import Path
 PARENT = """
 import os, shutil, sys, time
 import act_peft
-from act_peft import merge
+from act_peft.merging import writing
 from act_peft.disk import atomic
 
 def slow(function):
@@ -25,7 +25,8 @@ def slow(function):
         return result
     return slowed
 
-merge._write_tensor, merge.copy_file = slow(merge._write_tensor), slow(merge.copy_file)
+parts = writing._Writing
+parts._write_tensor, writing.copy_file = slow(parts._write_tensor), slow(writing.copy_file)
 atomic._exchange, shutil.rmtree = slow(atomic._exchange), slow(shutil.rmtree)
 print("ready", flush=True)
 for line in sys.stdin:

@@ -183,4 +183,5 @@ def test_only_the_selected_rows_are_read(tmp_path, monkeypatch):
     real = Shard._map
     monkeypatch.setattr(Shard, "_map", lambda self, *a, **k: read.append(a[1] - a[0]) or real(self, *a, **k))
     create_adapter(tmp_path / "base", tmp_path / "donor", {"up_proj": [3, 4]}, tmp_path / "out")
-    assert sum(read) == 2 * 2 * 2 * 16 * 4  # two models, two layers, two rows of 16 floats
+    rows = 2 * 2 * 2 + 2 * 4  # two of both models in two layers, and a sample of four of the base
+    assert sum(read) <= (rows + 2 * 24) * 16 * 4  # the sample is mapped from its first row to its last

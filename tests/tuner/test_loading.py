@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 
 import pytest
 import torch
@@ -114,6 +115,13 @@ def test_a_damaged_second_adapter_leaves_the_first_in_place(saved):
     assert torch.equal(model(batch()).logits, expected)
     rewrite(folder, put(f"{QUERY}.act_delta_index", lambda t: t.long()))
     model.load_adapter(str(folder), "second")
+
+
+def test_a_pipe_in_the_place_of_the_tensors_is_not_waited_for(saved):
+    base, folder = saved
+    (folder / "adapter_model.safetensors").unlink()
+    os.mkfifo(folder / "adapter_model.safetensors")
+    assert_refused(base, folder, "is no regular file, expected a safetensors file")
 
 
 @pytest.mark.parametrize("kept", [0, 4, 100, 2000])

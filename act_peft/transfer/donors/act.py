@@ -13,8 +13,10 @@ from act_peft.adapter.stored import StoredDelta
 from act_peft.channels.rows import wide_dtype
 from act_peft.disk.keys import CheckpointKeys
 from act_peft.disk.parameters import Parameters
-from act_peft.errors import ActLoadError
+from act_peft.errors import ActLoadError, ActValueError
 from act_peft.transfer.donors.base import OpenDonor
+
+_MERGE_IT = "merge the donor with merge_checkpoint, and name the merged folder"
 
 
 class ActDonor(OpenDonor):
@@ -26,12 +28,19 @@ class ActDonor(OpenDonor):
         axes: module -> axis of its channels, for the modules that will be read.
 
     Raises:
-        ActLoadError: the adapter does not fit the base.
+        ActLoadError: the adapter does not fit the base, or holds other embeddings than the base has.
+        ActValueError: the adapter holds rows of tokens.
     """
 
     def __init__(self, folder: AdapterFolder, base: Parameters, *, axes: Mapping[str, int]) -> None:
         self.location = folder.location
         self._folder = folder
+        tokens = folder.byproducts.tokens
+        if tokens:
+            raise ActValueError(
+                f"{next(iter(tokens))}: the donor {folder.location} has rows of tokens (trainable_token_indices), "
+                f"expected channel deltas only ({_MERGE_IT})"
+            )
         keys = CheckpointKeys(
             base,
             [f"{name}.weight" for name in folder.modules],
@@ -41,6 +50,8 @@ class ActDonor(OpenDonor):
         renamed = {keys.own_name(f"{n}.weight").rpartition(".")[0]: (n, d) for n, d in folder.modules.items()}
         self._deltas = {name: delta for name, (_, delta) in renamed.items()}
         self._own_names = {name: own for name, (own, _) in renamed.items()}
+        for name in folder.byproducts.whole:
+            self._check_whole(name, keys.own_name(name), base, axes)
         comparison = BaseComparison("the donor")
         for name, (own, delta) in renamed.items():
             if name not in axes or not delta.index.numel():
@@ -65,6 +76,20 @@ class ActDonor(OpenDonor):
                 f"{name}: the donor {self.location} has deltas {list(delta.weight_shape)} for channels up to "
                 f"{int(delta.index[-1])}, {'no' if delta.bias is None else 'and a'} bias, which do not fit the base's "
                 f"weight {list(shape)} (the adapter was made for another model)"
+            )
+
+    def _check_whole(self, name: str, own: str, base: Parameters, axes: Mapping[str, int]) -> None:
+        """Check that a whole tensor of the adapter is the base's, if it is asked for."""
+        if own.rpartition(".")[0] not in axes or own not in base:
+            return
+        stored = self._folder.shard.tensor(self._folder.byproducts.whole[name].key)
+        shape = base.shape(own)
+        if tuple(stored.shape) != shape or not torch.equal(
+            stored.to(base.dtype(own)), base.rows(own, torch.arange(shape[0]), 0).cpu()
+        ):
+            raise ActLoadError(
+                f"{name}: the donor {self.location} holds the whole tensor, {list(stored.shape)}, with other values "
+                f"than the base's {list(shape)}, expected the same or channel deltas only ({_MERGE_IT})"
             )
 
     def difference(self, module: str, part: str, index: torch.Tensor, dim: int, base: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,8 @@ from types import TracebackType
 
 import torch
 
+from act_peft.disk.parameters import Parameters
+
 
 class OpenDonor(ABC):
     """A donor that fits the base; a context manager that closes its files.
@@ -15,11 +17,13 @@ class OpenDonor(ABC):
         location: folder, Hub id or name of the donor, for messages.
         notes: one sentence for each harmless difference from the base.
         is_adapter: whether the donor is the base with an adapter; then it is a relative, however large the difference.
+        parameters: the parameters of a donor that has all of them.
     """
 
     location: str
     notes: list[str]
     is_adapter = True
+    parameters: Parameters | None = None
 
     @abstractmethod
     def difference(self, module: str, part: str, index: torch.Tensor, dim: int, base: torch.Tensor) -> torch.Tensor:

@@ -41,9 +41,11 @@ class FullDonor(OpenDonor):
         checkpoint: Checkpoint | None = None,
     ) -> None:
         self.location = parameters.location
-        self._parameters = parameters
+        self.parameters: Parameters = parameters
         self._checkpoint = checkpoint
         mine, theirs = base.shapes(), parameters.shapes()
+        weights = [name for name in needed if name.endswith(".weight")]
+        parameters.check_unquantized({name: None if name in vocabulary else mine[name] for name in weights})
         check_shapes(mine, theirs, donor_name=self.location, needed=needed, vocabulary=vocabulary)
         self._common = {n: theirs[n][0] for n in vocabulary if n in mine and n in theirs and theirs[n][0] < mine[n][0]}
         sizes = {(theirs[n][0], mine[n][0]) for n in vocabulary if n in mine and n in theirs and theirs[n] != mine[n]}
@@ -63,12 +65,12 @@ class FullDonor(OpenDonor):
     def difference(self, module: str, part: str, index: torch.Tensor, dim: int, base: torch.Tensor) -> torch.Tensor:
         """See `OpenDonor.difference`; zero for tokens that the donor does not have."""
         name = f"{module}.{part}"
-        length = self._parameters.shape(name)[0]
+        length = self.parameters.shape(name)[0]
         if dim == 0:
             common = int((index < length).sum())  # `index` is ascending
-            theirs = self._parameters.rows(name, index[:common], 0)
+            theirs = self.parameters.rows(name, index[:common], 0)
         else:
-            theirs = self._parameters.rows(name, index, dim)
+            theirs = self.parameters.rows(name, index, dim)
             common = min(len(theirs), len(base))
         if common == len(base):
             return wide_difference(theirs[:common], base)

@@ -1,17 +1,16 @@
-"""What merging on disk is going to do: which rows of which tensors change, and which tensors are new."""
+"""Planning a merge on disk: which rows of which tensors change, and which tensors are new."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import cast
 
 import torch
 
 from act_peft.adapter.base_record import BaseComparison, Fingerprint, fingerprint
-from act_peft.adapter.file import AdapterFolder
 from act_peft.adapter.stored import StoredDelta
 from act_peft.disk.checkpoint import Checkpoint
 from act_peft.disk.keys import CheckpointKeys
@@ -19,75 +18,12 @@ from act_peft.disk.layout import Layout, Piece, Place
 from act_peft.disk.skeleton import check_ties_known
 from act_peft.disk.ties import Untied, untie
 from act_peft.errors import ActLoadError, ActValueError
-
-
-@dataclass(frozen=True)
-class Source:
-    """An adapter and its weight."""
-
-    adapter: AdapterFolder
-    weight: float
-
-
-@dataclass(frozen=True)
-class Part:
-    """The delta that one adapter adds to one tensor.
-
-    Attributes:
-        source: the adapter.
-        module: the module in it.
-        index: the rows or columns of the tensor, int64 `[K]`, ascending.
-        key: of the delta in the adapter's file.
-        order: which entry of the delta each of them gets; None if they are in the same order.
-        seen: fingerprint of the rows that are read there.
-    """
-
-    source: Source
-    module: str
-    index: torch.Tensor
-    key: str
-    order: torch.Tensor | None = None
-    seen: Fingerprint | None = None
-
-
-@dataclass(frozen=True)
-class TensorMerge:
-    """All deltas of one tensor.
-
-    Attributes:
-        original: the key to read.
-        dim: axis of the channels.
-        index: union of the parts' indices.
-        parts: the deltas.
-    """
-
-    original: str
-    dim: int
-    index: torch.Tensor
-    parts: list[Part]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What changes in a checkpoint.
-
-    Attributes:
-        keys: the keys of its parameters.
-        changes: key to write -> its change.
-        untied: key of a new tensor -> key of the tensor that it starts as.
-        says_untied: whether the configuration has to say that nothing is tied.
-        compared: adapter, module and axis, with the fingerprint of the rows if merging reads them in one go.
-    """
-
-    keys: CheckpointKeys
-    changes: dict[str, TensorMerge] = field(default_factory=dict)
-    untied: dict[str, str] = field(default_factory=dict)
-    says_untied: bool = False
-    compared: list[tuple[Source, str, int, Fingerprint | None]] = field(default_factory=list)
+from act_peft.merging.plan import Part, Plan, Source, TensorMerge
+from act_peft.merging.whole import Wholes, find_wholes, new_config, plan_tokens
 
 
 def make_plan(checkpoint: Checkpoint, sources: Sequence[Source]) -> Plan:
-    """Find the tensor of every adapted module, and check that the deltas fit.
+    """Find the tensor of everything that the adapters hold, and check that it fits.
 
     Raises:
         ActValueError: a missing or quantized tensor; two parts of the checkpoint that fit equally well.
@@ -95,28 +31,34 @@ def make_plan(checkpoint: Checkpoint, sources: Sequence[Source]) -> Plan:
     """
     modules = list(dict.fromkeys(module for source in sources for module in source.adapter.modules))
     adapters = [source.adapter for source in sources]
+    names = [f"{module}.weight" for module in modules]
+    for adapter in adapters:
+        names += [*adapter.byproducts.whole, *(f"{module}.weight" for module in adapter.byproducts.tokens)]
     keys = CheckpointKeys(
         checkpoint,
-        [f"{module}.weight" for module in modules],
+        list(dict.fromkeys(names)),
         fits=lambda name, shape: all(adapter.fits(name, shape) for adapter in adapters),
         recognize=lambda candidate: sum(adapter.recognize(candidate) for adapter in adapters),
     )
-    names = [f"{module}.{part}" for module in modules for part in ("weight", "bias")]
+    wholes = find_wholes(checkpoint, keys, sources)
+    changed = [f"{module}.{part}" for module in modules for part in ("weight", "bias")]
     layout = keys.layout
     if layout is None:
         check_ties_known(checkpoint)
         ties = Untied()
     else:
-        ties = untie(layout, [own for own in map(keys.own_name, names) if layout.holder(own) is not None])
-    plan = Plan(keys, says_untied=ties.says_so)
-    new = {name: _new_place(checkpoint, keys, name, holder, plan) for name, holder in ties.copies.items()}
+        parting = map(keys.own_name, [*changed, *wholes.trained])
+        ties = untie(layout, [own for own in parting if layout.holder(own) is not None])
+    plan = Plan(checkpoint, keys)
+    new = {name: _new_place(plan, name, holder) for name, holder in ties.copies.items()}
+    _plan_starts(plan, wholes, new)
     for module in modules:
         places = [new.get(keys.own_name(name)) or keys.place(name) for name in (f"{module}.weight", f"{module}.bias")]
         parts = [(source, source.adapter.modules[module]) for source in sources if module in source.adapter.modules]
         if places[0] is None:
             checkpoint.file_of(keys.key(f"{module}.weight"))  # raises, and says what is missing
-        dim = _check_weight(checkpoint, keys, module, parts)
-        _check_bias(checkpoint, keys, module, parts)
+        dim = _check_weight(plan, module, places[0], parts)
+        _check_bias(plan, module, places[1], parts)
         for source, delta in parts:
             weight = cast(Place, places[0])
             recorded = source.adapter.recorded_base(module) is not None
@@ -125,20 +67,41 @@ def make_plan(checkpoint: Checkpoint, sources: Sequence[Source]) -> Plan:
             _add_part(plan, weight, dim, Part(source, module, delta.index, delta.weight, seen=seen))
             if places[1] is not None and delta.bias is not None:
                 _add_part(plan, places[1], 0, Part(source, module, delta.index, delta.bias))
+    plan_tokens(plan, sources, {*changed, *wholes.trained})
+    plan.config.update(new_config(plan, says_untied=ties.says_so))
     return plan
 
 
-def _new_place(checkpoint: Checkpoint, keys: CheckpointKeys, name: str, holder: str, plan: Plan) -> Place:
+def _new_place(plan: Plan, name: str, holder: str) -> Place:
     """Plan a tensor of its own for a tied parameter; both names are those in the checkpoint's model."""
-    layout = cast(Layout, keys.layout)
+    layout = cast(Layout, plan.keys.layout)
     place, new = layout.place(holder), layout.new_key(name)
     if place is None or place.key is None:
         raise ActValueError(
-            f"{checkpoint.location}: {name} shares rows of {layout.keys_of(holder)[0]}, expected a whole tensor "
+            f"{plan.checkpoint.location}: {name} shares rows of {layout.keys_of(holder)[0]}, expected a whole tensor "
             "(merge in memory, with model.merge_and_unload())"
         )
     plan.untied[new] = place.key
     return Place((Piece(new),))
+
+
+def _plan_starts(plan: Plan, wholes: Wholes, new: Mapping[str, Place]) -> None:
+    """Plan whole tensors: those of the base for all parameters that are tied to them, trained ones for one alone."""
+    for name, start in wholes.of_base.items():
+        plan.starts[str(cast(Place, plan.keys.place(name)).key)] = start
+    for key, source in plan.untied.items():
+        if source in plan.starts:
+            plan.starts[key] = plan.starts[source]
+    for name, start in wholes.trained.items():
+        place = new.get(plan.keys.own_name(name)) or cast(Place, plan.keys.place(name))
+        plan.starts[str(place.key)] = start
+
+
+def _shape_of(plan: Plan, name: str, place: Place | None) -> tuple[int, ...]:
+    """The shape that a parameter is going to have."""
+    if place is not None and place.key in plan.starts:
+        return plan.info(str(place.key)).shape
+    return plan.keys.shape(name)
 
 
 def _add_part(plan: Plan, place: Place, dim: int, part: Part) -> None:
@@ -159,21 +122,19 @@ def _add_part(plan: Plan, place: Place, dim: int, part: Part) -> None:
         old = plan.changes.get(piece.key)
         index = here.index if old is None else torch.cat([old.index, here.index]).unique()  # sorted
         parts = [here] if old is None else [*old.parts, here]
-        plan.changes[piece.key] = TensorMerge(plan.untied.get(piece.key, piece.key), dim, index, parts)
+        plan.changes[piece.key] = TensorMerge(dim, index, parts)
 
 
-def _check_weight(
-    checkpoint: Checkpoint, keys: CheckpointKeys, module: str, parts: Sequence[tuple[Source, StoredDelta]]
-) -> int:
+def _check_weight(plan: Plan, module: str, place: Place | None, parts: Sequence[tuple[Source, StoredDelta]]) -> int:
     """Check the deltas of one module's weight; the axis of the channels follows from the shapes."""
-    name = f"{module}.weight"
-    info = checkpoint.info(keys.key(name))
+    name, keys = f"{module}.weight", plan.keys
+    info = plan.checkpoint.info(keys.key(name))
     if not info.is_plain:
         raise ActValueError(
             f"{module}: {keys.key(name)} is {info.dtype}, expected F64, F32, F16 or BF16 (the base is quantized: "
             "merge into the original checkpoint, then quantize)"
         )
-    shape = keys.shape(name)
+    shape = _shape_of(plan, name, place)
     axes = {0, 1}
     for source, delta in parts:
         fitting = {
@@ -207,10 +168,8 @@ def _check_weight(
     return dim
 
 
-def _check_bias(
-    checkpoint: Checkpoint, keys: CheckpointKeys, module: str, parts: Sequence[tuple[Source, StoredDelta]]
-) -> None:
-    name = f"{module}.bias"
+def _check_bias(plan: Plan, module: str, place: Place | None, parts: Sequence[tuple[Source, StoredDelta]]) -> None:
+    name, keys = f"{module}.bias", plan.keys
     has_bias = keys.holds(name)
     for source, delta in parts:
         leaves_out = delta.bias is None and not source.adapter.config.include_bias
@@ -222,14 +181,13 @@ def _check_bias(
             )
     if not has_bias:
         return
-    info = checkpoint.info(keys.key(name))
+    info = plan.checkpoint.info(keys.key(name))
     if not info.is_plain:
         raise ActValueError(f"{module}: {keys.key(name)} is {info.dtype}, expected F64, F32, F16 or BF16")
     selected = max((int(delta.index[-1]) for _, delta in parts if delta.index.numel()), default=-1)
-    if selected >= math.prod(keys.shape(name)):
-        raise ActLoadError(
-            f"{module}: {keys.key(name)} has shape {list(keys.shape(name))}, fewer channels than the weight"
-        )
+    shape = _shape_of(plan, name, place)
+    if selected >= math.prod(shape):
+        raise ActLoadError(f"{module}: {keys.key(name)} has shape {list(shape)}, fewer channels than the weight")
 
 
 def compare_base(checkpoint: Checkpoint, source: Source, plan: Plan) -> str | None:
