@@ -38,7 +38,7 @@ class BatchComparison:
         self._kept: dict[str, deque[torch.Tensor]] = {
             name: deque() for name in candidates.base
         }  # one [N * R, C] a call
-        self._sums: dict[str, list[torch.Tensor]] = {name: [] for name in candidates.base}  # one [C] a call
+        self._sums: dict[str, list[torch.Tensor]] = {name: [] for name in candidates.base}  # one [B, C] a call
 
     @contextmanager
     def reading_base(self) -> Iterator[None]:
@@ -64,9 +64,9 @@ class BatchComparison:
         self._check_all([name for name, calls in self._kept.items() if calls], "ran less often in the donor")
 
     def sums(self) -> dict[str, torch.Tensor]:
-        """Module name -> sums of the absolute differences over the answer tokens, one per comparable channel.
+        """Module name -> sums of the absolute differences over the answer tokens of each sample, `[B, C]`.
 
-        For a module with several calls it is the mean over the calls.
+        One for every comparable channel. For a module with several calls it is the mean over the calls.
         """
         return {name: torch.stack(calls).mean(0) for name, calls in self._sums.items()}
 
@@ -93,7 +93,10 @@ class BatchComparison:
                 f"{name}: donor gave {len(rows)} rows, the base {len(base_rows)}, expected the same number "
                 f"({_leave_out([name], self._sums)})"
             )
-        self._sums[name].append(sum_absolute_difference(rows, base_rows) / (len(rows) // len(self._tokens)))
+        tokens = self._tokens
+        repeats = len(rows) // len(tokens)  # R
+        samples = tokens.samples.repeat_interleave(repeats)
+        self._sums[name].append(sum_absolute_difference(rows, base_rows, samples, tokens.batch_size) / repeats)
 
     def _check_all(self, failing: list[str], what: str) -> None:
         if failing:
