@@ -34,6 +34,7 @@ ORDER = [
     "merge",
     "tuner",
     "sweeps",
+    "analysis",
     "library",
     "plots",
     "demo",
