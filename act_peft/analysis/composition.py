@@ -70,10 +70,9 @@ class Composition(Table):
         if not self.whole.selected:
             return f"none of {self.whole.channels:,} channels is selected"
         kind, part = next(iter(self.kinds.items()))
-        return (
-            f"{self.whole.selected:,} of {self.whole.channels:,} channels ({percent(self.whole.density)}); most are "
-            f"{kind} ({percent(part.selected / self.whole.selected)})"
-        )
+        share = percent(part.selected / self.whole.selected)
+        found = f"{share} of the {self.whole.selected:,} selected channels are {kind}"
+        return found if self.dominant else f"no kind of module dominates the mask: at most {found}"
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ def test_counts_by_hand():
     }
     assert found.cells["layer 0", "down"].selected == 0
     assert found.cells["layer 1", "down"].density == 0.2
-    assert found.title == "7 of 60 channels (12%); most are up (57%)"
+    assert found.title == "57% of the 7 selected channels are up"
     assert found.dominant == "up"
     assert found.warning.startswith(
         "57% of the selected channels are up, which has 33% of all channels (scope='module"
@@ -32,6 +32,7 @@ def test_counts_by_hand():
 def test_half_is_not_more_than_half():
     found = measure_composition(ChannelMask({"layers.0.up": [0, 1], "layers.0.down": [1], "head": [0]}, COUNTS))
     assert found.dominant is None
+    assert found.title == "no kind of module dominates the mask: at most 50% of the 4 selected channels are up"
     assert found.warning is None
     assert found.notes == ()
 
