@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,8 @@ from typing import Any
 from act_peft.cli.imports import importing
 from act_peft.errors import ActValueError
 
+_FILE_NAME = re.compile(r"[\w-]{1,60}")
+_MOST_VALUES = 200  # of a column that divides a dataset; more are no domains or languages
 SCOPE = "global: rank the channels of all modules together; module: the same share of every module (global)"
 NORMALIZE = "rms: divide the scores of each module by their root mean square before ranking; none: do not (none)"
 
@@ -72,6 +76,46 @@ def load_examples(dataset: str, *, split: str, samples: int | None, seed: int) -
     if samples is None or samples >= len(examples):
         return examples
     return examples.shuffle(seed=seed).select(range(samples))
+
+
+def load_by_column(dataset: str, column: str, *, split: str, samples: int | None, seed: int) -> dict[str, Any]:
+    """Load a dataset and divide it by the values of a column.
+
+    Args:
+        dataset: as in `load_examples`.
+        column: name of the column; its values are texts, numbers or truth values.
+        split: as in `load_examples`.
+        samples: number of examples of each value.
+        seed: as in `load_examples`.
+
+    Returns:
+        Value as text -> its examples, in the order of the first ones.
+
+    Raises:
+        ActValueError: as `load_examples`; there is no such column; its values are no names for files; there are too
+            many of them.
+    """
+    examples = load_examples(dataset, split=split, samples=None, seed=seed)
+    where = f"dataset {dataset!r}: column {column!r}"
+    if column not in examples.column_names:
+        raise ActValueError(f"{where}: there is none, expected one of {', '.join(examples.column_names)}")
+    rows: dict[str, list[int]] = {}
+    for number, value in enumerate(examples[column]):
+        text = str(value)
+        if not isinstance(value, (str, int, bool)) or not _FILE_NAME.fullmatch(text):
+            raise ActValueError(
+                f"{where}: got {value!r:.80} in row {number}, expected values that can be part of the name of a file "
+                "(letters, digits, '-', '_')"
+            )
+        rows.setdefault(text, []).append(number)
+    if len(rows) > _MOST_VALUES:
+        raise ActValueError(f"{where}: got {len(rows)} different values, expected at most {_MOST_VALUES}")
+    generator = random.Random(seed)
+    found = {}
+    for value, numbers in rows.items():
+        chosen = numbers if samples is None or len(numbers) <= samples else generator.sample(numbers, samples)
+        found[value] = examples.select(chosen).remove_columns(column)
+    return found
 
 
 def _check_columns(dataset: str, columns: Sequence[str]) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import re
+from pathlib import Path
 from typing import Any
 
 from act_peft.cli.examples import add_examples, batches_of, device_of, load_model
-from act_peft.cli.files import add_output, check_output_file, load_examples
+from act_peft.cli.files import add_output, check_output_file, load_by_column, load_examples
 from act_peft.cli.imports import importing
 
 SUMMARY = "Score every channel by how differently base and donor answer, on examples of the ability."
 EXAMPLE = "act-peft localize --base org/base --donor org/donor --dataset ability.jsonl --output scores.safetensors"
+
+_WHOLE = ""  # the name of the scores of the whole dataset
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --score attribution or contrast: examples of a skill to keep; contrast needs them (none)",
     )
     parser.add_argument(
+        "--by",
+        metavar="COLUMN",
+        help="a column of --dataset, such as the domain or the language: the scores of each of its values in a file of "
+        "its own, NAME.VALUE.safetensors for --output NAME.safetensors (none)",
+    )
+    parser.add_argument(
         "--target-modules",
         nargs="+",
         metavar="NAME",
@@ -55,7 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Localize and print what was written."""
     _check_arguments(arguments)
-    check_output_file(arguments.output, overwrite=arguments.overwrite)
+    if arguments.by is None:
+        check_output_file(arguments.output, overwrite=arguments.overwrite)
     with importing():
         from act_peft import localize
         from act_peft.channels.names import matches
@@ -63,16 +73,15 @@ def run(arguments: argparse.Namespace) -> None:
         from act_peft.transfer.donors import is_adapter
 
     arguments.device = device_of(arguments)
-    examples: dict[str, Any] = {
-        name: load_examples(dataset, split=arguments.split, samples=arguments.samples, seed=arguments.seed)
-        for name, dataset in (("dataloader", arguments.dataset), ("keep_dataloader", arguments.keep_dataset))
-        if dataset is not None
-    }
-
+    groups, keep = _examples(arguments)
+    outputs = {value: _output_of(arguments, value) for value in groups}
+    for path in outputs.values():
+        check_output_file(path, overwrite=arguments.overwrite)
     base = load_model(arguments.base, arguments)
-    data: dict[str, Any] = {
-        name: batches_of(
-            dataset,
+
+    def read(examples: Any) -> Any:
+        return batches_of(
+            examples,
             base,
             tokenizer=arguments.base,
             batch_size=arguments.batch_size,
@@ -80,9 +89,12 @@ def run(arguments: argparse.Namespace) -> None:
             assistant_only=arguments.assistant_only,
             device=arguments.device,
         )
-        for name, dataset in examples.items()
-    }
-    scores = localize(
+
+    data: dict[str, Any] = {} if keep is None else {"keep_dataloader": read(keep)}
+    if arguments.dataset is not None:
+        loaders = {value: read(examples) for value, examples in groups.items()}
+        data["dataloader"] = loaders[_WHOLE] if arguments.by is None else loaders
+    found: Any = localize(
         base,
         arguments.donor if is_adapter(arguments.donor) else load_model(arguments.donor, arguments),
         score=arguments.score,
@@ -90,15 +102,32 @@ def run(arguments: argparse.Namespace) -> None:
         exclude_modules=_patterns(arguments.exclude_modules),
         **data,
     )
-    scores.save(arguments.output)
-    channels = sum(len(values) for values in scores.values())
-    seen = "by weight" if arguments.score == "weight" else f"{scores.num_tokens} tokens"
-    print(f"{arguments.output}: scores of {channels} channels in {len(scores)} modules, {seen}")
+    for value, scores in (found if arguments.by is not None else {_WHOLE: found}).items():
+        scores.save(outputs[value])
+        channels = sum(len(values) for values in scores.values())
+        seen = "by weight" if arguments.score == "weight" else f"{scores.num_tokens} tokens"
+        print(f"{outputs[value]}: scores of {channels} channels in {len(scores)} modules, {seen}")
     if arguments.target_modules is None:
         excluded = _patterns(arguments.exclude_modules)
         left_out = [name for name in left_out_by_default(base) if not matches(name, excluded)]
         if left_out:
             print(f"left out: {', '.join(left_out)} (name them in --target-modules to score them)")
+
+
+def _examples(arguments: argparse.Namespace) -> tuple[dict[str, Any], Any]:
+    """The examples of the ability by the values of a column, and those of the data to keep."""
+    settings = {"split": arguments.split, "samples": arguments.samples, "seed": arguments.seed}
+    keep = None if arguments.keep_dataset is None else load_examples(arguments.keep_dataset, **settings)
+    if arguments.dataset is None:
+        return {_WHOLE: None}, keep
+    if arguments.by is None:
+        return {_WHOLE: load_examples(arguments.dataset, **settings)}, keep
+    return load_by_column(arguments.dataset, arguments.by, **settings), keep
+
+
+def _output_of(arguments: argparse.Namespace, value: str) -> Path:
+    path: Path = arguments.output
+    return path if arguments.by is None else path.with_name(f"{path.stem}.{value}{path.suffix}")
 
 
 def _patterns(names: list[str] | None) -> list[str] | str | None:
@@ -119,6 +148,8 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
     if arguments.score == "weight":
         if arguments.dataset is not None:
             arguments.refuse("argument --dataset: not used with --score weight")
+        if arguments.by is not None:
+            arguments.refuse("argument --by: not used with --score weight")
     elif arguments.dataset is None:
         arguments.refuse("the following arguments are required: --dataset")
     if arguments.score == "contrast" and arguments.keep_dataset is None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import nn
 
@@ -14,42 +12,38 @@ from act_peft.channels.scores import ChannelScores, ScoreKind
 from act_peft.channels.spread import Spread
 from act_peft.localization.candidates import Candidates
 from act_peft.localization.comparison import BatchComparison
+from act_peft.localization.groups import Group, Groups
 from act_peft.localization.sums import ChannelSums
 from act_peft.localization.vocabulary import CommonVocabulary
 
 
 def score_activations(
-    base: nn.Module, donor: nn.Module, candidates: Candidates, dataloader: Iterable[Batch], *, show_progress: bool
-) -> ChannelScores:
+    base: nn.Module, donor: nn.Module, candidates: Candidates, groups: Groups, *, show_progress: bool
+) -> dict[str, ChannelScores]:
     """Mean absolute difference of the outputs at the answer tokens; formula and errors as in `localize`."""
-    ability = _differences(base, donor, candidates, dataloader, argument="dataloader", show_progress=show_progress)
-    return ability.scores()
+    return {
+        name: _differences(base, donor, candidates, group, show_progress=show_progress).scores()
+        for name, group in groups.items()
+    }
 
 
 def score_contrasts(
-    base: nn.Module,
-    donor: nn.Module,
-    candidates: Candidates,
-    dataloader: Iterable[Batch],
-    *,
-    keep_dataloader: Iterable[Batch],
-    show_progress: bool,
-) -> ChannelScores:
+    base: nn.Module, donor: nn.Module, candidates: Candidates, groups: Groups, *, keep: Group, show_progress: bool
+) -> dict[str, ChannelScores]:
     """The same on the ability, divided by the same on the data to keep; formula and errors as in `localize`."""
-    ability, keep = (
-        _differences(base, donor, candidates, batches, argument=argument, show_progress=show_progress)
-        for argument, batches in (("dataloader", dataloader), ("keep_dataloader", keep_dataloader))
-    )
-    return ability.scores(keep=keep.scores(spread=False))
+    kept = _differences(base, donor, candidates, keep, show_progress=show_progress).scores(spread=False)
+    return {
+        name: _differences(base, donor, candidates, group, show_progress=show_progress).scores(keep=kept)
+        for name, group in groups.items()
+    }
 
 
 def _differences(
     base: nn.Module,
     donor: nn.Module,
     candidates: Candidates,
-    dataloader: Iterable[Batch],
+    group: Group,
     *,
-    argument: str,
     show_progress: bool,
 ) -> _Differences:
     """The absolute differences of the outputs, summed over the answer tokens of all batches."""
@@ -67,7 +61,7 @@ def _differences(
         totals.add_(comparison.sums(), tokens.per_sample)
 
     with evaluation(base, donor):
-        over_batches(dataloader, compare, argument=argument, show_progress=show_progress)
+        over_batches(group.batches, compare, argument=group.argument, show_progress=show_progress)
     return totals
 
 

@@ -21,13 +21,9 @@ def png_size(data):
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_every_figure_says_what_it_shows(name, tmp_path):
+def test_every_figure_says_what_it_shows(name):
     figure = FIGURES[name]()
-    save_figure(figure, tmp_path / "figure.png")
-    width, height = png_size((tmp_path / "figure.png").read_bytes())
-    assert width > 800
-    assert height > 400
-    assert [p.name for p in tmp_path.iterdir()] == ["figure.png"]
+    figure.draw_without_rendering()
     title = figure._suptitle.get_text()
     assert any(character.isdigit() for character in title), "a finding has a number"
     assert figure._supxlabel.get_text()
@@ -35,6 +31,13 @@ def test_every_figure_says_what_it_shows(name, tmp_path):
     assert " against " in alt_text(figure)
     for axes in figure.axes:
         assert axes.get_xlabel() or axes.get_ylabel(), "an axis without a name"
+
+
+def test_writes_a_png(tmp_path):
+    save_figure(FIGURES["demo"](), tmp_path / "figure.png")
+    width, height = png_size((tmp_path / "figure.png").read_bytes())
+    assert width > 2 * height > 800
+    assert [p.name for p in tmp_path.iterdir()] == ["figure.png"]
 
 
 @pytest.mark.parametrize(("suffix", "start"), [(".svg", b"<?xml"), (".pdf", b"%PDF"), (".PNG", b"\x89PNG")])
