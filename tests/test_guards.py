@@ -37,6 +37,7 @@ ORDER = [
     "analysis",
     "library",
     "plots",
+    "report",
     "demo",
     "cli",
 ]

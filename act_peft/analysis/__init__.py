@@ -1,7 +1,8 @@
 """Numbers about scores and masks: where an ability sits, how sure that is, and whether it suffices.
 
 The paper (arXiv 2601.09398) names concentration, sufficiency, stability and disentanglement; only the first is defined
-there. The other definitions are ours, each in the docstring of its function. All but `patch_channels` need no model.
+there. The other definitions are ours, each in the docstring of its function. All but `patch_channels` need
+no model.
 """
 
 from importlib import import_module
@@ -11,8 +12,11 @@ if TYPE_CHECKING:
     from act_peft.analysis.agreement import Agreement, measure_agreement
     from act_peft.analysis.composition import Composition, measure_composition
     from act_peft.analysis.concentration import Concentration, measure_concentration
+    from act_peft.analysis.difference import CheckpointDifference, compare_checkpoints
     from act_peft.analysis.disentanglement import Disentanglement, measure_disentanglement
     from act_peft.analysis.overlap import Overlap, compare_masks
+    from act_peft.analysis.patched import Patching
+    from act_peft.analysis.patching import patch_channels
     from act_peft.analysis.stability import (
         SampleCurve,
         Stability,
@@ -25,19 +29,25 @@ _FILES = {
     "agreement": ("Agreement", "measure_agreement"),
     "composition": ("Composition", "measure_composition"),
     "concentration": ("Concentration", "measure_concentration"),
+    "difference": ("CheckpointDifference", "compare_checkpoints"),
     "disentanglement": ("Disentanglement", "measure_disentanglement"),
     "overlap": ("Overlap", "compare_masks"),
+    "patched": ("Patching",),
+    "patching": ("patch_channels",),
     "stability": ("SampleCurve", "Stability", "measure_sample_curve", "measure_stability", "predict_overlap"),
 }
 _PLACES = {name: file for file, names in _FILES.items() for name in names}
 __all__ = [
     "Agreement",
+    "CheckpointDifference",
     "Composition",
     "Concentration",
     "Disentanglement",
     "Overlap",
+    "Patching",
     "SampleCurve",
     "Stability",
+    "compare_checkpoints",
     "compare_masks",
     "measure_agreement",
     "measure_composition",
@@ -45,6 +55,7 @@ __all__ = [
     "measure_disentanglement",
     "measure_sample_curve",
     "measure_stability",
+    "patch_channels",
     "predict_overlap",
 ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from act_peft.analysis.groups import Grouping, groups_of
 from act_peft.analysis.tables import Table, percent
 from act_peft.channels.scores import ChannelScores, ScoreKind
+from act_peft.channels.selection import Scope
 from act_peft.checks import ascending
 
 SHARES = (0.01, 0.05, 0.1)
@@ -145,6 +146,21 @@ def complementary_distribution(values: torch.Tensor) -> tuple[list[float], list[
     else:
         chosen = torch.arange(count)
     return ordered[chosen].tolist(), ((count - chosen).double() / values.numel()).tolist()
+
+
+def share_of_top(values: Sequence[torch.Tensor], density: float, scope: Scope) -> float:
+    """The share of the sum that the highest of some scores hold.
+
+    Args:
+        values: the scores of every module; negative ones count as 0.
+        density: share of the channels.
+        scope: whether they are the highest of all, or of every module.
+    """
+    groups = [torch.cat(list(values))] if scope is Scope.GLOBAL else values
+    groups = [v.clamp_min(0) for v in groups]
+    total = sum(float(v.sum()) for v in groups)
+    held = sum(float(v.topk(round(density * v.numel())).values.sum()) for v in groups)
+    return held / total if total else 0.0
 
 
 def _measure(values: torch.Tensor, shares: Iterable[float]) -> GroupConcentration:

@@ -15,6 +15,7 @@ from act_peft.errors import ActValueError
 _FILE_NAME = re.compile(r"[\w-]{1,60}")
 _MOST_VALUES = 200  # of a column that divides a dataset; more are no domains or languages
 SCOPE = "global: rank the channels of all modules together; module: the same share of every module (global)"
+SCOPE_OF_MODULES = SCOPE.replace("(global)", "(module)")
 NORMALIZE = "rms: divide the scores of each module by their root mean square before ranking; none: do not (none)"
 
 

@@ -15,8 +15,10 @@ INTERRUPTED_LINE = "act-peft: interrupted"
 
 
 @contextmanager
-def importing() -> Iterator[None]:
+def importing(*, library: bool = True) -> Iterator[None]:
     """Around slow imports: they begin with the library itself, and Ctrl-C ends the process at once.
+
+    Without `library` they do not: what needs neither models nor PEFT starts sooner and takes less memory.
 
     A KeyboardInterrupt in the middle of an import can be caught by the modules that are being imported, transformers'
     for example, and then the work would go on. Nothing has been written at this point, so nothing is left to clean up.
@@ -28,7 +30,8 @@ def importing() -> Iterator[None]:
     if replace:
         signal.signal(signal.SIGINT, _end_at_once)
     try:
-        importlib.import_module("act_peft.library")
+        if library:
+            importlib.import_module("act_peft.library")
         yield
     finally:
         if replace:

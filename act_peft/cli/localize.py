@@ -43,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--by",
         metavar="COLUMN",
-        help="a column of --dataset, such as the domain or the language: the scores of each of its values in a file of "
-        "its own, NAME.VALUE.safetensors for --output NAME.safetensors (none)",
+        help="a column of --dataset, such as the domain or the language: the scores of each of its values in a file "
+        "of its own, NAME.VALUE.safetensors for --output NAME.safetensors (none)",
     )
     parser.add_argument(
         "--target-modules",

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from act_peft.plots.overlaps import draw_overlaps
     from act_peft.plots.samples import draw_sample_curve
     from act_peft.plots.scales import draw_scales
+    from act_peft.plots.sufficiency import draw_sufficiency
     from act_peft.plots.sweep import draw_sweep
 
 _PLACES = {
@@ -31,6 +32,7 @@ _PLACES = {
     "draw_overlaps": "overlaps",
     "draw_sample_curve": "samples",
     "draw_scales": "scales",
+    "draw_sufficiency": "sufficiency",
     "draw_sweep": "sweep",
     "save_figure": "files",
 }
@@ -46,6 +48,7 @@ __all__ = [
     "draw_overlaps",
     "draw_sample_curve",
     "draw_scales",
+    "draw_sufficiency",
     "draw_sweep",
     "save_figure",
 ]

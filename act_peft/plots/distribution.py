@@ -6,7 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from act_peft.analysis.concentration import comparable_scores, complementary_distribution, group_scores
+from act_peft.analysis.concentration import (
+    comparable_scores,
+    complementary_distribution,
+    group_scores,
+    share_of_top,
+)
 from act_peft.analysis.groups import Grouping
 from act_peft.analysis.tables import percent
 from act_peft.channels.scores import ChannelScores
@@ -62,10 +67,8 @@ def draw_distribution(
     if positive.numel():
         low = float(positive.quantile(0.01)) if positive.numel() < 1 << 24 else float(positive.min())
         axes.set_xlim(0.8 * low, 1.6 * float(positive.max()))
-    ordered = everything.clamp_min(0).sort(descending=True).values
-    number = max(round(density * everything.numel()), 1)
     if scope is Scope.GLOBAL:
-        cut = float(ordered[number - 1])
+        cut = _height(everything, density)
         axes.axvspan(cut, axes.get_xlim()[1], color=GREY, alpha=0.18, linewidth=0)
         axes.axvline(cut, color=INK, linewidth=1, linestyle=(0, (4, 3)))
         axes.annotate(
@@ -97,9 +100,9 @@ def draw_distribution(
     legend = axes.legend(fontsize=8.5, frameon=False, loc="lower left", title="channels of", title_fontsize=8.5)
     legend.set_alignment("left")
     plain_axes(axes)
-    total = float(ordered.sum())
-    held = float(ordered[:number].sum()) / total if total else 0.0
-    title = f"The top {percent(density)} of all channels hold {percent(held)} of the sum of scores"
+    held = share_of_top(list(comparable.values()), density, scope)
+    channels = "all channels" if scope is Scope.GLOBAL else "every module's channels"
+    title = f"The top {percent(density)} of {channels} hold {percent(held)} of the sum of scores"
     return finish(figure, title, [f"{everything.numel():,} channels", data_of(scores), note])
 
 

@@ -41,9 +41,9 @@ def draw_overlaps(masks: Disentanglement, *, title: str | None = None, note: str
     right.plot(masks.unique_by_chance, range(count), "D", color=INK, markersize=5, label="by chance")
     for row, value in enumerate(masks.unique):
         right.annotate(
-            percent(value), (value, row), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8
+            percent(value), (value, row), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8
         )
-    right.set_xlim(0, 1.25)
+    right.set_xlim(0, 1.35)
     right.set_xticks([0, 0.5, 1], ["0%", "50%", "100%"])
     right.tick_params(axis="y", length=0, labelleft=False)
     right.set_xlabel("share of the mask\nthat is its own", color=INK)

@@ -48,8 +48,8 @@ def draw_sample_curve(curves: Mapping[str, SampleCurve], *, enough: float = ENOU
     axes.axhline(enough, color=INK, linewidth=1, linestyle=(0, (4, 3)))
     axes.axhline(first.chance, color=GREY, linewidth=1, linestyle=":")
     place: Any = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points", "fontsize": 8.5}
-    axes.annotate("enough", (0.99, enough), xytext=(0, 3), ha="right", color=INK, **place)
-    axes.annotate("chance", (0.99, first.chance), xytext=(0, 3), ha="right", color="#5b616b", **place)
+    axes.annotate("enough", (0.01, enough), xytext=(0, 3), ha="left", color=INK, **place)
+    axes.annotate("chance", (0.01, first.chance), xytext=(0, 3), ha="left", color="#5b616b", **place)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_ylim(0, 1.03)

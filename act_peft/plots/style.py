@@ -21,7 +21,7 @@ COLOURS = ("#4477aa", "#ee6677", "#228833", "#aa3377", "#66ccee", "#ccbb44")
 DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)), (0, (1, 1)), (0, (9, 3)))
 MARKERS = ("o", "s", "^", "D", "v", "P")
 GRADIENT = "cividis"  # its brightness rises evenly
-CHARACTERS_PER_INCH = 10.5  # of a title
+CHARACTERS_PER_INCH = 8.8  # of a title
 QUANTITIES = {
     ScoreKind.ACTIVATION: "score: mean |difference of the outputs|, in units of the activations",
     ScoreKind.WEIGHT: "score: norm of the difference of the weights",
@@ -55,7 +55,7 @@ def finish(figure: Figure, title: str, caption: Iterable[str]) -> Figure:
     text = "; ".join(part for part in caption if part)
     if text:
         figure.supxlabel(
-            wrapped(figure, text, CHARACTERS_PER_INCH * 1.45), x=0.01, ha="left", fontsize=8, color="#5b616b"
+            wrapped(figure, text, CHARACTERS_PER_INCH * 1.6), x=0.01, ha="left", fontsize=8, color="#5b616b"
         )
     return figure
 

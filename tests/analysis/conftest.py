@@ -5,6 +5,9 @@ import torch
 
 from act_peft.channels.masks import ChannelMask
 from act_peft.channels.scores import ChannelScores
+from tests.support.pairs import batches, collate, pair, samples
+
+__all__ = ["batches", "collate", "pair", "samples"]
 
 KINDS = ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")
 

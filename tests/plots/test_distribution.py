@@ -6,7 +6,7 @@ import torch
 from act_peft.channels.scores import ChannelScores
 from act_peft.errors import ActTypeError, ActValueError
 from act_peft.plots import draw_concentration, draw_distribution
-from tests.support.figures import make_scores
+from tests.support.figures import finding, make_scores
 
 
 def drawn(scores, **settings):
@@ -26,14 +26,17 @@ def test_the_cut_of_a_share_of_every_module():
     axes = drawn(make_scores(), scope="module")
     assert [line.get_ydata() for line in axes.lines if list(line.get_xdata()) == [0, 1]] == [[0.1, 0.1]]
     assert [text.get_text() for text in axes.texts] == ["selected: top 10% of every module"]
+    scores = ChannelScores({"a": torch.tensor([4.0, 1.0]), "b": torch.tensor([3.0, 2.0])}, 1)
+    title = draw_distribution(scores, density=0.5, scope="module")._suptitle.get_text()
+    assert " ".join(title.split()) == "The top 50% of every module's channels hold 70% of the sum of scores"
 
 
 def test_the_title_is_the_finding():
     scores = ChannelScores({"m": torch.tensor([7.0, 1.0, 1.0, 1.0])}, 1)
     figure = draw_distribution(scores, density=0.25)
-    assert figure._suptitle.get_text() == "The top 25% of all channels hold 70% of the sum of scores"
+    assert finding(figure) == "The top 25% of all channels hold 70% of the sum of scores"
     curve = draw_concentration(scores, density=0.25)
-    assert curve._suptitle.get_text() == "The best 25% of the channels hold 70% of the sum of scores"
+    assert finding(curve) == "The best 25% of the channels hold 70% of the sum of scores"
     line = curve.axes[0].lines[0]
     assert list(line.get_ydata())[:: len(line.get_ydata()) // 4] == pytest.approx([0, 0.7, 0.8, 0.9, 1])
 
@@ -57,7 +60,7 @@ def test_the_groups_that_reach_farthest_are_named():
 
 @pytest.mark.parametrize("draw", [draw_distribution, draw_concentration])
 def test_equal_models_and_single_modules(draw):
-    title = draw(ChannelScores({"a": torch.zeros(4)}, 1), density=0.5)._suptitle.get_text()
+    title = finding(draw(ChannelScores({"a": torch.zeros(4)}, 1), density=0.5))
     assert "hold 0% of the sum of scores" in title
 
 

@@ -11,7 +11,11 @@ from act_peft.channels.masks import ChannelMask
 from act_peft.channels.selection import Scope
 from act_peft.errors import ActValueError
 from act_peft.plots import draw_composition, draw_overlaps, draw_sample_curve, draw_scales
-from tests.support.figures import make_masks
+from tests.support.figures import finding, make_masks
+
+
+def caption(figure):
+    return " ".join(figure._supxlabel.get_text().split())
 
 
 def test_composition():
@@ -22,14 +26,14 @@ def test_composition():
     table = figure.axes[0].images[0].get_array().filled(-1)
     assert table.tolist() == [[0.75, -1, -1], [-1, 0.5, -1], [-1, -1, 0]]
     assert {text.get_text() for text in figure.axes[0].texts} == {"75%", "50%", "0%"}
-    assert figure._suptitle.get_text() == "75% of the 4 selected channels are up"
-    assert "warning: 75% of the selected channels are up" in figure._supxlabel.get_text()
-    assert figure._supxlabel.get_text().endswith("density 0.4")
+    assert finding(figure) == "75% of the 4 selected channels are up"
+    assert "warning: 75% of the selected channels are up" in caption(figure)
+    assert caption(figure).endswith("density 0.4")
 
 
 def test_an_empty_mask():
     figure = draw_composition(measure_composition(ChannelMask({}, {"layers.0.up": 4})))
-    assert figure._suptitle.get_text() == "None of 4 channels is selected"
+    assert finding(figure) == "None of 4 channels is selected"
 
 
 def test_overlaps():
@@ -39,7 +43,7 @@ def test_overlaps():
     assert left.images[0].get_array().tolist() == [list(row) for row in found.jaccard]
     assert [bar.get_width() for bar in right.patches] == list(found.unique)
     assert list(right.lines[0].get_xdata()) == list(found.unique_by_chance)
-    assert figure._suptitle.get_text() == "Found: 1"
+    assert finding(figure) == "Found: 1"
 
 
 def curve(*points, measured=True):
@@ -51,19 +55,19 @@ def test_samples():
     lines = figure.axes[0].lines
     assert (list(lines[0].get_xdata()), list(lines[0].get_ydata())) == ([2, 4], [0.5, 0.85])
     assert (lines[0].get_linestyle(), lines[1].get_linestyle()) == ("-", "--")
-    assert figure._suptitle.get_text() == "From 4 samples on, two runs share at least 80% of their channels"
+    assert finding(figure) == "From 4 samples on, two runs share at least 80% of their channels"
     few = draw_sample_curve({"a": curve((2, 0.5), measured=False)})
-    assert few._suptitle.get_text() == "2 samples are not enough: two runs share 50% of their channels"
-    assert "predicted from the standard errors of one run" in few._supxlabel.get_text()
+    assert finding(few) == "2 samples are not enough: two runs share 50% of their channels"
+    assert "predicted from the standard errors of one run" in caption(few)
 
 
 def test_scales():
     figure = draw_scales({"a": torch.tensor([0.0, 0.0, 0.5]), "b": torch.tensor([1.0])})
-    assert figure._suptitle.get_text() == "50% of 4 learned scales are 0; the median of the others is 0.50"
+    assert finding(figure) == "50% of 4 learned scales are 0; the median of the others is 0.50"
     bars = figure.axes[0].patches
     assert sum(bar.get_height() for bar in bars) == 4
     assert bars[-1].get_height() == 2
     zero = draw_scales({"a": torch.zeros(3)})
-    assert zero._suptitle.get_text() == "100% of 3 learned scales are 0"
+    assert finding(zero) == "100% of 3 learned scales are 0"
     with pytest.raises(ActValueError, match="scales: got none, expected at least one"):
         draw_scales({})

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from act_peft.plots import draw_sweep
-from tests.support.figures import make_loss_sweep, make_sweep
+from tests.support.figures import finding, make_loss_sweep, make_sweep
 
 
 def drawn(result):
@@ -30,7 +30,7 @@ def test_lines_are_the_numbers():
         [pytest.approx(0.88), pytest.approx(0.88)]
     ]
     assert axes.get_xlabel() == "token accuracy on what is kept: German"
-    assert figure._suptitle.get_text() == "Recommended: density 0.2, scale 0.6. Ability 50% → 60%, kept 95% → 89%"
+    assert finding(figure) == "Recommended: density 0.2, scale 0.6. Ability 50% → 60%, kept 95% → 89%"
 
 
 def test_a_far_donor_does_not_squeeze_the_settings():
@@ -48,7 +48,7 @@ def test_several_skills_no_donor_and_no_recommendation():
     assert names == {"base", "not beaten (Pareto front)", "density 10%", "density 20%"}
     assert [line for line in axes.lines if list(line.get_ydata()) == [0, 1]] == []
     assert axes.get_xlabel() == "mean token accuracy on what is kept: German, English"
-    assert figure._suptitle.get_text() == "None of 6 settings is worth taking within the limit"
+    assert finding(figure) == "None of 6 settings is worth taking within the limit"
 
 
 def test_losses_and_other_methods():
@@ -60,5 +60,9 @@ def test_losses_and_other_methods():
     assert axes.get_xlim()[0] > axes.get_xlim()[1]  # better is to the right, and up
     assert axes.get_ylim()[0] > axes.get_ylim()[1]
     assert axes.get_xlim()[0] < 0.2  # what is far beyond the limit is left out
-    assert figure._suptitle.get_text().startswith("Recommended: fitted, scale 1. Loss on the ability 1.00 → 0.51")
+    assert (
+        figure._suptitle.get_text()
+        .replace("\n", " ")
+        .startswith("Recommended: fitted, scale 1. Loss on the ability 1.00 → 0.51")
+    )
     assert "held-out tokens: ability 2" in figure._supxlabel.get_text()

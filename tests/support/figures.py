@@ -14,6 +14,7 @@ from act_peft.analysis import (
     measure_sample_curve,
     predict_overlap,
 )
+from act_peft.analysis.patched import PatchedRow, Patching
 from act_peft.channels.masks import ChannelMask
 from act_peft.channels.scores import ChannelScores
 from act_peft.channels.selection import Normalization, Scope
@@ -115,6 +116,21 @@ def make_scales() -> dict[str, torch.Tensor]:
     return {f"layers.{i}.up": values.clamp(0, 1) for i, values in enumerate(drawn)}
 
 
+def make_patching() -> Patching:
+    """Shares of a gap that grow with the density, selected channels ahead of random ones."""
+    rows = []
+    for density in (0.01, 0.05, 0.1, 0.2, 0.5):
+        for kind, power in (("selected", 0.5), ("random", 1.2), ("random", 1.3)):
+            share = density**power
+            rows.append(PatchedRow(f"{density:g}", kind, density, 100, 1.0, 0.5, share, 0.03, 0.8 * share, 0.04))
+    return Patching(tuple(rows), 1.13, 0.54, 124, 160, "answer", 0)
+
+
+def finding(figure: Any) -> str:
+    """The title of a figure in one line."""
+    return " ".join(figure._suptitle.get_text().split())
+
+
 FIGURES: dict[str, Callable[[], Any]] = {
     "distribution": lambda: plots.draw_distribution(make_scores(), note="seed 0"),
     "distribution of modules": lambda: plots.draw_distribution(make_scores(head=False), scope="module", density=0.1),
@@ -132,6 +148,7 @@ FIGURES: dict[str, Callable[[], Any]] = {
         },
         note="seed 0",
     ),
+    "sufficiency": lambda: plots.draw_sufficiency(make_patching()),
     "scales": lambda: plots.draw_scales(make_scales(), note="seed 0"),
     "accuracies": lambda: plots.draw_accuracies(
         ACCURACIES,
