@@ -17,6 +17,7 @@ from act_peft.disk.checkpoint import Checkpoint
 from act_peft.disk.parameters import Parameters
 from act_peft.disk.skeleton import build_skeleton, load_config
 from act_peft.transfer.lineage import RELATED, model_types
+from act_peft.transfer.parameters import vocabulary_parameters
 
 _ELEMENTS = 1 << 24  # of a parameter that are in memory at the same time
 # What a transfer is sensitive to, or what shows at first sight that two models are different.
@@ -155,8 +156,8 @@ def compare_checkpoints(
 ) -> CheckpointDifference:
     """Compare two checkpoints on disk, without building either model.
 
-    Parameters are matched by the base's names, as in a transfer. Of parameters with a different number of rows
-    (vocabularies of different size) the common rows are compared. A few rows are in memory at a time.
+    Parameters are matched by the base's names, as in a transfer. Of vocabularies of different size the common rows are
+    compared. A few rows are in memory at a time.
 
     Args:
         base: folder or Hub id of a checkpoint in safetensors.
@@ -184,7 +185,15 @@ def compare_checkpoints(
             fits=lambda name, shape: tuple(shape) == shapes.get(name),
             model_types=model_types(configs[0]),
         )
-        fitting = [n for n in names if n in mine and n in theirs and _comparable(mine.shape(n), theirs.shape(n))]
+        vocabulary = vocabulary_parameters(skeletons[0])
+
+        def is_common(name: str) -> bool:
+            if name not in mine or name not in theirs:
+                return False
+            first = 1 if name in vocabulary else 0
+            return mine.shape(name)[first:] == theirs.shape(name)[first:]
+
+        fitting = [name for name in names if is_common(name)]
         common = _once(fitting, *skeletons)
         found = {
             name: _difference(mine, theirs, name)
@@ -235,11 +244,6 @@ def _once(names: list[str], base: Any, donor: Any) -> list[str]:
     ]
     first = {tuple(owner.get(name) for owner in owners): name for name in reversed(names)}
     return [name for name in names if name in set(first.values())]
-
-
-def _comparable(mine: tuple[int, ...], theirs: tuple[int, ...]) -> bool:
-    """Whether two shapes are equal but for the number of rows of a matrix."""
-    return mine == theirs or (len(mine) == len(theirs) == 2 and mine[1] == theirs[1])
 
 
 def _pooled(

@@ -23,9 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     selection = parser.add_mutually_exclusive_group(required=True)
     selection.add_argument(
-        "--scores", type=Path, help="file of scores: masks of growing density are selected from them"
+        "--scores",
+        type=Path,
+        help="file of scores: masks of growing density are selected from them (give these or --mask)",
     )
-    selection.add_argument("--mask", type=Path, nargs="+", metavar="FILE", help="files of masks in their place")
+    selection.add_argument(
+        "--mask", type=Path, nargs="+", metavar="FILE", help="files of masks in their place (give these or --scores)"
+    )
     parser.add_argument(
         "--dataset",
         required=True,

@@ -11,6 +11,8 @@ from act_peft.plots.style import GRADIENT, GREY, INK, finish, new_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_LONGEST = 24  # characters of a name
+
 
 def draw_overlaps(masks: Disentanglement, *, title: str | None = None, note: str = "") -> Figure:
     """Draw the Jaccard overlap of every pair of masks, and the share of each mask that no other has.
@@ -33,8 +35,9 @@ def draw_overlaps(masks: Disentanglement, *, title: str | None = None, note: str
             text = f"{value:.2f}" if row == column else f"{value:.2f}\n({masks.chance[row][column]:.2f})"
             colour = "white" if value < 0.55 else "black"
             left.annotate(text, (column, row), ha="center", va="center", fontsize=8, color=colour)
-    left.set_xticks(range(count), masks.names, rotation=35, ha="right", rotation_mode="anchor")
-    left.set_yticks(range(count), masks.names)
+    names = [_short(name) for name in masks.names]
+    left.set_xticks(range(count), names, rotation=35, ha="right", rotation_mode="anchor")
+    left.set_yticks(range(count), names)
     left.tick_params(length=0, labelcolor=INK, labelsize=9)
     left.set_xlabel("Jaccard overlap (in parentheses: by chance)", color=INK)
     right.barh(range(count), masks.unique, color=GREY, height=0.6)
@@ -56,3 +59,8 @@ def draw_overlaps(masks: Disentanglement, *, title: str | None = None, note: str
     bar.outline.set_edgecolor(GREY)
     found = masks.title if title is None else title
     return finish(figure, f"{found[0].upper()}{found[1:]}", [f"{masks.union:,} channels in at least one mask", note])
+
+
+def _short(name: str) -> str:
+    """The end of a long name, which is where paths differ."""
+    return name if len(name) <= _LONGEST else f"...{name[-_LONGEST:]}"
