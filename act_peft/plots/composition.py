@@ -30,7 +30,7 @@ def draw_composition(composition: Composition, *, note: str = "") -> Figure:
     table = torch.full((len(layers), len(kinds)), float("nan"), dtype=torch.float64)
     for (layer, kind), part in composition.cells.items():
         table[layers.index(layer), kinds.index(kind)] = part.density
-    figure = new_figure(max(5.5, 0.72 * len(kinds) + 3), min(max(3.6, 0.26 * len(layers) + 2.4), 14))
+    figure = new_figure(max(5.5, 0.72 * len(kinds) + 3), min(max(4.2, 0.26 * len(layers) + 2.8), 14))
     axes = figure.subplots()
     axes.set_facecolor("white")
     highest = float(table.nan_to_num(0).max()) or 1.0
@@ -59,7 +59,7 @@ def draw_composition(composition: Composition, *, note: str = "") -> Figure:
             place = (kinds.index(kind), layers.index(layer))
             axes.annotate(percent(part.density), place, ha="center", va="center", fontsize=8, color=colour)
     bar = figure.colorbar(image, ax=axes, pad=0.02, format=lambda value, _: percent(value))
-    bar.set_label("share of the channels that is selected", color=INK)
+    bar.set_label("share selected", color=INK)
     bar.outline.set_edgecolor(GREY)
     axes.set_xlabel("kind of module, with its part of the mask", color=INK)
     axes.set_ylabel("layer", color=INK)

@@ -54,14 +54,20 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
     write_file(path, picture(figure, Path(path).suffix.lower()))
 
 
-def picture(figure: Figure, suffix: str) -> bytes:
-    """The bytes of a figure as a file with this suffix; equal figures give equal bytes."""
+def picture(figure: Figure, suffix: str, *, dots_per_inch: int | None = None) -> bytes:
+    """The bytes of a figure as a file with this suffix; equal figures give equal bytes.
+
+    Args:
+        figure: the figure.
+        suffix: one of `FORMATS`.
+        dots_per_inch: by default the figure's own.
+    """
     from matplotlib import rc_context
 
     written = io.BytesIO()
     metadata = {_DATES[suffix]: None} if suffix in _DATES else None
     with rc_context({"svg.hashsalt": "act_peft"}):
-        figure.savefig(written, format=suffix[1:], facecolor="white", metadata=metadata)
+        figure.savefig(written, format=suffix[1:], facecolor="white", metadata=metadata, dpi=dots_per_inch or "figure")
     return written.getvalue()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from act_peft.analysis.patched import PatchedRow, Patching
+from act_peft.analysis.tables import percent
 from act_peft.plots.style import COLOURS, GREY, INK, as_percent, finish, new_figure, plain_axes
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def draw_sufficiency(patching: Patching, *, note: str = "") -> Figure:
         axes.set_xlabel("share of the channels (logarithmic)")
         axes.set_ylabel(_MEANING[what])
         plain_axes(axes)
-    figure.axes[0].legend(fontsize=8.5, frameon=False, loc="best")
+    figure.axes[1].legend(fontsize=8.5, frameon=False, loc="upper left", bbox_to_anchor=(0, 0.93))
     found = f"{patching.title[0].upper()}{patching.title[1:]}"
     where = {"answer": "activations exchanged where answer tokens are predicted"}.get(
         patching.positions, "activations exchanged at all positions"
@@ -65,6 +66,7 @@ def _draw(axes: Axes, rows: tuple[PatchedRow, ...], what: str) -> None:
         errors = [sum(getattr(r, f"{what}_error") or 0.0 for r in found[d]) / len(found[d]) for d in densities]
         axes.errorbar(densities, means, yerr=errors, capsize=3, markersize=6, **style)
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(as_percent)
-    axes.xaxis.set_minor_formatter("")
+    densities = sorted({row.density for row in rows if row.num_channels})
+    axes.set_xticks(densities, [percent(density) for density in densities], fontsize=8)
+    axes.set_xticks([], minor=True)
     axes.yaxis.set_major_formatter(as_percent)
