@@ -42,6 +42,10 @@ COMMANDS = {
     "combine": "act_peft.cli.combine",
     "export-lora": "act_peft.cli.export_lora",
     "inspect": "act_peft.cli.inspect",
+    "diff": "act_peft.cli.diff",
+    "patch": "act_peft.cli.patch",
+    "plot": "act_peft.cli.plot",
+    "report": "act_peft.cli.report",
 }
 
 _QUIET = {

@@ -87,6 +87,17 @@ class ExampleReader:
         options = self._arguments
         return load_examples(dataset, split=options.split, samples=options.samples, seed=options.seed)
 
+    def load_by_column(self, dataset: str, column: str) -> dict[str, Any]:
+        """The examples of a dataset by the values of a column.
+
+        Raises:
+            ActValueError: as `load`; there is no such column, or its values are no names.
+        """
+        from act_peft.data.loading import load_by_column
+
+        options = self._arguments
+        return load_by_column(dataset, column, split=options.split, samples=options.samples, seed=options.seed)
+
     def model(self, name: str) -> Any:
         """A model, with `--dtype` and `--device`.
 

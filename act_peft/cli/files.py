@@ -12,6 +12,7 @@ from act_peft.errors import ActValueError
 
 SCOPE = "global: rank the channels of all modules together; module: the same share of every module (global)"
 TARGETS = ("peft", "vllm", "sglang", "llama.cpp")  # act_peft.export.Target, without importing it
+SCOPE_OF_MODULES = SCOPE.replace("(global)", "(module)")
 NORMALIZE = "rms: divide the scores of each module by their root mean square before ranking; none: do not (none)"
 
 
@@ -41,7 +42,7 @@ def check_output_file(path: Path, *, overwrite: bool) -> None:
 @contextmanager
 def output_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
     """The path of a file to write that becomes `path`; without `overwrite` it replaces nothing that has appeared."""
-    with importing():
+    with importing(library=False):
         from act_peft.disk.atomic import new_file
 
     with new_file(path, overwrite=overwrite) as beside:

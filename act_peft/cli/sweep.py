@@ -89,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--measure-donor", action="store_true", help="also measure the donor, which is loaded for this"
     )
-    parser.add_argument("--figure", type=Path, metavar="PNG", help="picture to write (none)")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="picture to write: PNG, SVG or PDF (none)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_examples(parser, samples=300, batch_size=8)
     add_output(parser, what="JSON file of all numbers", required=False)
@@ -108,11 +108,11 @@ def run(arguments: argparse.Namespace) -> None:
             check_output_file(path, overwrite=arguments.overwrite)
     with importing():
         from act_peft import ChannelScores, sweep
-        from act_peft.plots import check_matplotlib, plot_sweep
+        from act_peft.plots import check_figure_file, draw_sweep, save_figure
         from act_peft.transfer.donors import is_adapter
 
     if arguments.figure is not None:
-        check_matplotlib()
+        check_figure_file(arguments.figure)
     arguments.device = device_of(arguments)
     scores = None if arguments.scores is None else ChannelScores.load(arguments.scores)
     reader = ExampleReader(arguments)
@@ -147,7 +147,7 @@ def run(arguments: argparse.Namespace) -> None:
             path.write_text(f"{text}\n", encoding="utf-8")
     if arguments.figure is not None:
         with output_file(arguments.figure, overwrite=arguments.overwrite) as path:
-            plot_sweep(result, path)
+            save_figure(draw_sweep(result, note=f"seed {arguments.seed}"), path)
     print(text if arguments.json else "\n".join([str(result), *next_steps(result, arguments)]))
 
 

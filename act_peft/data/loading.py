@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +13,8 @@ from datasets.exceptions import DatasetGenerationError
 from act_peft.data.failures import reason_of
 from act_peft.errors import ActValueError
 
+_FILE_NAME = re.compile(r"[\w-]{1,60}")
+_MOST_VALUES = 200  # of a column that divides a dataset; more are no domains or languages
 _EXPECTED = "expected a JSON or JSONL file, a folder or a Hub id"
 
 
@@ -48,6 +52,48 @@ def load_examples(dataset: str, *, split: str = "train", samples: int | None = N
         raise ActValueError(f"dataset {dataset!r}: got no examples, expected at least one (in split {split!r})")
     _check_columns(dataset, examples.column_names)
     return draw(examples, samples, seed)
+
+
+def load_by_column(
+    dataset: str, column: str, *, split: str = "train", samples: int | None = None, seed: int = 0
+) -> dict[str, Dataset]:
+    """Load a dataset and divide it by the values of a column.
+
+    Args:
+        dataset: as in `load_examples`.
+        column: name of the column; its values are texts, numbers or truth values.
+        split: as in `load_examples`.
+        samples: number of examples of each value.
+        seed: as in `load_examples`.
+
+    Returns:
+        Value as text -> its examples, in the order of the first ones.
+
+    Raises:
+        ActValueError: as `load_examples`; there is no such column; its values are no names for files; there are too
+            many of them.
+    """
+    examples = load_examples(dataset, split=split)
+    where = f"dataset {dataset!r}: column {column!r}"
+    if column not in examples.column_names:
+        raise ActValueError(f"{where}: there is none, expected one of {', '.join(examples.column_names)}")
+    rows: dict[str, list[int]] = {}
+    for number, value in enumerate(examples[column]):
+        text = str(value)
+        if not isinstance(value, (str, int, bool)) or not _FILE_NAME.fullmatch(text):
+            raise ActValueError(
+                f"{where}: got {value!r:.80} in row {number}, expected values that can be part of the name of a file "
+                "(letters, digits, '-', '_')"
+            )
+        rows.setdefault(text, []).append(number)
+    if len(rows) > _MOST_VALUES:
+        raise ActValueError(f"{where}: got {len(rows)} different values, expected at most {_MOST_VALUES}")
+    generator = random.Random(seed)
+    found = {}
+    for value, numbers in rows.items():
+        chosen = numbers if samples is None or len(numbers) <= samples else generator.sample(numbers, samples)
+        found[value] = examples.select(chosen).remove_columns(column)
+    return found
 
 
 def draw(examples: Dataset, samples: int | None, seed: int) -> Dataset:
