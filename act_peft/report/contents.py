@@ -95,7 +95,7 @@ def _read_adapter(folder: Path) -> Content:
                 raise ActValueError(f"{folder}: {name}: adapted_modules does not say how many channels it has")
             counts[name], found[name] = count, delta.index
         scales = {name: delta.scales for name, delta in adapter.modules.items() if delta.scales is not None}
-    fingerprints = {name: str(recorded[name].get("base")) for name in counts}
+    fingerprints = {name: recorded[name].get("base") for name in counts}
     facts = {
         "base": config.base_model_name_or_path,
         "donor": config.donor,
@@ -103,13 +103,9 @@ def _read_adapter(folder: Path) -> Content:
         "transfer scale": config.transfer_scale,
         "trainable": config.trainable,
         "density": config.density,
-        "fingerprints of the base's rows": "; ".join(f"{name} {found}" for name, found in fingerprints.items()),
+        "fingerprints of the base's rows": _fingerprints(fingerprints),
     }
-    try:
-        mask = ChannelMask(found, counts)
-    except ActError as error:
-        raise ActValueError(f"{folder}: {error} (the adapter is damaged)") from error
-    return Content(str(folder), "adapter", _facts(facts), mask=mask, scales=scales)
+    return Content(str(folder), "adapter", _facts(facts), mask=ChannelMask(found, counts), scales=scales)
 
 
 def _read_json(path: Path) -> Content:
@@ -138,12 +134,18 @@ def _read_json(path: Path) -> Content:
         raise ActValueError(f"{path}: {error}") from error
 
 
+def _fingerprints(given: Mapping[str, Any]) -> str:
+    return "; ".join(f"{name} {found}" for name, found in given.items())
+
+
 def _facts(given: Mapping[str, Any]) -> dict[str, str]:
     """What is known, in words; nested values one below the other, long ones cut off."""
     found: dict[str, str] = {}
     for name, value in given.items():
         if name in _SHOWN_ELSEWHERE or value is None:
             continue
+        if name == "fingerprints":
+            value = _fingerprints(value)
         if isinstance(value, Mapping):
             found |= {f"{name}: {key}": text for key, text in _facts(value).items()}
             continue

@@ -93,6 +93,7 @@ def test_fit_train_merge_and_again(folder):
     assert third.evaluation.to_dict() == other.evaluation.to_dict()
 
 
+@pytest.mark.filterwarnings("ignore:lm_head. vLLM loads factors of embeddings:act_peft.ActWarning")
 @pytest.mark.parametrize("target", ["peft", "vllm"])
 def test_a_lora_for_other_tools_holds_what_it_can(folder, target):
     result, _ = run(folder, f"output: {{lora_rank: 60, lora_target: {target}}}", f"export-{target}")
@@ -118,6 +119,7 @@ def biased(folder):
     return SMALL.replace("base: base", "base: biased-base").replace("donor: donor", "donor: biased-donor")
 
 
+@pytest.mark.filterwarnings("ignore:lm_head. vLLM loads factors of embeddings:act_peft.ActWarning")
 @pytest.mark.parametrize("method", ["fit", "localize\nlocalize: {score: weight}"])
 def test_biases_do_not_move_where_a_lora_is_asked_for(folder, biased, method):
     text = f"{biased}method: {method}\noutput: {{lora_rank: 128, lora_target: vllm}}\n"

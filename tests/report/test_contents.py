@@ -45,11 +45,13 @@ def test_a_sweep_is_what_it_was(shown):
 
 
 def test_unknown_metadata_is_shown_and_long_ones_are_cut(tmp_path):
-    metadata = {"modules": [["m", 3]], "origin": {"base": "org/base", "data": "x" * 400}, "nothing": None}
+    models = {role: {"name": f"org/{role}", "fingerprints": {"m": "ab", "n": "cd"}} for role in ("base", "donor")}
+    metadata = {"modules": [["m", 3]], "origin": models, "run": {"data": "x" * 400}, "nothing": None}
     tensorfile.write(tmp_path / "mask", "channel mask", 1, {"m": torch.tensor([1])}, metadata)
     facts = read_content(tmp_path / "mask").facts
-    assert facts["origin: base"] == "org/base"
-    assert facts["origin: data"] == "x" * 300 + " ..."
+    assert facts["origin: base: name"] == "org/base"
+    assert facts["origin: donor: fingerprints"] == "m ab; n cd"
+    assert facts["run: data"] == "x" * 300 + " ..."
     assert "nothing" not in facts
 
 
@@ -111,9 +113,10 @@ def test_folders_and_missing_files(shown, tmp_path):
     with pytest.raises(ActValueError, match="adapted_modules does not say how many channels it has"):
         read_content(tmp_path / "adapter")
     values = json.loads(good)
-    next(iter(values["adapted_modules"].values()))["channels"] = 2
+    entry = next(iter(values["adapted_modules"].values()))
+    entry["channels"] = entry["selected"]
     config.write_text(json.dumps(values))
-    with pytest.raises(ActValueError, match=r"got channel 5, expected 0 to 1.*the adapter is damaged"):
+    with pytest.raises(ActValueError, match=r"expected ascending ones in \[0, 3\) without repetition"):
         read_content(tmp_path / "adapter")
 
 
