@@ -27,6 +27,7 @@ def _is_command() -> bool:
 
 
 if TYPE_CHECKING or not _is_command():
+    from act_peft import analysis as analysis  # imports nothing yet
     from act_peft.library import *  # noqa: F403 (its `__all__` is the list of the public names)
     from act_peft.library import __all__ as __all__
 else:  # torch, transformers and PEFT take seconds, which `--help` and a mistyped option should not

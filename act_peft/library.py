@@ -9,6 +9,7 @@ from act_peft.channels.masks import ChannelMask
 from act_peft.channels.scores import ChannelScores
 from act_peft.combination.combine import combine, find_conflicts
 from act_peft.errors import ActError, ActLoadError, ActTypeError, ActValueError, ActWarning
+from act_peft.evaluation import Evaluation, evaluate
 from act_peft.export import export_lora
 from act_peft.fitting import FittedTransfer, fit
 from act_peft.localization import localize
@@ -34,12 +35,14 @@ __all__ = [
     "ChannelMask",
     "ChannelScores",
     "DonorCallback",
+    "Evaluation",
     "FittedTransfer",
     "KeepCallback",
     "ScaleSparsityCallback",
     "__version__",
     "combine",
     "create_adapter",
+    "evaluate",
     "export_lora",
     "find_conflicts",
     "fit",

@@ -17,7 +17,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import act_peft
-from act_peft import ActError, ActModel, ChannelMask, ChannelScores, create_adapter, localize
+from act_peft import ActError, ActModel, ChannelMask, ChannelScores, analysis, create_adapter, localize
 from act_peft.demo.family import BASE, DONOR
 
 DOCUMENTED = {
@@ -29,6 +29,7 @@ DOCUMENTED = {
     and not (inspect.isclass(value) and issubclass(value, (ActError, Warning)))
 }
 DOCUMENTED["ChannelScores.top"] = ChannelScores.top
+DOCUMENTED |= {name: getattr(analysis, name) for name in analysis.__all__ if name[0].islower()}
 
 
 class _ShownOutput(doctest.OutputChecker):

@@ -13,14 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import act_peft
+from act_peft import analysis
 
 WRITTEN = Path(__file__).parent / "public_interface.txt"
 
 
 def interface() -> Iterator[str]:
     """Each public function with its signature, each class with its public members."""
-    for name in sorted(act_peft.__all__):
-        value = getattr(act_peft, name)
+    yield from _names_of(act_peft)
+    for line in _names_of(analysis):
+        yield line if line.startswith(" ") else f"analysis: {line}"
+
+
+def _names_of(module: Any) -> Iterator[str]:
+    for name in sorted(module.__all__):
+        value = getattr(module, name)
         if not inspect.isclass(value):
             yield name + (_signature(value) if callable(value) else "")
             continue

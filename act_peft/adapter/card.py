@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,22 @@ def write_model_card(folder: str, config: dict[str, Any]) -> None:
     card.data["base_model"] = model_name(card.data.get("base_model")) or model_name(config["base_model_name_or_path"])
     card.text = _with_section(without_blanks(card.text), _section(config))
     write_file(path, str(card).encode())
+
+
+def add_to_card(folder: str | os.PathLike[str], name: str, text: str) -> None:
+    """Add a section to the card of an adapter's folder, in place of an older one of the same name.
+
+    Args:
+        folder: the adapter's folder, with a card.
+        name: of the section; a word.
+        text: Markdown.
+    """
+    path = Path(folder) / "README.md"
+    begin, end = f"<!-- act_peft {name}: begin -->", f"<!-- act_peft {name}: end -->"
+    card = path.read_text(encoding="utf-8")
+    before, _, rest = card.partition(begin)
+    after = rest.rpartition(end)[2] if rest else ""
+    write_file(path, f"{before.rstrip()}\n\n{begin}\n{text}{end}\n{after.lstrip()}".encode())
 
 
 _EMPTY = "---\n{{ card_data }}\n---\n"

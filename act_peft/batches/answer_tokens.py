@@ -31,6 +31,16 @@ class AnswerTokens:
     def __len__(self) -> int:
         return self.index.numel()
 
+    @property
+    def samples(self) -> torch.Tensor:
+        """The sample (row of the batch) of every counted token, int64 `[N]` on the CPU, ascending."""
+        return self.index // self.length
+
+    @property
+    def per_sample(self) -> torch.Tensor:
+        """The number of counted tokens of every sample, int64 `[B]` on the CPU."""
+        return torch.bincount(self.samples, minlength=self.batch_size)
+
     def index_on(self, device: torch.device) -> torch.Tensor:
         """`index` on a device; it is copied there only once."""
         if device not in self._on_device:

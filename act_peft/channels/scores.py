@@ -15,14 +15,16 @@ import torch
 from act_peft.channels.contrast import contrast, mean_of_all
 from act_peft.channels.masks import ChannelMask
 from act_peft.channels.origin import HasOrigin, Origin, check_same_pair, join
+from act_peft.channels.score_sums import checked_comparable, checked_sums, count_text, rows_of
 from act_peft.channels.selection import Normalization, Scope, dominance_text, select_channels
-from act_peft.checks import MOST, member_of, module_name, whole_number
+from act_peft.channels.spread import Spread
+from act_peft.checks import MOST, member_of, whole_number
 from act_peft.disk import tensorfile
 from act_peft.errors import ActError, ActTypeError, ActValueError, ActWarning
 
 _KIND = "channel scores"
-# Version 2 has more metadata, version 3 has two rows a module (contrast), version 4 has the origin. Scores by
-# activations over one vocabulary, of unknown origin, need none of these and are written as version 1.
+# Version 2 has more metadata, version 3 two rows a module (contrast), version 4 a spread (three rows) or the origin.
+# What needs none of them is written as version 1.
 _PLAIN_VERSION, _SCORE_VERSION, _CONTRAST_VERSION, _VERSION = 1, 2, 3, 4
 
 
@@ -68,12 +70,13 @@ class ChannelScores(HasOrigin, Mapping[str, torch.Tensor]):
         num_comparable: module name -> number of its first channels that are comparable, from 1 to C. In modules
             without an entry all channels are comparable.
         keep: for scores by contrast, the scores by activation of the same channels on the data to keep.
+        spread: for scores by activation, how they vary from sample to sample, for `standard_errors`.
 
     Raises:
         ActTypeError: a sum that is no floating 1-D tensor, a name that is no str, a count that is no int.
         ActValueError: no module, a number of tokens that does not fit the kind, a sum that is not finite, a negative
             sum that is no attribution, a sum other than 0 for a channel that is not comparable; `keep` is missing,
-            not wanted, of another kind or of other channels, or 0 everywhere.
+            not wanted, of another kind or of other channels, or 0 everywhere; a spread that does not fit.
 
     Example:
         >>> sums = {"q_proj": torch.tensor([6.0, 2.0]), "up_proj": torch.tensor([4.0, 0.0])}
@@ -89,6 +92,7 @@ class ChannelScores(HasOrigin, Mapping[str, torch.Tensor]):
     _kind: ScoreKind
     _num_comparable: dict[str, int]  # of the modules that have fewer than C
     _keep: ChannelScores | None
+    _spread: Spread | None
 
     def __init__(
         self,
@@ -98,6 +102,7 @@ class ChannelScores(HasOrigin, Mapping[str, torch.Tensor]):
         kind: str | ScoreKind = ScoreKind.ACTIVATION,
         num_comparable: Mapping[str, int] | None = None,
         keep: ChannelScores | None = None,
+        spread: Spread | None = None,
     ) -> None:
         kind = member_of(ScoreKind, kind, "kind")
         num_tokens = whole_number(num_tokens, "num_tokens", least=1 if kind.is_mean else 0, most=MOST)
@@ -105,13 +110,18 @@ class ChannelScores(HasOrigin, Mapping[str, torch.Tensor]):
             raise ActValueError(f"num_tokens: got {num_tokens}, expected 0 (scores by {kind.value} are no mean)")
         if not sums:
             raise ActValueError("sums: got no module, expected at least one")
-        checked = {name: _checked_sums(name, values, kind) for name, values in sums.items()}
+        checked = {
+            name: checked_sums(name, values, signed=kind is ScoreKind.ATTRIBUTION) for name, values in sums.items()
+        }
         object.__setattr__(self, "_sums", checked)
         object.__setattr__(self, "_num_tokens", num_tokens)
         object.__setattr__(self, "_kind", kind)
-        object.__setattr__(self, "_num_comparable", _checked_comparable(checked, num_comparable or {}))
+        object.__setattr__(self, "_num_comparable", checked_comparable(checked, num_comparable or {}))
         object.__setattr__(self, "_keep", keep)
         self._check_keep()
+        if spread is not None and kind is not ScoreKind.ACTIVATION:
+            raise ActValueError(f"spread: got one for scores by {kind.value}, expected it for scores by activation")
+        object.__setattr__(self, "_spread", None if spread is None else spread.checked(self.num_channels))
 
     def __getitem__(self, name: str) -> torch.Tensor:
         means = self._sums[name] / max(self._num_tokens, 1)
@@ -139,8 +149,8 @@ class ChannelScores(HasOrigin, Mapping[str, torch.Tensor]):
         if not isinstance(other, ChannelScores):
             return NotImplemented
         return (
-            (self._num_tokens, self._kind, self._num_comparable, self._keep)
-            == (other._num_tokens, other._kind, other._num_comparable, other._keep)
+            (self._num_tokens, self._kind, self._num_comparable, self._keep, self._spread)
+            == (other._num_tokens, other._kind, other._num_comparable, other._keep, other._spread)
             and self._sums.keys() == other._sums.keys()
             and all(torch.equal(values, other._sums[name]) for name, values in self._sums.items())
         )
@@ -158,7 +168,7 @@ class ChannelScores(HasOrigin, Mapping[str, torch.Tensor]):
         if differing:
             name = differing[0]
             raise ActValueError(
-                f"{name}: got {_count_text(left.get(name))} on the left and {_count_text(right.get(name))} on the "
+                f"{name}: got {count_text(left.get(name))} on the left and {count_text(right.get(name))} on the "
                 f"right, expected two runs of the same pair of models ({len(differing)} of {len({**left, **right})} "
                 "modules differ; use the same target_modules and exclude_modules)"
             )
@@ -170,6 +180,7 @@ class ChannelScores(HasOrigin, Mapping[str, torch.Tensor]):
             kind=self._kind,
             num_comparable=self._num_comparable,
             keep=None if self._keep is None or other._keep is None else self._keep + other._keep,
+            spread=None if self._spread is None or other._spread is None else self._spread + other._spread,
         ).with_origin(join(self._origin, other._origin))
 
     def _check_keep(self) -> None:
@@ -217,6 +228,23 @@ class ChannelScores(HasOrigin, Mapping[str, torch.Tensor]):
     def keep(self) -> ChannelScores | None:
         """The scores by activation on the data to keep; None unless the scores are by contrast."""
         return self._keep
+
+    @property
+    def num_samples(self) -> int | None:
+        """Number of samples (rows of batches) in the mean; None where it is not known, as in files of old versions."""
+        return None if self._spread is None else self._spread.num_samples
+
+    @property
+    def standard_errors(self) -> dict[str, torch.Tensor] | None:
+        """Module name -> standard error of every score, float64 `[C]`; tokens of one sample count as dependent.
+
+        None where it is not known: for fewer than two samples, for scores that are not by activation, for files of
+        old versions, and for a sum with such scores.
+        """
+        spread = self._spread
+        if spread is None or spread.num_samples < 2:
+            return None
+        return {name: spread.standard_error(name, self[name], self._num_tokens) for name in self._sums}
 
     @property
     def num_channels(self) -> Mapping[str, int]:
@@ -287,8 +315,9 @@ class ChannelScores(HasOrigin, Mapping[str, torch.Tensor]):
         metadata `modules: [name, ...]` in order and `num_tokens`. Version 2, which is written only if needed, has
         also `score: "activation" | "weight" | "attribution" | "gain"` and `num_comparable: {name: count}` with the
         modules that have fewer comparable channels than channels. Version 3, only for `score: "contrast"`, has
-        tensors `[2, C]` (sums on the ability, sums on the data to keep) and also `num_keep_tokens`. Version 4, where
-        the origin is known, adds `origin` as in the file of a mask.
+        tensors `[2, C]` (sums on the ability, sums on the data to keep) and also `num_keep_tokens`. Version 4 adds
+        `origin`, as in the file of a mask, where it is known; and for scores with a spread the metadata of version 2,
+        `num_samples` and `token_squares`, and tensors `[3, C]`: sums, and of the spread squares and products.
 
         Raises:
             ActValueError: `path` is a folder or lies in a folder that does not exist.
@@ -303,6 +332,15 @@ class ChannelScores(HasOrigin, Mapping[str, torch.Tensor]):
             version = _CONTRAST_VERSION
             metadata |= {"num_keep_tokens": self._keep.num_tokens}
             tensors = {name: torch.stack([sums, self._keep._sums[name]]) for name, sums in self._sums.items()}
+        spread = self._spread
+        if spread is not None:
+            version = _VERSION
+            metadata |= {"score": self._kind.value, "num_comparable": self._num_comparable}
+            metadata |= {"num_samples": spread.num_samples, "token_squares": spread.token_squares}
+            tensors = {
+                name: torch.stack([sums, spread.squares[name], spread.products[name]])
+                for name, sums in self._sums.items()
+            }
         if self._origin is not None:
             version = _VERSION
             metadata |= {"origin": self._origin.to_json()}
@@ -326,66 +364,22 @@ class ChannelScores(HasOrigin, Mapping[str, torch.Tensor]):
         if not isinstance(comparable, dict):
             raise ActValueError(f"{path}: num_comparable: got {comparable!r:.100}, expected an object of counts")
         sums = {name: tensors[name] for name in modules}
-        keep = None
+        keep = spread = None
         try:
             if metadata.get("score") == ScoreKind.CONTRAST.value:
-                sums, kept = _two_rows(sums)
+                sums, kept = rows_of(sums, 2)
                 keep = cls(kept, metadata.get("num_keep_tokens"), num_comparable=comparable)  # type: ignore[arg-type]
+            if "num_samples" in metadata:
+                sums, squares, products = rows_of(sums, 3)
+                spread = Spread(squares, products, metadata["num_samples"], metadata.get("token_squares"))  # type: ignore[arg-type]
             scores = cls(
                 sums,
                 metadata.get("num_tokens"),  # type: ignore[arg-type]
                 kind=metadata.get("score", ScoreKind.ACTIVATION),
                 num_comparable=comparable,
                 keep=keep,
+                spread=spread,
             )
             return scores.with_origin(Origin.from_json(metadata["origin"])) if "origin" in metadata else scores
         except ActError as error:
             raise ActValueError(f"{path}: {error}") from error
-
-
-def _two_rows(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The two rows of every tensor of a file of scores by contrast."""
-    for name, values in tensors.items():
-        if values.dim() != 2 or values.shape[0] != 2:
-            raise ActValueError(f"{name}: got sums of shape {list(values.shape)}, expected [2, C] (save them again)")
-    return {name: values[0] for name, values in tensors.items()}, {name: v[1] for name, v in tensors.items()}
-
-
-def _checked_sums(name: str, values: torch.Tensor, kind: ScoreKind) -> torch.Tensor:
-    """A float64 copy `[C]` of one module's sums."""
-    name = module_name(name)
-    if not isinstance(values, torch.Tensor) or not values.is_floating_point():
-        got = values.dtype if isinstance(values, torch.Tensor) else type(values).__name__
-        raise ActTypeError(f"{name}: got {got}, expected a floating point tensor [C]")
-    if values.dim() != 1 or values.numel() == 0:
-        raise ActTypeError(f"{name}: got sums of shape {list(values.shape)}, expected [C]")
-    values = values.detach().to(device="cpu", dtype=torch.float64, copy=True)
-    wrong = ~torch.isfinite(values)
-    if kind is not ScoreKind.ATTRIBUTION:
-        wrong |= values < 0
-    wrong = wrong.nonzero()
-    if wrong.numel():
-        channel = int(wrong[0])
-        raise ActValueError(
-            f"{name}: got {float(values[channel])} for channel {channel}, expected finite sums"
-            f"{'' if kind is ScoreKind.ATTRIBUTION else ' of absolute differences'} ({len(wrong)} of {values.numel()} "
-            "channels are wrong)"
-        )
-    return values
-
-
-def _checked_comparable(sums: Mapping[str, torch.Tensor], counts: Mapping[str, int]) -> dict[str, int]:
-    """The counts of the modules with channels that are not comparable."""
-    for name, count in counts.items():
-        if name not in sums:
-            raise ActValueError(f"num_comparable: {name} is not a module of these scores")
-        count = whole_number(count, f"{name}: number of comparable channels", least=1, most=sums[name].numel())
-        if sums[name][count:].any():
-            raise ActValueError(
-                f"{name}: got a score other than 0 for a channel after the {count} comparable ones, expected 0"
-            )
-    return {name: count for name, count in counts.items() if count < sums[name].numel()}
-
-
-def _count_text(count: int | None) -> str:
-    return "no such module" if count is None else f"{count} channels"

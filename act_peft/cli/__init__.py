@@ -29,17 +29,30 @@ from act_peft.plain import one_line, without_controls
 
 COMMANDS = {
     "demo": "act_peft.cli.demo",
+    "recipes": "act_peft.cli.recipes",
+    "run": "act_peft.cli.run",
     "localize": "act_peft.cli.localize",
     "fit": "act_peft.cli.fit",
     "select": "act_peft.cli.select",
     "sweep": "act_peft.cli.sweep",
+    "train": "act_peft.cli.train",
+    "eval": "act_peft.cli.eval",
     "transfer": "act_peft.cli.transfer",
     "merge": "act_peft.cli.merge",
     "combine": "act_peft.cli.combine",
     "export-lora": "act_peft.cli.export_lora",
     "inspect": "act_peft.cli.inspect",
+    "diff": "act_peft.cli.diff",
+    "patch": "act_peft.cli.patch",
+    "plot": "act_peft.cli.plot",
+    "report": "act_peft.cli.report",
 }
 
+_QUIET = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
 DONE, FAILED = 0, 1  # argparse itself ends with 2 after bad arguments
 
 _DESCRIPTION = (
@@ -47,6 +60,16 @@ _DESCRIPTION = (
 )
 _EXAMPLE = "act-peft demo --output act-peft-demo"
 _KEYWORD = re.compile(r"(?<=\s)(\w+)=(?:True|'([^']*)'|(\d+|\.\.\.))")
+
+
+class _Command(argparse.ArgumentParser):
+    """The parser of one command, which shows its own usage for arguments that it does not know."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -59,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser = _parser(argparse.ArgumentParser, debug, description=_DESCRIPTION, example=_EXAMPLE, prog="act-peft")
     parser.add_argument("--version", action="version", version=f"act-peft {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Command)
     for name, path in COMMANDS.items():
         module = importlib.import_module(path)
         command = _parser(
@@ -84,6 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if argv is None:  # the process is the command: nothing of it writes to a terminal but through these
         sys.stdout, sys.stderr = _Printable(sys.stdout), _Printable(sys.stderr)
+        for name, value in _QUIET.items():  # who asks for more with these variables gets it
+            os.environ.setdefault(name, value)
     arguments = argparse.Namespace()
     try:
         arguments = build_parser().parse_args(argv)
@@ -147,6 +172,8 @@ def _short_warnings(arguments: argparse.Namespace) -> Iterator[None]:
 
     with warnings.catch_warnings():
         warnings.showwarning = show
+        for category in (DeprecationWarning, FutureWarning):  # they concern calls between other libraries
+            warnings.simplefilter("ignore", category)
         yield
 
 

@@ -18,7 +18,10 @@ EXAMPLE = "act-peft demo --output act-peft-demo --density 0.5 --keep-weight 3"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command; their defaults are those of `DemoSettings`."""
     parser.add_argument(
-        "--output", type=Path, default=Path("act-peft-demo"), metavar="DIR", help="folder to write (act-peft-demo)"
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder to write (act-peft-demo; with another seed act-peft-demo-SEED)",
     )
     parser.add_argument("--seed", type=int, help="seed of the order of the examples and of the random channels (0)")
     parser.add_argument("--density", type=float, help="share of the channels that is selected (0.5)")
@@ -35,8 +38,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     given = {name: getattr(arguments, name) for name in ("seed", "density", "keep_weight")}
     settings = DemoSettings(**{name: value for name, value in given.items() if value is not None})
+    own = "act-peft-demo" if settings.seed == 0 else f"act-peft-demo-{settings.seed}"
     result = run_demo(
-        arguments.output, settings, report=lambda line: print(line, flush=True), overwrite=arguments.overwrite
+        arguments.output or own, settings, report=lambda line: print(line, flush=True), overwrite=arguments.overwrite
     )
     print(_summary(result))
 

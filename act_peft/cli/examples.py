@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from act_peft.cli.files import reason_of
-from act_peft.cli.imports import importing
-from act_peft.errors import ActValueError
-from act_peft.interrupts import scratch_folder
+if TYPE_CHECKING:
+    from act_peft.data.tokenizing import TokenizedRows
 
 DEVICE = "cuda if there is one"
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
@@ -30,7 +29,15 @@ def add_examples(parser: argparse.ArgumentParser, *, samples: int, batch_size: i
         default=samples,
         help=f"examples of each dataset, drawn at random ({samples})",
     )
-    parser.add_argument("--assistant-only", action="store_true", help="count the assistant's tokens only")
+    counted = parser.add_mutually_exclusive_group()
+    counted.add_argument(
+        "--assistant-only",
+        action="store_true",
+        help="end if the chat template does not mark the assistant's tokens (without it: then the last answer counts)",
+    )
+    counted.add_argument(
+        "--all-tokens", action="store_true", help="count every token (without it: those of the answers)"
+    )
     parser.add_argument(
         "--batch-size", type=_integer_from(1), default=batch_size, help=f"examples at a time ({batch_size})"
     )
@@ -53,114 +60,110 @@ def device_of(arguments: argparse.Namespace) -> str:
     Raises:
         ActValueError: there is no such device here.
     """
-    import torch
+    from act_peft.data.models import open_device
 
-    if arguments.device == DEVICE:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=arguments.device).item()
-    except (AssertionError, RuntimeError) as error:  # an assertion: torch was built without support for the device
-        raise ActValueError(
-            f"device: got {arguments.device!r}, expected one that torch can use here ({str(error)[:120]}; "
-            "try --device cpu)"
-        ) from error
-    return str(arguments.device)
+    return open_device(None if arguments.device == DEVICE else arguments.device)
 
 
-def load_model(name: str, arguments: argparse.Namespace) -> Any:
-    """Load a model, with `--dtype` and `--device`.
+class ExampleReader:
+    """Reads datasets for one model, by the options of a command, and says what is counted and what is left out.
 
     Args:
-        name: folder or Hub id.
         arguments: arguments of the command; `device` comes from `device_of`.
-
-    Raises:
-        ActValueError: there is no model of this name.
     """
-    with importing():
-        from transformers import AutoModelForCausalLM
 
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=arguments.dtype, trust_remote_code=False)
-    except Exception as error:  # damaged files fail anywhere inside transformers
-        raise ActValueError(
-            f"{name}: cannot be loaded, expected the folder or Hub id of a causal language model ({reason_of(error)})"
-        ) from error
-    return model.to(arguments.device)
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._arguments = arguments
+        self._tokenizer: Any = None
 
+    def load(self, dataset: str) -> Any:
+        """The examples of a dataset, in one of TRL's formats.
 
-def batches_of(
-    examples: Any,
-    model: Any,
-    *,
-    tokenizer: str,
-    batch_size: int,
-    max_length: int,
-    assistant_only: bool,
-    device: str,
-) -> Iterable[Any]:
-    """The batches of a dataset.
+        Raises:
+            ActValueError: there is no such dataset or split; it is damaged or empty; it has none of TRL's formats.
+        """
+        from act_peft.data.loading import load_examples
 
-    Args:
-        examples: a dataset in one of TRL's formats.
-        model: the model that will read them.
-        tokenizer: folder or Hub id of its tokenizer.
-        batch_size: examples in a batch.
-        max_length: tokens of an example; the rest is cut off.
-        assistant_only: count only the assistant's tokens.
-        device: device of the model.
+        options = self._arguments
+        return load_examples(dataset, split=options.split, samples=options.samples, seed=options.seed)
 
-    Raises:
-        ActValueError: the model has no tokenizer, or the examples have none of TRL's formats.
-    """
-    with importing():
-        from transformers import AutoTokenizer
-        from trl import SFTConfig, SFTTrainer
+    def load_by_column(self, dataset: str, column: str) -> dict[str, Any]:
+        """The examples of a dataset by the values of a column.
 
-    try:
-        processing = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
-    except Exception as error:  # damaged files fail anywhere inside transformers
-        raise ActValueError(
-            f"{tokenizer}: its tokenizer cannot be loaded, expected one in the folder of the model "
-            f"({reason_of(error)}; save it there)"
-        ) from error
-    with scratch_folder() as unused:  # TRL creates the folder, although nothing is saved there
-        settings = SFTConfig(
-            output_dir=str(unused),
-            per_device_train_batch_size=batch_size,
-            max_length=max_length,
-            assistant_only_loss=assistant_only,
-            use_cpu=device == "cpu",
-            bf16=False,
-            dataloader_pin_memory=False,
-            report_to="none",
+        Raises:
+            ActValueError: as `load`; there is no such column, or its values are no names.
+        """
+        from act_peft.data.loading import load_by_column
+
+        options = self._arguments
+        return load_by_column(dataset, column, split=options.split, samples=options.samples, seed=options.seed)
+
+    def model(self, name: str) -> Any:
+        """A model, with `--dtype` and `--device`.
+
+        Raises:
+            ActValueError: there is no model of this name.
+        """
+        from act_peft.data.models import load_model
+
+        return load_model(name, dtype=self._arguments.dtype, device=self._arguments.device)
+
+    def donor(self, name: str) -> Any:
+        """A donor: a model, or the name of an adapter of the base."""
+        from act_peft.transfer.donors import is_adapter
+
+        return name if is_adapter(name) else self.model(name)
+
+    def batches(self, examples: Any, model: Any, *, name: str) -> Iterable[Any]:
+        """The batches of some examples, see `rows`."""
+        return self.rows(examples, model, name=name).batches(self._arguments.batch_size)
+
+    def rows(self, examples: Any, model: Any, *, name: str) -> TokenizedRows:
+        """Some examples, tokenized as the base reads them.
+
+        Args:
+            examples: from `load`.
+            model: the base.
+            name: the dataset, for what is said of it.
+
+        Raises:
+            ActValueError: the base has no tokenizer, or there is no answer in the examples.
+        """
+        from act_peft.data.models import load_tokenizer
+        from act_peft.data.tokenizing import tokenize
+
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self._arguments.base)
+        counted = "all" if self._arguments.all_tokens else "assistant" if self._arguments.assistant_only else "answers"
+        rows = tokenize(
+            examples,
+            model,
+            self._tokenizer,
+            max_length=self._arguments.max_length,
+            counted=counted,
+            name=name,
         )
-        try:
-            tokenizing = SFTTrainer(model, args=settings, train_dataset=examples, processing_class=processing)
-        except Exception as error:  # damaged examples and tokenizers fail anywhere inside TRL
+        for note in rows.notes:
+            print(f"act-peft: {note}", file=sys.stderr)
+        return rows
+
+
+def check_modules(model: Any, **options: Any) -> None:
+    """Check that what `--target-modules` and `--exclude-modules` name is there.
+
+    Raises:
+        ActValueError: a name, or an expression, that matches no module with channels.
+    """
+    from act_peft.errors import ActValueError
+    from act_peft.localization.candidates import unmatched_names
+
+    for option, patterns in options.items():
+        unmatched = unmatched_names(model, patterns)
+        if unmatched:
             raise ActValueError(
-                f"dataset with the columns {examples.column_names}: TRL cannot tokenize it, expected examples in one "
-                f"of its formats ({reason_of(error)})"
-            ) from error
-        _check_tokens(tokenizing.train_dataset, processing, model, tokenizer)
-        return tokenizing.get_train_dataloader()
-
-
-def _check_tokens(examples: Any, processing: Any, model: Any, tokenizer: str) -> None:
-    """Check that the model has a row for every token.
-
-    Raises:
-        ActValueError: it has not.
-    """
-    known = model.get_input_embeddings().weight.shape[0]
-    used = examples["input_ids"] if "input_ids" in examples.column_names else []
-    largest = max((max(ids, default=0) for ids in used), default=0)
-    padding = getattr(processing, "pad_token_id", None) or 0
-    if max(largest, padding) >= known:
-        raise ActValueError(
-            f"{tokenizer}: its tokenizer gives the token {max(largest, padding)}, expected one of the model's {known} "
-            "(the tokenizer belongs to a different model, or a file of it is damaged)"
-        )
+                f"--{option.replace('_', '-')}: {', '.join(map(repr, unmatched))}: no module with channels has such a "
+                "name, expected names of modules or of their ends"
+            )
 
 
 def _integer_from(smallest: int) -> Callable[[str], int]:

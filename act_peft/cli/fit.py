@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from act_peft.cli.examples import add_examples, batches_of, device_of, load_model
-from act_peft.cli.files import add_output, check_output_file, load_examples, output_file
+from act_peft.cli.examples import ExampleReader, add_examples, check_modules, device_of
+from act_peft.cli.files import add_output, check_output_file, output_file
 from act_peft.cli.imports import importing
 
 SUMMARY = "Fit the base to the donor's outputs on examples of the ability, without training."
@@ -72,27 +72,15 @@ def run(arguments: argparse.Namespace) -> None:
     check_output_file(arguments.output, overwrite=arguments.overwrite)
     with importing():
         from act_peft import fit
-        from act_peft.transfer.donors import is_adapter
 
     arguments.device = device_of(arguments)
+    reader = ExampleReader(arguments)
     names = [*arguments.dataset, *(arguments.keep_dataset or [])]
-    examples = [
-        load_examples(name, split=arguments.split, samples=arguments.samples, seed=arguments.seed) for name in names
-    ]
-    base = load_model(arguments.base, arguments)
-    donors = [name if is_adapter(name) else load_model(name, arguments) for name in arguments.donor]
-    data: list[Any] = [
-        batches_of(
-            dataset,
-            base,
-            tokenizer=arguments.base,
-            batch_size=arguments.batch_size,
-            max_length=arguments.max_length,
-            assistant_only=arguments.assistant_only,
-            device=arguments.device,
-        )
-        for dataset in examples
-    ]
+    examples = [reader.load(name) for name in names]
+    base = reader.model(arguments.base)
+    check_modules(base, target_modules=arguments.target_modules, exclude_modules=arguments.exclude_modules)
+    donors = [reader.donor(name) for name in arguments.donor]
+    data: list[Any] = [reader.batches(found, base, name=name) for name, found in zip(names, examples, strict=True)]
     fitted = fit(
         base,
         donors,

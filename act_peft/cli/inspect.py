@@ -21,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "path", type=Path, help="file of scores, of a mask or of a fitted transfer, or folder of an adapter"
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--all", action="store_true", help="list every module below the kinds of modules")
+    parser.add_argument("--json", action="store_true", help="print JSON, with every module")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -33,9 +34,52 @@ def run(arguments: argparse.Namespace) -> None:
     modules = summary.pop("modules")
     for key, value in summary.items():
         print(f"{key.replace('_', ' ')}: {one_line(value)}")
-    rows = [(name, ", ".join(f"{key} {value}" for key, value in entry.items())) for name, entry in modules.items()]
-    for line in aligned(rows, left=(0, 1)):
+    _print_table(f"{len(modules)} modules by kind", _by_kind(modules))
+    if arguments.all:
+        _print_table("every module", modules)
+    elif len(modules) > 1:
+        print("(--all lists every module)")
+
+
+def _print_table(title: str, rows: dict[str, dict[str, Any]]) -> None:
+    """A table of numbers by name, the greatest of the last column first."""
+    print(f"{title}:")
+    if not rows:
+        return
+    columns = list(next(iter(rows.values())))
+    numeric = [name for name in columns if isinstance(next(iter(rows.values()))[name], (int, float))]
+    order = sorted(rows, key=lambda name: -rows[name][numeric[-1]]) if numeric else list(rows)
+    head = ["", *(name.replace("_", " ") for name in columns)]
+    lines = [[name, *(_cell(rows[name].get(column)) for column in columns)] for name in order]
+    for line in aligned([head, *lines]):
         print(f"  {line}")
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def _by_kind(modules: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The numbers of the modules of each kind together: counts added, means weighted, the greatest maximum."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for name, entry in modules.items():
+        groups.setdefault(name.rpartition(".")[2], []).append(entry)
+    found: dict[str, dict[str, Any]] = {}
+    for kind, entries in groups.items():
+        row: dict[str, Any] = {"modules": len(entries)}
+        for key, first in entries[0].items():
+            values = [entry[key] for entry in entries if isinstance(entry.get(key), (int, float))]
+            if isinstance(first, bool) or not isinstance(first, (int, float)):
+                continue
+            if key == "mean":
+                total = sum(entry["channels"] for entry in entries)
+                row[key] = sum(entry["channels"] * entry["mean"] for entry in entries) / total
+            else:
+                row[key] = max(values) if key in ("max", "directions") else sum(values)
+        if "selected" in row and row.get("channels"):
+            row["density"] = row["selected"] / row["channels"]
+        found[kind] = row
+    return found
 
 
 def describe(path: Path) -> dict[str, Any]:

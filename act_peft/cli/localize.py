@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import re
+from pathlib import Path
 from typing import Any
 
-from act_peft.cli.examples import add_examples, batches_of, device_of, load_model
-from act_peft.cli.files import add_output, check_output_file, load_examples, output_file
+from act_peft.cli.examples import ExampleReader, add_examples, check_modules, device_of
+from act_peft.cli.files import add_output, check_output_file, output_file
 from act_peft.cli.imports import importing
 from act_peft.plain import one_line
 
 SUMMARY = "Score every channel by how differently base and donor answer, on examples of the ability."
 EXAMPLE = "act-peft localize --base org/base --donor org/donor --dataset ability.jsonl --output scores.safetensors"
+
+_WHOLE = ""  # the name of the scores of the whole dataset
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --score attribution or contrast: examples of a skill to keep; contrast needs them (none)",
     )
     parser.add_argument(
+        "--by",
+        metavar="COLUMN",
+        help="a column of --dataset, such as the domain or the language: the scores of each of its values in a file "
+        "of its own, NAME.VALUE.safetensors for --output NAME.safetensors (none)",
+    )
+    parser.add_argument(
         "--target-modules",
         nargs="+",
         metavar="NAME",
@@ -56,51 +65,62 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Localize and print what was written."""
     _check_arguments(arguments)
-    check_output_file(arguments.output, overwrite=arguments.overwrite)
+    if arguments.by is None:
+        check_output_file(arguments.output, overwrite=arguments.overwrite)
     with importing():
         from act_peft import localize
         from act_peft.channels.names import matches
         from act_peft.localization.candidates import left_out_by_default
-        from act_peft.transfer.donors import is_adapter
 
     arguments.device = device_of(arguments)
-    examples: dict[str, Any] = {
-        name: load_examples(dataset, split=arguments.split, samples=arguments.samples, seed=arguments.seed)
-        for name, dataset in (("dataloader", arguments.dataset), ("keep_dataloader", arguments.keep_dataset))
-        if dataset is not None
-    }
-
-    base = load_model(arguments.base, arguments)
-    data: dict[str, Any] = {
-        name: batches_of(
-            dataset,
-            base,
-            tokenizer=arguments.base,
-            batch_size=arguments.batch_size,
-            max_length=arguments.max_length,
-            assistant_only=arguments.assistant_only,
-            device=arguments.device,
-        )
-        for name, dataset in examples.items()
-    }
-    scores = localize(
+    reader = ExampleReader(arguments)
+    groups, keep = _examples(arguments, reader)
+    outputs = {value: _output_of(arguments, value) for value in groups}
+    for path in outputs.values():
+        check_output_file(path, overwrite=arguments.overwrite)
+    base = reader.model(arguments.base)
+    targets, excluded = _patterns(arguments.target_modules), _patterns(arguments.exclude_modules)
+    check_modules(base, target_modules=targets, exclude_modules=excluded)
+    data: dict[str, Any] = {}
+    if keep is not None:
+        data["keep_dataloader"] = reader.batches(keep, base, name=arguments.keep_dataset)
+    if arguments.dataset is not None:
+        names = {value: f"{arguments.dataset} {value}".rstrip() for value in groups}
+        loaders = {value: reader.batches(found, base, name=names[value]) for value, found in groups.items()}
+        data["dataloader"] = loaders[_WHOLE] if arguments.by is None else loaders
+    found: Any = localize(
         base,
-        arguments.donor if is_adapter(arguments.donor) else load_model(arguments.donor, arguments),
+        reader.donor(arguments.donor),
         score=arguments.score,
-        target_modules=_patterns(arguments.target_modules),
-        exclude_modules=_patterns(arguments.exclude_modules),
+        target_modules=targets,
+        exclude_modules=excluded,
         **data,
     )
-    with output_file(arguments.output, overwrite=arguments.overwrite) as path:
-        scores.save(path)
-    channels = sum(len(values) for values in scores.values())
-    seen = "by weight" if arguments.score == "weight" else f"{scores.num_tokens} tokens"
-    print(f"{arguments.output}: scores of {channels} channels in {len(scores)} modules, {seen}")
+    for value, scores in (found if arguments.by is not None else {_WHOLE: found}).items():
+        with output_file(outputs[value], overwrite=arguments.overwrite) as path:
+            scores.save(path)
+        channels = sum(len(values) for values in scores.values())
+        seen = "by weight" if arguments.score == "weight" else f"{scores.num_tokens} tokens"
+        print(f"{outputs[value]}: scores of {channels} channels in {len(scores)} modules, {seen}")
     if arguments.target_modules is None:
-        excluded = _patterns(arguments.exclude_modules)
         left_out = [name for name in left_out_by_default(base) if not matches(name, excluded)]
         if left_out:
             print(f"left out: {one_line(', '.join(left_out))} (name them in --target-modules to score them)")
+
+
+def _examples(arguments: argparse.Namespace, reader: ExampleReader) -> tuple[dict[str, Any], Any]:
+    """The examples of the ability by the values of a column, and those of the data to keep."""
+    keep = None if arguments.keep_dataset is None else reader.load(arguments.keep_dataset)
+    if arguments.dataset is None:
+        return {_WHOLE: None}, keep
+    if arguments.by is None:
+        return {_WHOLE: reader.load(arguments.dataset)}, keep
+    return reader.load_by_column(arguments.dataset, arguments.by), keep
+
+
+def _output_of(arguments: argparse.Namespace, value: str) -> Path:
+    path: Path = arguments.output
+    return path if arguments.by is None else path.with_name(f"{path.stem}.{value}{path.suffix}")
 
 
 def _patterns(names: list[str] | None) -> list[str] | str | None:
@@ -121,6 +141,8 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
     if arguments.score == "weight":
         if arguments.dataset is not None:
             arguments.refuse("argument --dataset: not used with --score weight")
+        if arguments.by is not None:
+            arguments.refuse("argument --by: not used with --score weight")
     elif arguments.dataset is None:
         arguments.refuse("the following arguments are required: --dataset")
     if arguments.score == "contrast" and arguments.keep_dataset is None:

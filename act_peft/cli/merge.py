@@ -17,8 +17,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter", required=True, action="append", metavar="DIR", help="adapter: folder or Hub id; may be repeated"
     )
-    parser.add_argument(
-        "--weight", type=float, action="append", metavar="FACTOR", help="factor of each --adapter, in order (1)"
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument(
+        "--weights", type=float, nargs="+", metavar="FACTOR", help="factor of each --adapter, in order (1)"
+    )
+    weights.add_argument(  # up to version 0.1
+        "--weight", type=float, action="append", dest="weights", metavar="FACTOR", help="the same, one at a time (1)"
     )
     parser.add_argument(
         "--safe-merge", action="store_true", help="refuse a result with values that are not finite (a warning)"
@@ -35,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.base,
         arguments.adapter,
         arguments.output,
-        weights=arguments.weight,
+        weights=arguments.weights,
         safe_merge=arguments.safe_merge,
         overwrite=arguments.overwrite,
         show_progress=True,

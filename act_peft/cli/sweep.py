@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from act_peft.cli.examples import add_examples, batches_of, device_of, load_model
-from act_peft.cli.files import NORMALIZE, SCOPE, add_output, check_output_file, load_examples, output_file
+from act_peft.cli.examples import ExampleReader, add_examples, device_of
+from act_peft.cli.files import NORMALIZE, SCOPE, add_output, check_output_file, output_file
 from act_peft.cli.imports import importing
 from act_peft.cli.next_steps import next_steps
 from act_peft.errors import ActValueError
@@ -89,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--measure-donor", action="store_true", help="also measure the donor, which is loaded for this"
     )
-    parser.add_argument("--figure", type=Path, metavar="PNG", help="picture to write (none)")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="picture to write: PNG, SVG or PDF (none)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_examples(parser, samples=300, batch_size=8)
     add_output(parser, what="JSON file of all numbers", required=False)
@@ -108,39 +108,37 @@ def run(arguments: argparse.Namespace) -> None:
             check_output_file(path, overwrite=arguments.overwrite)
     with importing():
         from act_peft import ChannelScores, sweep
-        from act_peft.plots import check_matplotlib, plot_sweep
+        from act_peft.plots import check_figure_file, draw_sweep, save_figure
         from act_peft.transfer.donors import is_adapter
 
     if arguments.figure is not None:
-        check_matplotlib()
+        check_figure_file(arguments.figure)
     arguments.device = device_of(arguments)
     scores = None if arguments.scores is None else ChannelScores.load(arguments.scores)
-    held_out, to_fit = _examples(arguments)
-    base = load_model(arguments.base, arguments)
+    reader = ExampleReader(arguments)
+    held_out, to_fit = _examples(arguments, reader)
+    base = reader.model(arguments.base)
 
-    def read(examples: Any) -> Any:
-        return batches_of(
-            examples,
-            base,
-            tokenizer=arguments.base,
-            batch_size=arguments.batch_size,
-            max_length=arguments.max_length,
-            assistant_only=arguments.assistant_only,
-            device=arguments.device,
-        )
+    def read(datasets: list[str], examples: list[Any]) -> list[Any]:
+        pairs = zip(datasets, examples, strict=False)  # nothing to fit on, in the second call
+        return [reader.batches(found, base, name=name) for name, found in pairs]
 
+    used = [arguments.dataset, *arguments.keep_dataset]
+    other = [arguments.fit_dataset, *(arguments.fit_keep_dataset or [])]
+    held_out = read(used, held_out)
+    to_fit = read(used if arguments.fit_dataset is None else other, to_fit)
     options = ("densities", "scales", "methods", "keep_weights", "ranks", "max_drop", "max_keep_loss")
     whole = arguments.measure_donor or (_compares(arguments) and not is_adapter(arguments.donor))
     result = sweep(
         base,
-        load_model(arguments.donor, arguments) if whole else arguments.donor,
+        reader.model(arguments.donor) if whole else arguments.donor,
         scores,
-        read(held_out[0]),
-        {name: read(dataset) for name, dataset in zip(names, held_out[1:], strict=True)},
+        held_out[0],
+        dict(zip(names, held_out[1:], strict=True)),
         scope=arguments.scope,
         normalize=arguments.normalize,
-        fit_ability_dataloader=read(to_fit[0]) if to_fit else None,
-        fit_keep_dataloader={str(n): read(found) for n, found in enumerate(to_fit[1:])} if to_fit else None,
+        fit_ability_dataloader=to_fit[0] if to_fit else None,
+        fit_keep_dataloader={str(n): found for n, found in enumerate(to_fit[1:])} if to_fit else None,
         **{name: getattr(arguments, name) for name in options},
     )
     text = json.dumps(result.to_dict(), indent=2, allow_nan=False)
@@ -149,7 +147,7 @@ def run(arguments: argparse.Namespace) -> None:
             path.write_text(f"{text}\n", encoding="utf-8")
     if arguments.figure is not None:
         with output_file(arguments.figure, overwrite=arguments.overwrite) as path:
-            plot_sweep(result, path)
+            save_figure(draw_sweep(result, note=f"seed {arguments.seed}"), path)
     print(text if arguments.json else "\n".join([str(result), *next_steps(result, arguments)]))
 
 
@@ -169,14 +167,11 @@ def _fits(arguments: argparse.Namespace) -> bool:
     return arguments.scores is None
 
 
-def _examples(arguments: argparse.Namespace) -> tuple[list[Any], list[Any]]:
+def _examples(arguments: argparse.Namespace, reader: ExampleReader) -> tuple[list[Any], list[Any]]:
     """The held-out examples of the ability and of every skill, and those to fit on (or none)."""
 
     def load(names: list[str]) -> list[Any]:
-        return [
-            load_examples(name, split=arguments.split, samples=arguments.samples, seed=arguments.seed)
-            for name in names
-        ]
+        return [reader.load(name) for name in names]
 
     found = load([arguments.dataset, *arguments.keep_dataset])
     if not _fits(arguments):

@@ -28,8 +28,6 @@ from act_peft.adapter.config import ActConfig
 from act_peft.channels.masks import ChannelMask
 from act_peft.checks import finite_number, whole_number
 from act_peft.demo.family import BASE, DONOR, encode
-from act_peft.demo.steps import RECORD, Report, Steps
-from act_peft.demo.surroundings import offline, one_thread, quiet
 from act_peft.demo.task import Row, Split, accuracy, rows
 from act_peft.demo.words import Language
 from act_peft.disk.atomic import new_folder
@@ -37,7 +35,9 @@ from act_peft.errors import ActError, ActValueError
 from act_peft.fitting import FittedTransfer, fit
 from act_peft.interrupts import scratch_folder
 from act_peft.localization import localize
-from act_peft.plots import check_matplotlib, plot_demo
+from act_peft.plots import check_matplotlib, draw_demo, save_figure
+from act_peft.recipes.steps import RECORD, Report, Steps
+from act_peft.recipes.surroundings import offline, one_thread, quiet
 from act_peft.training.keep import KeepCallback
 
 ABILITY, KEPT, UNTOUCHED = Language.SPANISH, Language.GERMAN, Language.ENGLISH
@@ -46,6 +46,7 @@ _LABELS = {
     KEPT: "German\n(skill to keep)",
     UNTOUCHED: "English\n(not trained again)",
 }
+_RECIPE = "fitted, then fine-tuned"
 MERGED_TOLERANCE = 1e-3  # logits are around 10; a merged weight is rounded once more than the adapter's sum
 
 Accuracies = dict[str, float]  # language -> accuracy
@@ -145,7 +146,7 @@ class _Demo:
 
     def __init__(self, output: Path, settings: DemoSettings, report: Report, overwrite: bool) -> None:
         self.output, self.settings, self.report = output, settings, report
-        self.steps = Steps(output, report, overwrite)
+        self.steps = Steps(output, report, overwrite, owner="a demo")
 
     def run(self) -> DemoResult:
         s = self.settings
@@ -165,7 +166,7 @@ class _Demo:
         self.report(f"select the channels: {mask}")
         tuned = {**fitted, "density": s.density, "steps": s.steps, "learning_rate": s.learning_rate}
         tuned |= {"keep_share": s.keep_share}
-        accuracies["fitted, then fine-tuned"] = run_step(
+        accuracies[_RECIPE] = run_step(
             "fine-tune, save and reload", tuned, ("adapter",), lambda: self._fine_tune(mask)
         )
         run_step("merge, save and reload", tuned, ("merged",), self._merge)
@@ -181,7 +182,16 @@ class _Demo:
         paper |= {"learning_rate": s.paper_learning_rate}
         accuracies["ACT as in the paper"] = run_step("ACT as in the paper", paper, (), self._paper)
         labelled = {name: {_LABELS[skill]: row[skill.value] for skill in _LABELS} for name, row in accuracies.items()}
-        plot_demo(gains, labelled, self.output / "demo.png", density=s.density, scope="module")
+        figure = draw_demo(
+            gains,
+            labelled,
+            density=s.density,
+            scope="module",
+            title=_finding(accuracies),
+            highlight=_RECIPE,
+            note=f"{s.problems} test problems in each language, {s.examples} training problems in two, seed {s.seed}",
+        )
+        save_figure(figure, self.output / "demo.png")
         self.report(f"done in {time.perf_counter() - started:.0f} s")
         return self._result(accuracies)
 
@@ -353,6 +363,14 @@ def _measure(model: nn.Module, tokenizer: Any, settings: DemoSettings) -> Accura
         language.value: accuracy(model, tokenizer, rows(language, Split.TEST, count=settings.problems))
         for language in (ABILITY, KEPT, UNTOUCHED)
     }
+
+
+def _finding(accuracies: Mapping[str, Accuracies]) -> str:
+    """What the demo shows, in one sentence."""
+    before, after = accuracies["base"], accuracies[_RECIPE]
+    change = {s: f"{100 * before[s.value]:.0f}% → {100 * after[s.value]:.0f}%" for s in (ABILITY, KEPT, UNTOUCHED)}
+    words = [f"{skill.name.capitalize()} {text}" for skill, text in change.items()]
+    return f"From the base to the repaired model: {', '.join(words)}"
 
 
 def _random_like(mask: ChannelMask, seed: int) -> ChannelMask:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from act_peft.disk.folders import check_replaceable
+from act_peft.disk.folders import MODEL, FolderKind, check_replaceable
 from act_peft.disk.hidden import hidden_folder, lock_of, name_of_older, unlock
 from act_peft.disk.renames import exchange, rename_new
 from act_peft.errors import ActValueError
@@ -73,14 +73,15 @@ def new_file(path: str | os.PathLike[str], *, overwrite: bool = True) -> Iterato
 
 
 @contextmanager
-def new_folder(output: Path, *, overwrite: bool) -> Iterator[Path]:
+def new_folder(output: Path, *, overwrite: bool, kind: FolderKind = MODEL) -> Iterator[Path]:
     """A new folder that becomes `output` when the block ends, and is removed if the block fails.
 
     The permissions follow the umask. Nothing is flushed to the disk: check the result after a power failure.
 
     Args:
         output: the folder, in an existing folder.
-        overwrite: whether an older folder of a model is replaced.
+        overwrite: whether an older folder is replaced.
+        kind: what an older folder must be.
 
     Raises:
         ActValueError: if the disk refuses a write; if something exists there that may not be replaced, at whatever
@@ -91,20 +92,20 @@ def new_folder(output: Path, *, overwrite: bool) -> Iterator[Path]:
             yield hidden.path
             hidden.honour_umask()
             with uninterrupted():
-                _place(hidden.path, output, overwrite=overwrite)
+                _place(hidden.path, output, overwrite=overwrite, kind=kind)
     except (OSError, SafetensorError) as error:  # safetensors' own error of a full disk
         raise ActValueError(
             f"{output}: cannot be written ({error}), nothing was left behind (is there room, may you write here?)"
         ) from error
 
 
-def _place(new: Path, output: Path, *, overwrite: bool) -> None:
+def _place(new: Path, output: Path, *, overwrite: bool, kind: FolderKind) -> None:
     try:
         rename_new(new, output)
     except FileExistsError as error:
         if not overwrite:
             raise _appeared(output, "folder") from error
-        check_replaceable(output)
+        check_replaceable(output, kind)
         _exchange(new, output)
 
 

@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from act_peft.errors import ActValueError
@@ -54,12 +55,28 @@ def copy_file(source: Path, target: Path) -> None:
         shutil.copyfileobj(a, b, 1 << 20)
 
 
-def check_output(output: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
+@dataclass(frozen=True)
+class FolderKind:
+    """What a folder that may be replaced is.
+
+    Attributes:
+        name: for messages, "a model".
+        files: names of files, one of which it has.
+    """
+
+    name: str
+    files: frozenset[str]
+
+
+MODEL = FolderKind("a model", frozenset({"config.json", "adapter_config.json"}))
+
+
+def check_output(output: Path, inputs: Iterable[Path], *, overwrite: bool, kind: FolderKind = MODEL) -> None:
     """Check that a new folder may be written.
 
     Raises:
         ActValueError: if the output lies in an input or holds one, its parent folder does not exist, or the output
-            exists and must not be overwritten or does not look like a model.
+            exists and must not be overwritten or is of another kind.
     """
     if not output.parent.is_dir():
         raise ActValueError(f"{output}: folder {output.parent} does not exist, expected an existing one (create it)")
@@ -74,18 +91,18 @@ def check_output(output: Path, inputs: Iterable[Path], *, overwrite: bool) -> No
         return
     if not overwrite:
         raise ActValueError(f"{output}: exists, expected a new folder (name a new one, or pass overwrite=True)")
-    check_replaceable(output)
+    check_replaceable(output, kind)
 
 
-def check_replaceable(output: Path) -> None:
+def check_replaceable(output: Path, kind: FolderKind) -> None:
     """Check that what exists at `output` may be replaced.
 
     Raises:
-        ActValueError: if it is neither an empty folder nor one of a model.
+        ActValueError: if it is neither an empty folder nor one of this kind.
     """
     names = os.listdir(output) if output.is_dir() and not output.is_symlink() else None
-    if names is None or (names and not {"config.json", "adapter_config.json"} & set(names)):
-        raise ActValueError(f"{output}: is no folder of a model, expected one to overwrite (remove it yourself)")
+    if names is None or (names and not kind.files & set(names)):
+        raise ActValueError(f"{output}: is no folder of {kind.name}, expected one to overwrite (remove it yourself)")
 
 
 def check_room(output: Path, needed: int) -> None:

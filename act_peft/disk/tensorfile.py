@@ -121,6 +121,19 @@ def kind_of(path: str | os.PathLike[str]) -> str:
         return header["kind"]
 
 
+def metadata_of(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The metadata of a file that `write` made, as it is.
+
+    Args:
+        path: the file.
+
+    Raises:
+        ActValueError: as `kind_of`.
+    """
+    with _opened(Path(path), "a file that act_peft saved") as (_, header):
+        return header["metadata"]
+
+
 @contextmanager
 def _opened(path: Path, expected: str) -> Iterator[tuple[Shard, dict[str, Any]]]:
     """The open file and its checked header."""

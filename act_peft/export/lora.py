@@ -136,6 +136,19 @@ def export_lora(
     )
 
 
+def check_lora(
+    adapter_dir: str | os.PathLike[str], *, target: str | Target, max_rank: int | None, base: str | os.PathLike[str]
+) -> None:
+    """Check that `export_lora` can export an adapter; its values are not read.
+
+    Raises:
+        ActValueError, ActTypeError: it cannot, as `export_lora`.
+    """
+    settings = checked_settings(target, max_rank, False, Biases.ERROR)
+    with _opened(adapter_dir, "default", base, settings) as (source, facts):
+        make_plan(source, facts, settings)
+
+
 @contextmanager
 def _opened(
     model_or_adapter_dir: nn.Module | str | os.PathLike[str],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ def write_act(
     tokens: Mapping[str, torch.Tensor],
     base: Parameters | None,
     total: int,
+    include_bias: bool,
     overwrite: bool,
 ) -> None:
     """Write an ACT adapter; arguments as `FittedTransfer.to_adapter`.
@@ -42,6 +44,7 @@ def write_act(
         tokens: name of an embedding -> tokens.
         base: the base's weights, None where they cannot be reached; needed for tokens.
         total: number of all channels that could have been selected.
+        include_bias: as in `ActConfig`.
         overwrite: whether an older adapter is replaced.
     """
     check_output(output, [], overwrite=overwrite)
@@ -51,7 +54,7 @@ def write_act(
     records = {}
     samples = {} if base is None else record_of(base, channels).fingerprints
     for name, index in channels.items():
-        module = modules[name]
+        module = modules[name] if include_bias else replace(modules[name], bias=None)
         parts = {"index": index, "weight": _in_file_dtype(module.weight_change(index))}
         if module.bias is not None:
             parts["bias"] = _in_file_dtype(module.bias[index])
@@ -64,6 +67,7 @@ def write_act(
     config = ActConfig(
         donor=record.donors[0] if len(record.donors) == 1 else None,
         transfer_scale=1.0,
+        include_bias=include_bias,
         task_type=record.task_type,
         inference_mode=True,
         base_model_name_or_path=record.base,

@@ -132,6 +132,7 @@ class FittedTransfer:
         *,
         tokens: TokensLike = None,
         base: Base | None = None,
+        include_bias: bool = True,
         overwrite: bool = False,
     ) -> None:
         """Write an ACT adapter whose deltas are the changes of some channels.
@@ -149,6 +150,8 @@ class FittedTransfer:
             base: the base's model, or the folder or Hub id of its checkpoint, from which a fingerprint is recorded and
                 tokens are made. By default the model of the fit while it is in memory, then where that was loaded
                 from; where neither is there, no fingerprint is recorded.
+            include_bias: whether the biases of the channels move too, as in `ActConfig`. The weights were fitted
+                together with them.
             overwrite: whether an older adapter at `output_dir` is replaced.
 
         Raises:
@@ -169,6 +172,7 @@ class FittedTransfer:
                 tokens=rows,
                 base=parameters,
                 total=total,
+                include_bias=include_bias,
                 overwrite=overwrite,
             )
 

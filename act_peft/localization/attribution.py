@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from act_peft.channels.scores import ChannelScores, ScoreKind
 from act_peft.checks import whole_number
 from act_peft.errors import ActValueError
 from act_peft.localization.candidates import Candidates
+from act_peft.localization.groups import Group, Groups
 from act_peft.localization.pair import twin
 from act_peft.localization.sums import ChannelSums, sum_per_channel
 from act_peft.localization.vocabulary import CommonVocabulary
@@ -27,12 +28,12 @@ def score_attributions(
     base: nn.Module,
     donor: nn.Module,
     candidates: Candidates,
-    dataloader: Iterable[Batch],
+    groups: Groups,
     *,
-    keep_dataloader: Iterable[Batch] | None,
+    keep: Group | None,
     points: int,
     show_progress: bool,
-) -> ChannelScores:
+) -> dict[str, ChannelScores]:
     """Minus gradient times difference, averaged over points between the models; formula as in `localize`.
 
     Raises:
@@ -40,18 +41,21 @@ def score_attributions(
         ActValueError: `points` is less than 1; a model without a loss; all other cases as in `localize`.
     """
     attribution = _Attribution(base, donor, candidates, whole_number(points, "points", least=1))
-    ability = attribution.over(dataloader, argument="dataloader", show_progress=show_progress)
-    sums = ability.sums
-    if keep_dataloader is not None:
-        keep = attribution.over(keep_dataloader, argument="keep_dataloader", show_progress=show_progress)
-        share = ability.num_tokens / keep.num_tokens
-        sums = {name: values + keep.sums[name] * share for name, values in sums.items()}
-    return ChannelScores(
-        candidates.padded(sums),
-        ability.num_tokens,
-        kind=ScoreKind.ATTRIBUTION,
-        num_comparable=candidates.num_comparable,
-    )
+    kept = None if keep is None else attribution.over(keep, show_progress=show_progress)
+    scores = {}
+    for name, group in groups.items():
+        ability = attribution.over(group, show_progress=show_progress)
+        sums = ability.sums
+        if kept is not None:
+            share = ability.num_tokens / kept.num_tokens
+            sums = {module: values + kept.sums[module] * share for module, values in sums.items()}
+        scores[name] = ChannelScores(
+            candidates.padded(sums),
+            ability.num_tokens,
+            kind=ScoreKind.ATTRIBUTION,
+            num_comparable=candidates.num_comparable,
+        )
+    return scores
 
 
 class _Attribution:
@@ -63,7 +67,7 @@ class _Attribution:
         self._line = InterpolatedModel(base, parameter_pairs(candidates), self._collect)
         self._batch: dict[str, torch.Tensor] = {}
 
-    def over(self, dataloader: Iterable[Batch], *, argument: str, show_progress: bool) -> ChannelSums:
+    def over(self, group: Group, *, show_progress: bool) -> ChannelSums:
         """The attributions of all batches, summed over tokens."""
         totals = ChannelSums(self._num_comparable, what="gradients that are")
 
@@ -85,7 +89,7 @@ class _Attribution:
             )
 
         with evaluation(self._base, self._line.model):
-            over_batches(dataloader, attribute, argument=argument, show_progress=show_progress)
+            over_batches(group.batches, attribute, argument=group.argument, show_progress=show_progress)
         return totals
 
     def _collect(self, name: str, gradient: torch.Tensor, pair: ParameterPair) -> None:

@@ -109,10 +109,12 @@ def left_out_by_default(model: nn.Module) -> list[str]:
 
 
 def unmatched_names(model: nn.Module, patterns: Patterns) -> list[str]:
-    """The names in a list that match no module with channels (misspelt ones); empty for a regular expression."""
-    if patterns is None or isinstance(patterns, str):
+    """The names in a list, or the regular expression, that match no module with channels (misspelt ones)."""
+    if patterns is None or (isinstance(patterns, str) and patterns.lower() == ALL_LINEAR):
         return []
     names = list(_with_channels(model))
+    if isinstance(patterns, str):
+        return [] if any(matches(name, patterns) for name in names) else [patterns]
     return sorted(pattern for pattern in patterns if not any(matches(name, [pattern]) for name in names))
 
 

@@ -38,7 +38,7 @@ class BatchComparison:
         self._kept: dict[str, deque[torch.Tensor]] = {
             name: deque() for name in candidates.base
         }  # one [N * R, C] a call
-        self._sums: dict[str, list[torch.Tensor]] = {name: [] for name in candidates.base}  # one [C] a call
+        self._sums: dict[str, list[torch.Tensor]] = {name: [] for name in candidates.base}  # one [B, C] a call
 
     @contextmanager
     def reading_base(self) -> Iterator[None]:
@@ -64,9 +64,9 @@ class BatchComparison:
         self._check_all([name for name, calls in self._kept.items() if calls], "ran less often in the donor")
 
     def sums(self) -> dict[str, torch.Tensor]:
-        """Module name -> sums of the absolute differences over the answer tokens, one per comparable channel.
+        """Module name -> sums of the absolute differences over the answer tokens of each sample, `[B, C]`.
 
-        For a module with several calls it is the mean over the calls.
+        One for every comparable channel. For a module with several calls it is the mean over the calls.
         """
         return {name: torch.stack(calls).mean(0) for name, calls in self._sums.items()}
 
@@ -93,7 +93,10 @@ class BatchComparison:
                 f"{name}: donor gave {len(rows)} rows, the base {len(base_rows)}, expected the same number "
                 f"({_leave_out([name], self._sums)})"
             )
-        self._sums[name].append(sum_absolute_difference(rows, base_rows) / (len(rows) // len(self._tokens)))
+        tokens = self._tokens
+        repeats = len(rows) // len(tokens)  # R
+        samples = tokens.samples.repeat_interleave(repeats)
+        self._sums[name].append(sum_absolute_difference(rows, base_rows, samples, tokens.batch_size) / repeats)
 
     def _check_all(self, failing: list[str], what: str) -> None:
         if failing:
@@ -122,7 +125,19 @@ def _leave_out(names: list[str], candidates: Iterable[str]) -> str:
 def select_rows(
     output: torch.Tensor, args: tuple[Any, ...], tokens: AnswerTokens, *, channels: int, positional: bool
 ) -> torch.Tensor:
-    """Copy the rows of the answer tokens out of a module's output.
+    """Copy the rows of the answer tokens out of a module's output; arguments and errors as in `locate_rows`.
+
+    Returns:
+        `[N * R, C]`, a copy; R rows for every token.
+    """
+    view, index = locate_rows(output, args, tokens, channels=channels, positional=positional)
+    return view.index_select(0, *index) if len(index) == 1 else view[index].flatten(0, 1)
+
+
+def locate_rows(
+    output: torch.Tensor, args: tuple[Any, ...], tokens: AnswerTokens, *, channels: int, positional: bool
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Where the rows of the answer tokens lie in a module's output.
 
     | output | rows |
     |---|---|
@@ -138,7 +153,8 @@ def select_rows(
         positional: whether an output without a batch axis may be repeated for every sample.
 
     Returns:
-        `[N * R, C]`, a copy; R rows for every token.
+        The output in a different shape, and an index: `view[index]` is `[N, C]`, or `[N, heads, C]`. The view shares
+        the memory of a contiguous output.
 
     Raises:
         ActValueError: the output has no row for every token.
@@ -149,12 +165,12 @@ def select_rows(
     shape = tuple(output.shape)
     index = tokens.index_on(output.device)
     if shape in ((size, length, channels), (size * length, channels)):
-        return output.reshape(size * length, channels).index_select(0, index)
+        return output.reshape(size * length, channels), (index,)
     if positional and shape in ((1, length, channels), (length, channels)):
-        return output.reshape(length, channels).index_select(0, index % length)
+        return output.reshape(length, channels), (index % length,)
     if len(shape) == 4 and shape[0] == size and shape[3] == channels and length in shape[1:3]:
         by_token = output.transpose(1, 2) if _heads_first(shape, args, length) else output
-        return by_token[index // length, index % length].flatten(0, 1)  # [N, heads, C] -> [N * heads, C]
+        return by_token, (index // length, index % length)
     raise ActValueError(
         f"got an output of shape {list(shape)}, expected one row of {channels} channels for each of the "
         f"{size} x {length} tokens"
@@ -170,20 +186,22 @@ def _heads_first(shape: tuple[int, ...], args: tuple[Any, ...], length: int) -> 
     return first is not None and first.dim() == 4 and first.stride(1) < first.stride(2)
 
 
-OnOutput = Callable[[str, tuple[Any, ...], Any], None]
+OnOutput = Callable[[str, tuple[Any, ...], Any], Any]
 
 
 @contextmanager
-def tap_outputs(modules: Mapping[str, nn.Module], on_output: OnOutput) -> Iterator[None]:
+def tap_outputs(modules: Mapping[str, nn.Module], on_output: OnOutput, *, replace: bool = False) -> Iterator[None]:
     """Inside the context, every call of one of the modules also calls `on_output(name, args, output)`.
 
     At the end, also after an exception or Ctrl-C, exactly these hooks are removed; all other hooks stay. Hooks that
-    were registered earlier have already run when `on_output` sees the output. The output is not changed.
+    were registered earlier have already run when `on_output` sees the output. The output is not changed, unless
+    `replace` says that what `on_output` returns takes its place.
     """
+    forward = _replace if replace else _forward
     handles: list[RemovableHandle] = []
     try:
         for name, module in modules.items():
-            handles.append(module.register_forward_hook(partial(_forward, on_output, name)))
+            handles.append(module.register_forward_hook(partial(forward, on_output, name)))
         yield
     finally:
         for handle in handles:
@@ -192,3 +210,7 @@ def tap_outputs(modules: Mapping[str, nn.Module], on_output: OnOutput) -> Iterat
 
 def _forward(on_output: OnOutput, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     on_output(name, args, output)
+
+
+def _replace(on_output: OnOutput, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    return on_output(name, args, output)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, overload
 
 from torch import nn
 
@@ -15,23 +15,52 @@ from act_peft.errors import ActValueError, ActWarning
 from act_peft.localization.activations import score_activations, score_contrasts
 from act_peft.localization.attribution import POINTS, score_attributions
 from act_peft.localization.candidates import find_candidates, unmatched_names
+from act_peft.localization.groups import ONLY, Group, groups_of
 from act_peft.localization.pair import Donor, open_pair, origin_of_pair
 from act_peft.localization.vocabulary import warn_left_out
 from act_peft.localization.weights import score_weights
 
+Dataloader = Iterable[Mapping[str, Any]]
 
+
+@overload
 def localize(
     base: nn.Module,
     donor: Donor,
-    dataloader: Iterable[Mapping[str, Any]] | None = None,
+    dataloader: Mapping[str, Dataloader],
+    *,
+    score: str | ScoreKind = ...,
+    keep_dataloader: Dataloader | None = ...,
+    points: int | None = ...,
+    target_modules: Patterns = ...,
+    exclude_modules: Patterns = ...,
+    show_progress: bool = ...,
+) -> dict[str, ChannelScores]: ...
+@overload
+def localize(
+    base: nn.Module,
+    donor: Donor,
+    dataloader: Dataloader | None = ...,
+    *,
+    score: str | ScoreKind = ...,
+    keep_dataloader: Dataloader | None = ...,
+    points: int | None = ...,
+    target_modules: Patterns = ...,
+    exclude_modules: Patterns = ...,
+    show_progress: bool = ...,
+) -> ChannelScores: ...
+def localize(
+    base: nn.Module,
+    donor: Donor,
+    dataloader: Dataloader | Mapping[str, Dataloader] | None = None,
     *,
     score: str | ScoreKind = ScoreKind.ACTIVATION,
-    keep_dataloader: Iterable[Mapping[str, Any]] | None = None,
+    keep_dataloader: Dataloader | None = None,
     points: int | None = None,
     target_modules: Patterns = None,
     exclude_modules: Patterns = None,
     show_progress: bool = True,
-) -> ChannelScores:
+) -> ChannelScores | dict[str, ChannelScores]:
     """Score every channel by the difference between two related models.
 
     With a the output of a module and T the answer tokens of all batches (arXiv 2601.09398):
@@ -54,8 +83,8 @@ def localize(
         donor: a related model of the same structure that has the ability; or a PEFT model on top of `base`; or `base`
             itself if it is a PEFT model (the base is then the model with its adapters off); or the folder or Hub id
             of a PEFT adapter for `base`.
-        dataloader: batches for the models: dicts with `input_ids` `[B, T]` or `inputs_embeds` `[B, T, C]`. Not for
-            scores by weights.
+        dataloader: batches for the models: dicts with `input_ids` `[B, T]` or `inputs_embeds` `[B, T, C]`. Or a dict
+            of such dataloaders by name, for example of domains or languages. Not for scores by weights.
         score: `"activation"` (the paper), `"weight"`, `"attribution"` or `"contrast"`.
         keep_dataloader: batches of a skill to keep; needed for contrasts, possible for attributions. A channel that
             harms it gets a lower score.
@@ -70,7 +99,8 @@ def localize(
         show_progress: show a progress bar if the error stream is a terminal.
 
     Returns:
-        Module name -> score, float64 `[C]`, for every candidate in the base's order.
+        Module name -> score, float64 `[C]`, for every candidate in the base's order. For a dict of dataloaders, a
+        dict of scores with the same names.
 
     Raises:
         ActTypeError: a model, batch or number of points of the wrong type.
@@ -91,6 +121,8 @@ def localize(
     kind = member_of(ScoreKind, score, "score")
     _check_settings(kind, dataloader=dataloader, keep_dataloader=keep_dataloader, points=points)
     given = (base, donor)
+    groups = groups_of(dataloader)
+    keep = None if keep_dataloader is None else Group(keep_dataloader, "keep_dataloader")
     base, donor = open_pair(base, donor, merged=kind not in (ScoreKind.ACTIVATION, ScoreKind.CONTRAST))
     candidates = find_candidates(base, donor, target_modules=target_modules, exclude_modules=exclude_modules)
     warn_left_out(candidates, stacklevel=2)
@@ -98,29 +130,24 @@ def localize(
         unmatched = unmatched_names(base, patterns)
         if unmatched:
             warnings.warn(f"{argument}: {unmatched} match no module that has channels", ActWarning, stacklevel=2)
-    if dataloader is None:
-        scores = score_weights(candidates)
+    if kind is ScoreKind.WEIGHT:
+        found = {ONLY: score_weights(candidates)}
     elif kind is ScoreKind.ACTIVATION:
-        scores = score_activations(base, donor, candidates, dataloader, show_progress=show_progress)
-    elif kind is ScoreKind.CONTRAST and keep_dataloader is not None:
-        scores = score_contrasts(
-            base, donor, candidates, dataloader, keep_dataloader=keep_dataloader, show_progress=show_progress
-        )
+        found = score_activations(base, donor, candidates, groups, show_progress=show_progress)
+    elif kind is ScoreKind.CONTRAST and keep is not None:
+        found = score_contrasts(base, donor, candidates, groups, keep=keep, show_progress=show_progress)
     else:
-        scores = score_attributions(
-            base,
-            donor,
-            candidates,
-            dataloader,
-            keep_dataloader=keep_dataloader,
-            points=POINTS if points is None else points,
-            show_progress=show_progress,
+        points = POINTS if points is None else points
+        found = score_attributions(
+            base, donor, candidates, groups, keep=keep, points=points, show_progress=show_progress
         )
-    if not any(bool(values.any()) for values in scores.values()):
+    if not any(bool(values.any()) for scores in found.values() for values in scores.values()):
         warnings.warn(
             "all scores are 0: donor and base are equal (is it the same model twice?)", ActWarning, stacklevel=2
         )
-    return scores.with_origin(origin_of_pair(*given, candidates.num_channels))
+    origin = origin_of_pair(*given, candidates.num_channels)
+    found = {name: scores.with_origin(origin) for name, scores in found.items()}
+    return found[ONLY] if list(found) == [ONLY] else found
 
 
 def _check_settings(kind: ScoreKind, *, dataloader: object, keep_dataloader: object, points: object) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -14,17 +14,30 @@ _CPU_ELEMENTS = 1 << 17
 _ACCELERATOR_ELEMENTS = 1 << 26
 
 
-def sum_absolute_difference(donor: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-    """`sum over rows of |donor - base|`, on the donor's device.
+def sum_absolute_difference(
+    donor: torch.Tensor, base: torch.Tensor, samples: torch.Tensor, count: int
+) -> torch.Tensor:
+    """`sum over the rows of each sample of |donor - base|`, on the donor's device.
+
+    The difference is computed in float32 or wider, the sum in float64 (float32 where a device has no float64).
 
     Args:
         donor: `[R, C]`, any floating dtype. May be overwritten.
         base: `[R, C]`, any floating dtype and device.
+        samples: number of the sample of every row, int64 `[R]`.
+        count: number of samples B.
 
     Returns:
-        `[C]`.
+        `[B, C]`.
     """
-    return sum_per_channel(lambda donor, base: donor.sub_(base).abs_(), (donor, base), channel_dim=1)
+    device, wide = donor.device, torch.promote_types(torch.promote_types(donor.dtype, base.dtype), torch.float32)
+    total = torch.zeros(count, donor.shape[1], device=device, dtype=_sum_dtype(device))
+    number = torch.arange(count, device=device)[:, None]  # [B, 1]
+    samples = samples.to(device)
+    for rows in _blocks(donor):
+        difference = donor[rows].to(wide).sub_(base[rows].to(device, wide)).abs_()  # [R, C]
+        total.addmm_((samples[rows] == number).to(total.dtype), difference.to(total.dtype))
+    return total
 
 
 def sum_per_channel(
@@ -47,19 +60,26 @@ def sum_per_channel(
     wide = torch.float32
     for tensor in tensors:
         wide = torch.promote_types(wide, tensor.dtype)
-    total = torch.zeros(
-        shape[channel_dim], device=device, dtype=torch.float32 if device.type == "mps" else torch.float64
-    )
-    elements = _CPU_ELEMENTS if device.type == "cpu" else _ACCELERATOR_ELEMENTS
-    rows = max(elements // max(math.prod(shape[1:]), 1), 1)
-    for start in range(0, shape[0], rows):
-        blocks = [tensor[start : start + rows].to(device=device, dtype=wide) for tensor in tensors]
-        values = formula(*blocks)  # [rows, ...]
+    total = torch.zeros(shape[channel_dim], device=device, dtype=_sum_dtype(device))
+    for rows in _blocks(first):
+        values = formula(*(tensor[rows].to(device=device, dtype=wide) for tensor in tensors))  # [rows, ...]
         if channel_dim == 0:
-            total[start : start + rows] = values.flatten(1).sum(1, dtype=total.dtype) if values.dim() > 1 else values
+            total[rows] = values.flatten(1).sum(1, dtype=total.dtype) if values.dim() > 1 else values
         else:
             total += values.sum(0, dtype=total.dtype)
     return total
+
+
+def _sum_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _blocks(tensor: torch.Tensor) -> Iterator[slice]:
+    """The rows of a tensor in blocks."""
+    elements = _CPU_ELEMENTS if tensor.device.type == "cpu" else _ACCELERATOR_ELEMENTS
+    rows = max(elements // max(math.prod(tensor.shape[1:]), 1), 1)
+    for start in range(0, tensor.shape[0], rows):
+        yield slice(start, start + rows)
 
 
 class ChannelSums:

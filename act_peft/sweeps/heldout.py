@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,8 @@ from act_peft.errors import ActError, ActTypeError, ActValueError
 
 # Number of logits converted to float32 at the same time: on the CPU they fit the cache, on other devices 512 MB.
 _CPU_LOGITS, _LOGITS = 1 << 19, 1 << 27
+
+TokenResults = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +89,7 @@ class HeldOutData:
         argument: name of the argument with the batches, for messages.
 
     Attributes:
+        batches: the batches, with their counted tokens.
         num_tokens: number of counted tokens N, over all batches.
         largest_token: the highest token id among inputs and answers.
 
@@ -98,21 +101,20 @@ class HeldOutData:
     def __init__(self, dataloader: Iterable[Mapping[str, Any]], *, argument: str) -> None:
         if not isinstance(dataloader, Iterable):
             raise ActTypeError(f"{argument}: got {type(dataloader).__name__}, expected an iterable of batches")
-        self._batches: list[Predictions] = []
+        self.batches: list[Predictions] = []
         for number, batch in enumerate(dataloader):
             try:
-                self._batches.append(find_predictions(batch))
+                self.batches.append(find_predictions(batch))
             except ActError as error:
                 raise type(error)(f"{argument}: batch {number}: {error}") from error
-        if not self._batches:
+        if not self.batches:
             raise ActValueError(
                 f"{argument}: got no batch, expected at least one (is the dataset empty, or a generator exhausted?)"
             )
-        self.num_tokens = sum(batch.targets.numel() for batch in self._batches)
-        self.largest_token = max(_largest_token(batch) for batch in self._batches)
+        self.num_tokens = sum(batch.targets.numel() for batch in self.batches)
+        self.largest_token = max(_largest_token(batch) for batch in self.batches)
         self._samples = self._number_samples()  # of every token, int64 [N]
 
-    @torch.no_grad()
     def measure(self, model: nn.Module) -> SkillResult:
         """Run a model over all batches, in its current mode.
 
@@ -125,29 +127,46 @@ class HeldOutData:
         Raises:
             ActValueError: the model returns no such logits.
         """
-        losses, hits = [], []
-        for batch in self._batches:
-            logits = logits_of(model, batch)  # [B * T, V]
-            positions, targets = batch.positions.to(logits.device), batch.targets.to(logits.device)
-            at_once = max((_CPU_LOGITS if logits.device.type == "cpu" else _LOGITS) // logits.shape[1], 1)
-            for where, answers in zip(positions.split(at_once), targets.split(at_once), strict=True):
-                chosen = logits.index_select(0, where).float()  # [N, V]
-                losses.append(F.cross_entropy(chosen, answers, reduction="none"))
-                answer = chosen.gather(1, answers[:, None])  # [N, 1]
-                rest = chosen.scatter_(1, answers[:, None], -torch.inf)  # `argmax` would double the time
-                hits.append(answer[:, 0] > rest.amax(-1))
+        return self.result([token_results(model, batch) for batch in self.batches])
+
+    def result(self, found: Sequence[TokenResults]) -> SkillResult:
+        """The result over the tokens of all batches, from those of each batch in their order."""
         # The first wait for the device is here.
-        loss, hit = (torch.cat(found).to("cpu", torch.float64) for found in (losses, hits))  # [N]
+        loss, hit = (torch.cat(parts).to("cpu", torch.float64) for parts in zip(*found, strict=True))  # [N]
         samples = SampleSums(*(torch.bincount(self._samples, part) for part in (loss, hit, torch.ones_like(loss))))
         return SkillResult(float(loss.sum()) / self.num_tokens, int(hit.sum()) / self.num_tokens, samples)
 
     def _number_samples(self) -> torch.Tensor:
         """The number of the sample that each token lies in; samples without a token have no number."""
         found, start = [], 0
-        for batch in self._batches:
+        for batch in self.batches:
             found.append(start + batch.positions // batch.shape[1])
             start += batch.shape[0]
         return torch.cat(found).unique(return_inverse=True)[1]
+
+
+@torch.no_grad()
+def token_results(model: nn.Module, batch: Predictions) -> TokenResults:
+    """Run a model on a batch, in its current mode.
+
+    Returns:
+        Cross-entropy of each counted token, and whether it is more probable than every other one; `[N]` each, on the
+        model's device.
+
+    Raises:
+        ActValueError: the model returns no logits `[B, T, V]`.
+    """
+    losses, hits = [], []
+    logits = logits_of(model, batch)  # [B * T, V]
+    positions, targets = batch.positions.to(logits.device), batch.targets.to(logits.device)
+    at_once = max((_CPU_LOGITS if logits.device.type == "cpu" else _LOGITS) // logits.shape[1], 1)
+    for where, answers in zip(positions.split(at_once), targets.split(at_once), strict=True):
+        chosen = logits.index_select(0, where).float()  # [N, V]
+        losses.append(F.cross_entropy(chosen, answers, reduction="none"))
+        answer = chosen.gather(1, answers[:, None])  # [N, 1]
+        rest = chosen.scatter_(1, answers[:, None], -torch.inf)  # `argmax` would double the time
+        hits.append(answer[:, 0] > rest.amax(-1))
+    return torch.cat(losses), torch.cat(hits)
 
 
 def _mean_error(sums: torch.Tensor, counts: torch.Tensor) -> float | None:

@@ -118,7 +118,10 @@ def test_inspect_shows_what_is_there(folder, capsys, name, kind, first):
     assert main(["inspect", str(folder / name)]) == 0
     text = capsys.readouterr().out
     assert f"kind: {kind}" in text
-    assert "model.layers.0." in text
+    assert "modules by kind:" in text
+    assert "model.layers.0." not in text
+    assert main(["inspect", str(folder / name), "--all"]) == 0
+    assert "model.layers.0." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -156,8 +156,11 @@ def refused(folder, capsys, *arguments):
         ("[]", "cannot be loaded, expected a JSON or JSONL file"),
         ('{"foo": 1}\n{"foo": 2}\n', "got the columns ['foo'], expected those of one of TRL's formats: 'prompt' and"),
         ('{"prompt": "a", "text": "b"}', "got the columns ['prompt', 'text'], expected those of one of TRL's formats"),
-        ('{"prompt": "a", "completion": null}', "['prompt', 'completion']: TRL cannot tokenize it, expected examples"),
-        ('{"text": 1}', "dataset with the columns ['text']: TRL cannot tokenize it, expected examples"),
+        (
+            '{"prompt": "a", "completion": null}',
+            "got 1 examples without an answer, expected at least one",
+        ),
+        ('{"text": 1}', "with the columns ['text']: TRL cannot tokenize it, expected examples"),
     ],
 )
 def test_bad_datasets_are_one_line(tmp_path, capsys, text, message):
@@ -189,7 +192,9 @@ def test_a_name_that_is_on_no_disk_and_not_on_the_hub(folder, capsys, monkeypatc
         (["--device", "toaster"], "device: got 'toaster', expected one that torch can use here"),
         (["--device", "meta"], "device: got 'meta', expected one that torch can use here"),
         (["--split", "test"], "cannot be loaded, expected a JSON or JSONL file, a folder or a Hub id (Unknown split"),
-        (["--assistant-only"], "TRL cannot tokenize it, expected examples in one of its formats (ValueError: You set"),
+        (["--assistant-only"], "'completion'] and --assistant-only, expected conversations in a column 'messages'"),
+        (["--exclude-modules", "v_porj"], "--exclude-modules: 'v_porj': no module with channels has such a name"),
+        (["--target-modules", "q.*porj"], "--target-modules: 'q.*porj': no module with channels has such a name"),
         (["--base", "{}"], "cannot be loaded, expected the folder or Hub id of a causal language model"),
         (["--base", "{}/merged"], "merged: its tokenizer cannot be loaded, expected one in the folder of the model"),
     ],
@@ -199,3 +204,63 @@ def test_what_cannot_be_loaded_is_one_line(folder, capsys, arguments, message):
     line = refused(folder, capsys, *data, *(argument.format(folder) for argument in arguments))
     assert line.startswith("act-peft: ")
     assert message in line
+
+
+class TestByColumn:
+    @pytest.fixture
+    def mixed(self, folder):
+        """Examples of two languages in one file, and the same in files of their own."""
+        path = folder / "mixed.jsonl"
+        with open(path, "w") as file:
+            found = (rows(language, Split.TRAIN, count=8) for language in (Language.SPANISH, Language.GERMAN))
+            for one, other in zip(*found, strict=True):
+                for row, lang in ((one, "es"), (other, "de")):
+                    file.write(json.dumps({**row, "lang": lang}) + "\n")
+        return path
+
+    def run(self, folder, dataset, *arguments):
+        output = folder / "by.safetensors"
+        models = ["--base", str(BASE), "--donor", str(DONOR), "--dataset", str(dataset), "--device", "cpu"]
+        return main(["localize", *models, "--by", "lang", "--output", str(output), *arguments])
+
+    def test_one_file_for_each_value(self, folder, mixed, capsys):
+        assert self.run(folder, mixed) == 0
+        said = capsys.readouterr().out
+        for language in (Language.SPANISH, Language.GERMAN):
+            path = folder / f"by.{language.value}.safetensors"
+            assert f"{path}: scores of" in said
+            alone = folder / f"{language.value}.jsonl"
+            models = ["--base", str(BASE), "--donor", str(DONOR), "--dataset", str(alone), "--device", "cpu"]
+            assert main(["localize", *models, "--output", str(folder / "alone"), "--overwrite"]) == 0
+            found, expected = ChannelScores.load(path), ChannelScores.load(folder / "alone")
+            assert found.num_samples == expected.num_samples == 8
+            assert_close(found, expected)
+        assert self.run(folder, mixed) == 1  # the outputs exist
+        assert "exists, expected a new file" in capsys.readouterr().err
+        assert self.run(folder, mixed, "--samples", "3", "--overwrite") == 0
+        assert ChannelScores.load(folder / "by.es.safetensors").num_samples == 3
+
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            (["es", "../x"], r"column 'lang': got '../x' in row 1, expected values that can be part of the name of a"),
+            (["es", None], r"column 'lang': got None in row 1, expected values"),
+            ([f"v{n}" for n in range(201)], r"column 'lang': got 201 different values, expected at most 200"),
+        ],
+    )
+    def test_values_that_are_no_names(self, folder, tmp_path, capsys, values, message):
+        example = rows(Language.SPANISH, Split.TRAIN, count=1)[0]
+        lines = [json.dumps({**example, "lang": value}) for value in values]
+        (tmp_path / "x.jsonl").write_text("\n".join(lines))
+        assert self.run(tmp_path, tmp_path / "x.jsonl") == 1
+        assert re.search(message, capsys.readouterr().err)
+        assert [p.name for p in tmp_path.iterdir()] == ["x.jsonl"]
+
+    def test_no_such_column(self, folder, capsys):
+        assert self.run(folder, folder / f"{Language.SPANISH.value}.jsonl") == 1
+        assert re.search(r"column 'lang': there is none, expected one of prompt, completion", capsys.readouterr().err)
+
+    def test_not_with_weights(self, capsys):
+        with pytest.raises(SystemExit):
+            main(["localize", "--base", "b", "--donor", "d", "--score", "weight", "--by", "x", "--output", "o"])
+        assert "argument --by: not used with --score weight" in capsys.readouterr().err

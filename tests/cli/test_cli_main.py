@@ -73,10 +73,13 @@ def test_debug_shows_the_traceback(command, capsys, arguments):
     assert error.endswith("ActValueError: here: got this\n")
 
 
-def test_other_errors_are_bugs_and_not_hidden(command):
+def test_other_errors_are_one_line_that_says_how_to_find_them(command, capsys):
     command.work = raising(ZeroDivisionError("bug"))
-    with pytest.raises(ZeroDivisionError, match="bug"):
-        main(["demo"])
+    assert main(["demo"]) == 1
+    line = "act-peft: ZeroDivisionError: bug (unexpected; --debug shows where it happened)\n"
+    assert capsys.readouterr() == ("", line)
+    assert main(["demo", "--debug"]) == 1
+    assert capsys.readouterr().err.startswith("Traceback")
 
 
 def test_interrupt(command, capsys):
@@ -99,6 +102,14 @@ def test_bad_arguments(capsys, arguments):
         main(arguments)
     assert stopped.value.code == 2
     assert "usage: act-peft" in capsys.readouterr().err
+
+
+def test_unknown_arguments_show_the_usage_of_their_command(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["demo", "--sed", "1"])
+    error = capsys.readouterr().err
+    assert error.startswith("usage: act-peft demo")
+    assert error.endswith("act-peft demo: error: unrecognized arguments: --sed 1\n")
 
 
 def test_version(capsys):

@@ -38,7 +38,7 @@ def evil(tmp_path):
 
 
 @pytest.mark.parametrize("as_base", [False, True])
-@pytest.mark.parametrize("command", ["localize", "fit", "sweep", "transfer", "merge"])
+@pytest.mark.parametrize("command", ["localize", "fit", "sweep", "transfer", "merge", "train", "eval"])
 def test_no_code_of_a_checkpoint_runs(evil, tmp_path, capsys, monkeypatch, command, as_base):
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     (tmp_path / "data.jsonl").write_text('{"prompt": "3 plus 4 ", "completion": "is 7"}\n' * 8)
@@ -51,6 +51,17 @@ def test_no_code_of_a_checkpoint_runs(evil, tmp_path, capsys, monkeypatch, comma
         "sweep": ["--donor", donor, "--dataset", tmp_path / "data.jsonl", "--keep-dataset", tmp_path / "data.jsonl"],
         "transfer": ["--donor", donor, "--mask", tmp_path / "mask", "--output", tmp_path / "out"],
         "merge": ["--adapter", donor, "--output", tmp_path / "out"],
+        "train": [
+            "--lora-rank",
+            "4",
+            "--teacher",
+            donor,
+            "--dataset",
+            tmp_path / "data.jsonl",
+            "--output",
+            tmp_path / "out",
+        ],
+        "eval": ["--model", donor, "--dataset", tmp_path / "data.jsonl"],
     }[command]
     assert main([command, "--base", str(base), *map(str, arguments)]) == 1
     assert not (tmp_path / "ran").exists()

@@ -348,3 +348,18 @@ def test_a_module_that_does_not_run(toy, batches):
         ActValueError, match=r"batch 0: unused: did not run in the base.*\(1 of 2 .*exclude_modules=\['unused'\]"
     ):
         localize(*toy(unused=lambda: nn.Linear(6, 6)), batches)
+
+
+def test_standard_errors_do_not_depend_on_the_batches(pair, samples, collate):
+    base, donor = pair("gemma3")  # its query and key norms see a token once for each head
+    one_by_one = [localize_every(base, donor, [collate([sample])], show_progress=False) for sample in samples]
+    sums = {name: torch.stack([s[name] * s.num_tokens for s in one_by_one]) for name in one_by_one[0]}  # [G, C]
+    counts = torch.tensor([s.num_tokens for s in one_by_one]).double()
+    for size, side in ((1, "right"), (4, "left"), (6, "right")):
+        batches = [collate(samples[i : i + size], side) for i in range(0, len(samples), size)]
+        scores = localize_every(base, donor, batches, show_progress=False)
+        assert scores.num_samples == len(samples)
+        for name, errors in scores.standard_errors.items():
+            rest = sums[name] - counts[:, None] * scores[name]
+            expected = (rest.square().sum(0) * len(samples) / (len(samples) - 1)).sqrt() / counts.sum()
+            torch.testing.assert_close(errors, expected, rtol=1e-3, atol=1e-6)

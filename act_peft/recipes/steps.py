@@ -25,14 +25,17 @@ class Steps:
     replaced, the step runs again.
     """
 
-    def __init__(self, output: Path, report: Report, overwrite: bool) -> None:
+    def __init__(self, output: Path, report: Report, overwrite: bool, *, owner: str) -> None:
+        self.owner = owner  # of the folder, in messages: "a demo"
         self.output, self.report, self.overwrite = output, report, overwrite
         self.reused: list[str] = []
         self.path = output / RECORD
         if output.exists() and not output.is_dir():
             raise ActValueError(f"{output}: got a file, expected a folder (name another --output)")
         if output.exists() and any(output.iterdir()) and not self.path.is_file():
-            raise ActValueError(f"{output}: the folder holds something other than a demo, expected a new or empty one")
+            raise ActValueError(
+                f"{output}: the folder holds something other than {owner}, expected a new or empty one"
+            )
         output.mkdir(parents=True, exist_ok=True)
         self.record = self._read()
         self._write()
@@ -70,13 +73,13 @@ class Steps:
         try:
             record = json.loads(self.path.read_text(encoding="utf-8"))
             entries = record.values()
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, RecursionError) as error:
             raise ActValueError(
-                f"{self.path}: cannot be read ({error}), expected the file of a demo (remove it)"
+                f"{self.path}: cannot be read ({error}), expected the file of {self.owner} (remove it)"
             ) from error
         if not all(isinstance(entry, dict) and entry.keys() == {"settings", "files", "result"} for entry in entries):
             raise ActValueError(
-                f"{self.path}: the entries are not those of a demo, expected the file of a demo (remove it)"
+                f"{self.path}: the entries are not those of {self.owner}, expected its file (remove it)"
             )
         return record
 

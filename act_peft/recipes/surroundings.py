@@ -1,4 +1,4 @@
-"""Settings of the process that the demo changes while it runs: threads, network, messages of other libraries."""
+"""Settings of the process that a long run changes for a while: threads, network, messages of other libraries."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def offline() -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hide progress bars and warnings of the libraries that the demo uses."""
+    """Hide progress bars and warnings of the libraries below."""
     verbosity = transformers_logging.get_verbosity()
     weights_bar = transformers_logging.is_progress_bar_enabled()
     map_bar = datasets.are_progress_bars_disabled()
