@@ -13,7 +13,7 @@ from huggingface_hub import ModelCardData
 from peft import LoraConfig
 
 from act_peft.channels.kinds import ChannelKind
-from act_peft.channels.rows import wide_dtype
+from act_peft.channels.rows import exact_arithmetic, wide_dtype
 from act_peft.disk.folders import check_output
 from act_peft.disk.parameters import Parameters
 from act_peft.doors import OUTER
@@ -43,6 +43,7 @@ class FittedLora:
     left_out: tuple[str, ...]
 
 
+@exact_arithmetic()
 def write_lora(
     output: Path,
     modules: Modules,

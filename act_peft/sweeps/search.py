@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from act_peft.channels.kinds import weight_of
+from act_peft.channels.rows import exact_arithmetic
 from act_peft.fitting import CollectedInputs, FitSettings, FittedTransfer
 from act_peft.fitting.pair import FittedPair
 from act_peft.sweeps.changes import all_changes, rank_changes, row_changes, rule_changes, rule_channels
@@ -147,7 +148,7 @@ class Search:
 
     def _solve(self, inputs: CollectedInputs, settings: FitSettings, *, max_rank: int) -> FittedTransfer:
         self._moves.restore_()  # the differences are those of the base's own weights
-        with self._exactly():
+        with exact_arithmetic(self._device):
             return inputs.solve(**dataclasses.asdict(settings), max_rank=max_rank)
 
     def _try(
@@ -160,17 +161,13 @@ class Search:
         scale: float,
         num_channels: int,
     ) -> SweepRow:
-        with self._exactly():
+        with exact_arithmetic(self._device):
             self._moves.move_(changes)
         found = self._measure()
         row = SweepRow(found.ability, found.keep, density, scale, num_channels, method, settings)
         self.rows.append(row)
         self._bar.update()
         return row
-
-    def _exactly(self) -> torch.autocast:
-        """The user's autocast is for the passes of the model, not for the arithmetic of weights."""
-        return torch.autocast(self._device, enabled=False)
 
     def _expect(self, number: int) -> None:
         self._bar.total = (self._bar.total or 0) + number
