@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
 from tqdm import tqdm
 
 from act_peft.channels.kinds import weight_of
