@@ -168,6 +168,18 @@ def of_rank(rank: int, *, norms: bool = False, tokens: float | None = None) -> T
     return try_settings
 
 
+def of_rank_with_embedding(rank: int) -> Try:
+    """An ordinary LoRA adapter that has factors of the tied embedding too; it is not merged."""
+
+    def try_settings(study: Study, settings: list[Setting], judge: Judge) -> None:
+        for setting in settings:
+            with _scratch(study) as folder:
+                fitted(study, setting).to_lora(rank, folder, embedding_rank=rank)
+                judge(setting, PeftModel.from_pretrained(study.frozen_base(), folder), _stored(folder))
+
+    return try_settings
+
+
 def channels_by_gain(study: Study, settings: list[Setting], judge: Judge) -> None:
     """λ of the difference itself in the channels of the greatest gains: the score without the change."""
     gains = fitted(study, DEFAULTS).gains

@@ -214,6 +214,7 @@ METHODS = {
     "fitted, rank 4": Method(fitting.of_rank(4), FITTED, like="fitted"),
     "fitted, rank 16": Method(fitting.of_rank(16), FITTED, like="fitted", finalist=True),
     "fitted, rank 64": Method(fitting.of_rank(64), FITTED, like="fitted"),
+    "fitted, rank 16, embedding too": Method(fitting.of_rank_with_embedding(16), FITTED, like="fitted", finalist=True),
     "fitted, rank 16, norms, 20% of tokens": Method(
         fitting.of_rank(16, norms=True, tokens=0.2), FITTED, like="fitted", finalist=True
     ),

@@ -225,6 +225,7 @@ COMPARED = [
     ("fitted", "interpolation"),
     ("fitted", "LoRA, base keeps"),
     ("fitted, rank 16", "fitted"),
+    ("fitted, rank 16, embedding too", "fitted"),
     ("fitted, rank 16, norms, 20% of tokens", "fitted"),
     ("fitted, then LoRA, base keeps", "fitted"),
     ("fitted, then LoRA, base keeps", "LoRA, base keeps"),
