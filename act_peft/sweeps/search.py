@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from tqdm import tqdm
 
@@ -121,7 +123,6 @@ class Search:
         densities = densities if Method.FITTED_ROWS in methods else ()
         ranks = ranks if Method.FITTED_RANK in methods else ()
         if densities or ranks:
-            self._expect(len(densities) + len(ranks))
             self._try_parts(inputs, best(), densities, ranks)
 
     def _try_fit(self, inputs: CollectedInputs, settings: FitSettings) -> SweepRow:
@@ -136,13 +137,16 @@ class Search:
         fitted = self._solve(inputs, settings, max_rank=max(ranks, default=0))
         given = dataclasses.asdict(settings)
         total = sum(len(module.delta) for module in fitted.modules.values())
+        has_embedding = any(module.is_embedding for module in fitted.modules.values())
+        self._expect(len(densities) + (1 + has_embedding) * len(ranks))
         for density in densities:
             changes, count = row_changes(fitted, density)
             what = {**given, "density": density}
             self._try(changes, Method.FITTED_ROWS, what, density=density, scale=1.0, num_channels=count)
-        for rank in ranks:
-            changes, count = rank_changes(fitted, rank, TOKENS)
-            what = {**given, "rank": rank, "tokens": TOKENS}
+        for rank, factored in itertools.product(ranks, (False, True)[: 1 + has_embedding]):
+            of_embedding: dict[str, Any] = {"embedding_rank": rank} if factored else {"tokens": TOKENS}
+            changes, count = rank_changes(fitted, rank, **of_embedding)
+            what = {**given, "rank": rank, **of_embedding}
             self._try(changes, Method.FITTED_RANK, what, density=count / total, scale=1.0, num_channels=count)
 
     def _solve(self, inputs: CollectedInputs, settings: FitSettings, *, max_rank: int) -> FittedTransfer:
