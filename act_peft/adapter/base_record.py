@@ -126,7 +126,7 @@ def _check_record(modules: Any) -> None:
     if not isinstance(modules, Mapping):
         found: Any = f"{modules!s:.80}"
     else:
-        found = next((f"{each!s:.80} for {name}" for name, each in modules.items() if not _is_record(each)), None)
+        found = next((f"{each!s:.160} for {name}" for name, each in modules.items() if not _is_record(each)), None)
     if found is not None:
         raise ActValueError(
             f"adapted_modules: got {found}, expected module name -> "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,22 @@ class ChannelRows:
     def without_bias(self) -> ChannelRows:
         """The same rows without the elements of the bias."""
         return ChannelRows(self.index, self.weight, None)
+
+
+@contextmanager
+def exact_arithmetic(device_type: str = "cpu") -> Iterator[None]:
+    """For arithmetic of weights within the user's autocast, which is for the passes of models.
+
+    Products are not rounded to autocast's dtype, and its casts of weights as they were before are forgotten.
+
+    Args:
+        device_type: where the arithmetic takes place.
+    """
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        torch.clear_autocast_cache()
 
 
 def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:

@@ -56,7 +56,9 @@ def _fit(best: SweepRow, settings: dict[str, float], arguments: argparse.Namespa
         commands.append(["select", _FITTED, "--density", share, "--scope", "module", "--output", _MASK])
         made += ["--mask", _MASK, "--tokens", share]
     elif best.method.value == "fitted-rank":
-        made += ["--rank", f"{best.settings['rank']:g}", "--norms", "--tokens", f"{best.settings['tokens']:g}"]
+        made += ["--norms"]
+        options = {name: best.settings[name] for name in ("rank", "tokens", "embedding_rank") if name in best.settings}
+        made += [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", f"{value:g}")]
     return [*commands, [*made, "--output", _OUTPUT]]
 
 

@@ -65,4 +65,8 @@ def _fits(infos: TensorInfos, skeleton: PreTrainedModel) -> bool:
             return False
         if ".lora_B.weight" in key and channel_kind(module) is not None and shape[0] != num_channels(module):
             return False
+        own = getattr(module, key.rpartition(".")[2], None)
+        # A whole embedding of a base with another number of tokens, which is resized before it gets the adapter.
+        if "lora_" not in key and "token_adapter.trainable" not in key and own is not None and own.shape != shape:
+            return False
     return True

@@ -8,7 +8,7 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from act_peft.channels.rows import wide_dtype
+from act_peft.channels.rows import exact_arithmetic, wide_dtype
 from act_peft.doors import LoraLayer, TrainableTokensLayer
 from act_peft.errors import ActValueError
 from act_peft.fitting.lora import embedding_factors, factors
@@ -22,6 +22,7 @@ from act_peft.peft_modules import named_modules, without_wrapper
 _Write = tuple[torch.Tensor, torch.Tensor]  # a parameter's tensor, and what it will hold
 
 
+@exact_arithmetic()
 def fill_adapter(model: nn.Module, modules: Modules, *, adapter_name: str) -> set[str]:
     """Write the fitted changes into an adapter; arguments and errors as `FittedTransfer.apply_to`.
 
@@ -60,6 +61,7 @@ def fill_adapter(model: nn.Module, modules: Modules, *, adapter_name: str) -> se
     return filled
 
 
+@exact_arithmetic()
 def add_changes_(model: nn.Module, modules: Modules) -> None:
     """Add the fitted changes to the weights of a model without adapters; errors as `FittedTransfer.add_to_`."""
     layers = dict(named_modules(without_wrapper(model)))

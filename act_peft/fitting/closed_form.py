@@ -100,7 +100,7 @@ def fit(
 
     Example:
         >>> fitted = fit(base, donor, batches, batches)
-        >>> fitted.to_adapter(fitted.gains.top(0.2), "ability")
+        >>> fitted.to_adapter(fitted.gains.top(0.5, scope="module"), "ability")
         >>> model = PeftModel.from_pretrained(base, "ability")
     """
     settings = FitSettings(keep_weight=keep_weight, ridge=ridge, prior_scale=prior_scale)

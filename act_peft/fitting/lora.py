@@ -10,7 +10,7 @@ from types import MappingProxyType
 import torch
 
 from act_peft.channels.kinds import ChannelKind
-from act_peft.channels.rows import wide_dtype
+from act_peft.channels.rows import exact_arithmetic, wide_dtype
 from act_peft.disk.folders import check_output
 from act_peft.disk.parameters import Parameters
 from act_peft.errors import ActValueError
@@ -47,6 +47,7 @@ class FittedLora:
     left_out: tuple[str, ...]
 
 
+@exact_arithmetic()
 def write_lora(
     output: Path,
     modules: Modules,

@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import torch
 
+from act_peft.channels.rows import exact_arithmetic
 from act_peft.fitting.lora import embedding_factors, factors
 from act_peft.fitting.module import FittedModule, Modules
 
 
+@exact_arithmetic()
 def cut(modules: Modules, *, rank: int, embedding_rank: int | None) -> dict[str, FittedModule]:
     """The best changes of a rank; arguments and errors as `FittedTransfer.low_rank`.
 

@@ -261,6 +261,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
                 container[adapter_name] = nn.Parameter(values, parameter.requires_grad)
             else:
                 parameter.data.copy_(values)
+        torch.clear_autocast_cache()  # of casts of the deltas as they were
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
     def delta_dtype(self, adapter_name: str) -> torch.dtype:

@@ -10,7 +10,7 @@ import torch
 from act_peft.channels.kinds import ChannelKind, weight_of
 from act_peft.channels.rows import wide_dtype
 from act_peft.fitting import FittedTransfer
-from act_peft.fitting.lora import factors
+from act_peft.fitting.lora import embedding_factors, factors
 from act_peft.fitting.pair import FittedPair
 from act_peft.fitting.selection import top_tokens
 from act_peft.sweeps.weight_rules import WeightRule
@@ -81,24 +81,32 @@ def row_changes(fitted: FittedTransfer, share: float) -> tuple[Iterator[Change],
     return changes(), sum(index.numel() for index in found.values())
 
 
-def rank_changes(fitted: FittedTransfer, rank: int, tokens: float) -> tuple[Iterator[Change], int]:
-    """The changes of a given rank, as `FittedTransfer.to_lora(rank, norms=True, tokens=tokens)` takes them.
+def rank_changes(
+    fitted: FittedTransfer, rank: int, *, tokens: float = 0.0, embedding_rank: int | None = None
+) -> tuple[Iterator[Change], int]:
+    """The changes of a given rank, as `FittedTransfer.to_lora` takes them, the norms with them.
 
     Args:
         fitted: the fit, with `max_rank` at least as high.
         rank: of the linear modules.
         tokens: share of the tokens that move.
+        embedding_rank: rank of embeddings, in place of `tokens`.
 
     Returns:
         The changes, and the number of rows that they change.
     """
     linear = [module for module in fitted.modules.values() if module.is_linear]
-    biased = all(module.bias is not None for module in linear)  # PEFT has biases in all of them or in none
-    rows = {name: top_tokens(module, tokens) for name, module in fitted.modules.items() if module.is_embedding}
+    # PEFT has biases in all of them or in none, and none beside factors of an embedding.
+    biased = embedding_rank is None and all(module.bias is not None for module in linear)
+    share = tokens if embedding_rank is None else 1.0
+    rows = {name: top_tokens(module, share) for name, module in fitted.modules.items() if module.is_embedding}
 
     def changes() -> Iterator[Change]:
         for name, module in fitted.modules.items():
-            if module.is_embedding:
+            if module.is_embedding and embedding_rank is not None:
+                left, right, _ = embedding_factors(module, embedding_rank)
+                yield from _of_module(name, left @ right, None)
+            elif module.is_embedding:
                 weight = torch.zeros_like(module.delta)
                 weight[rows[name]] = module.delta[rows[name]]
                 yield from _of_module(name, weight, None)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from act_peft.channels.kinds import weight_of
+from act_peft.channels.rows import exact_arithmetic
 from act_peft.fitting import CollectedInputs, FitSettings, FittedTransfer
 from act_peft.fitting.pair import FittedPair
 from act_peft.sweeps.changes import all_changes, rank_changes, row_changes, rule_changes, rule_channels
@@ -121,7 +123,6 @@ class Search:
         densities = densities if Method.FITTED_ROWS in methods else ()
         ranks = ranks if Method.FITTED_RANK in methods else ()
         if densities or ranks:
-            self._expect(len(densities) + len(ranks))
             self._try_parts(inputs, best(), densities, ranks)
 
     def _try_fit(self, inputs: CollectedInputs, settings: FitSettings) -> SweepRow:
@@ -136,18 +137,21 @@ class Search:
         fitted = self._solve(inputs, settings, max_rank=max(ranks, default=0))
         given = dataclasses.asdict(settings)
         total = sum(len(module.delta) for module in fitted.modules.values())
+        has_embedding = any(module.is_embedding for module in fitted.modules.values())
+        self._expect(len(densities) + (1 + has_embedding) * len(ranks))
         for density in densities:
             changes, count = row_changes(fitted, density)
             what = {**given, "density": density}
             self._try(changes, Method.FITTED_ROWS, what, density=density, scale=1.0, num_channels=count)
-        for rank in ranks:
-            changes, count = rank_changes(fitted, rank, TOKENS)
-            what = {**given, "rank": rank, "tokens": TOKENS}
+        for rank, factored in itertools.product(ranks, (False, True)[: 1 + has_embedding]):
+            of_embedding: dict[str, Any] = {"embedding_rank": rank} if factored else {"tokens": TOKENS}
+            changes, count = rank_changes(fitted, rank, **of_embedding)
+            what = {**given, "rank": rank, **of_embedding}
             self._try(changes, Method.FITTED_RANK, what, density=count / total, scale=1.0, num_channels=count)
 
     def _solve(self, inputs: CollectedInputs, settings: FitSettings, *, max_rank: int) -> FittedTransfer:
         self._moves.restore_()  # the differences are those of the base's own weights
-        with self._exactly():
+        with exact_arithmetic(self._device):
             return inputs.solve(**dataclasses.asdict(settings), max_rank=max_rank)
 
     def _try(
@@ -160,17 +164,13 @@ class Search:
         scale: float,
         num_channels: int,
     ) -> SweepRow:
-        with self._exactly():
+        with exact_arithmetic(self._device):
             self._moves.move_(changes)
         found = self._measure()
         row = SweepRow(found.ability, found.keep, density, scale, num_channels, method, settings)
         self.rows.append(row)
         self._bar.update()
         return row
-
-    def _exactly(self) -> torch.autocast:
-        """The user's autocast is for the passes of the model, not for the arithmetic of weights."""
-        return torch.autocast(self._device, enabled=False)
 
     def _expect(self, number: int) -> None:
         self._bar.total = (self._bar.total or 0) + number

@@ -75,8 +75,8 @@ def sweep(
     - `"fitted"`, `"fitted-rows"`, `"fitted-rank"`, if there are data to fit on: the closed form of `fit`. The models
       read these data once; then a setting costs one solve and one pass over the held-out data. The keep weights come
       first, then a prior towards the best interpolation, then keep weights in between; last the rows that gain most
-      in every module (and as large a share of the tokens), and LoRA's ranks (with the norms and a fifth of the
-      tokens), of the best fit.
+      in every module (and as large a share of the tokens), and LoRA's ranks (with the norms, and of the
+      embedding once the rows of a fifth of the tokens, once factors of the same rank), of the best fit.
 
     One number says how much of what is kept may be lost. With `max_keep_loss` the setting with the lowest loss on the
     ability is recommended, among those that raise the loss on no skill to keep by more. If a simpler one is less than

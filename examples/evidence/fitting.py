@@ -24,7 +24,7 @@ Try = Callable[[Study, list[Setting], Judge], None]
 RANK = 64  # the highest that an adapter is made of
 DEFAULTS = {"keep_weight": 1.0, "ridge": 0.03, "prior_scale": 0.0}  # where fine-tunes start
 SHARE = 0.2  # of every module's rows, and of the tokens
-KEPT_FITS = 2  # half a gigabyte each
+KEPT_FITS = 4  # half a gigabyte each
 
 _fits: dict[tuple[Any, ...], FittedTransfer] = {}
 
@@ -130,13 +130,17 @@ def linear_layers_alone(study: Study, settings: list[Setting], judge: Judge) -> 
         judge(setting, _whole(study, fitted(study, setting, target_modules=tuple(LINEAR))), _all_numbers(study))
 
 
-def best_rows(study: Study, settings: list[Setting], judge: Judge) -> None:
-    """An ACT adapter of the best fifth of every module's rows and of the tokens."""
-    for setting in settings:
-        found = fitted(study, setting)
-        with _scratch(study) as folder:
-            found.to_adapter(found.gains.top(SHARE, scope="module"), folder, tokens=SHARE)
-            judge(setting, _merged(study, folder), _stored(folder))
+def best_rows(scope: str) -> Try:
+    """An ACT adapter of the best fifth of every module's rows (or of all together) and of the tokens."""
+
+    def try_settings(study: Study, settings: list[Setting], judge: Judge) -> None:
+        for setting in settings:
+            found = fitted(study, setting)
+            with _scratch(study) as folder:
+                found.to_adapter(found.gains.top(SHARE, scope=scope), folder, tokens=SHARE)
+                judge(setting, _merged(study, folder), _stored(folder))
+
+    return try_settings
 
 
 def fitted_rows(kind: str) -> Try:
@@ -164,6 +168,18 @@ def of_rank(rank: int, *, norms: bool = False, tokens: float | None = None) -> T
             with _scratch(study) as folder:
                 fitted(study, setting).to_lora(rank, folder, norms=norms, tokens=tokens)
                 judge(setting, _merged(study, folder), _stored(folder))
+
+    return try_settings
+
+
+def of_rank_with_embedding(rank: int) -> Try:
+    """An ordinary LoRA adapter that has factors of the tied embedding too; it is not merged."""
+
+    def try_settings(study: Study, settings: list[Setting], judge: Judge) -> None:
+        for setting in settings:
+            with _scratch(study) as folder:
+                fitted(study, setting).to_lora(rank, folder, embedding_rank=rank)
+                judge(setting, PeftModel.from_pretrained(study.frozen_base(), folder), _stored(folder))
 
     return try_settings
 

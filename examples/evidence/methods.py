@@ -210,10 +210,12 @@ METHODS = {
     "channels by gain": Method(fitting.channels_by_gain, CHANNELS),
     # The closed form, nothing trains.
     "fitted": Method(fitting.everything, FITTED, finalist=True),
-    "fitted, best 20% of rows and tokens": Method(fitting.best_rows, FITTED, like="fitted", finalist=True),
+    "fitted, best 20% of rows and tokens": Method(fitting.best_rows("module"), FITTED, like="fitted", finalist=True),
+    "fitted, best 20% of all rows together, and tokens": Method(fitting.best_rows("global"), FITTED, like="fitted"),
     "fitted, rank 4": Method(fitting.of_rank(4), FITTED, like="fitted"),
     "fitted, rank 16": Method(fitting.of_rank(16), FITTED, like="fitted", finalist=True),
     "fitted, rank 64": Method(fitting.of_rank(64), FITTED, like="fitted"),
+    "fitted, rank 16, embedding too": Method(fitting.of_rank_with_embedding(16), FITTED, like="fitted", finalist=True),
     "fitted, rank 16, norms, 20% of tokens": Method(
         fitting.of_rank(16, norms=True, tokens=0.2), FITTED, like="fitted", finalist=True
     ),

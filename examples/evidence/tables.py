@@ -224,7 +224,9 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 COMPARED = [
     ("fitted", "interpolation"),
     ("fitted", "LoRA, base keeps"),
+    ("fitted, best 20% of all rows together, and tokens", "fitted, best 20% of rows and tokens"),
     ("fitted, rank 16", "fitted"),
+    ("fitted, rank 16, embedding too", "fitted"),
     ("fitted, rank 16, norms, 20% of tokens", "fitted"),
     ("fitted, then LoRA, base keeps", "fitted"),
     ("fitted, then LoRA, base keeps", "LoRA, base keeps"),

@@ -270,6 +270,38 @@ def test_learned_scales_start_at_one(llama) -> None:
     same_weights(model.merge_and_unload(), moved(base, fitted, dict(mask), {}), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_autocast_changes_nothing(made, tmp_path) -> None:
+    """It rounds products to its own dtype and keeps casts of weights, which must not outlive a change."""
+    base, _, fitted = made
+    ids, autocast = ABILITY[0]["input_ids"], lambda: torch.autocast("cpu", torch.bfloat16)
+    config = ActConfig(channels=fitted.gains.top(0.3, scope="module"), task_type="CAUSAL_LM")
+    for build, fill in (
+        (lambda: copy.deepcopy(base), fitted.add_to_),
+        (lambda: get_peft_model(copy.deepcopy(base), config), fitted.apply_to),
+        (lambda: get_peft_model(copy.deepcopy(base), LoraConfig(target_modules=["q_proj"])), fitted.apply_to),
+    ):
+        model, expected = build(), build()
+        expected.load_state_dict(model.state_dict())
+        fill(expected)
+        with autocast():
+            before = model(ids).logits
+            fill(model)
+            found = model(ids).logits
+        with autocast():
+            torch.testing.assert_close(found, expected(ids).logits, rtol=0, atol=0)
+        assert not torch.equal(found, before)
+        same_weights(model, expected, rtol=0, atol=0)
+    fitted.to_lora(4, tmp_path / "plain", embedding_rank=4)
+    cut = fitted.low_rank(4, embedding_rank=4)
+    with autocast():
+        fitted.to_lora(4, tmp_path / "within", embedding_rank=4)
+        within = fitted.low_rank(4, embedding_rank=4)
+    plain, found = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "within"))
+    assert all(torch.equal(found[key], plain[key]) for key in plain)
+    assert all(torch.equal(within.modules[name].delta, module.delta) for name, module in cut.modules.items())
+
+
 @pytest.mark.parametrize("alpha", [4, 16])
 def test_existing_factors_are_filled(made, alpha: int) -> None:
     base, _, fitted = made

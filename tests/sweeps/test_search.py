@@ -62,21 +62,24 @@ def test_fits_are_those_of_fit(family):
 
 @pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`:UserWarning")
 @pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied:UserWarning")
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True:UserWarning")
 def test_rows_and_ranks_are_those_of_adapters(family, tmp_path):
     base, donor = build_relatives(family)
     result = quick(base, donor)
     (rows,) = (row for row in result.rows if row.method is Method.FITTED_ROWS)
-    (rank,) = (row for row in result.rows if row.method is Method.FITTED_RANK)
+    rank, embedding = (row for row in result.rows if row.method is Method.FITTED_RANK)
     settings = {name: rows.settings[name] for name in ("keep_weight", "ridge", "prior_scale")}
     assert dict(rows.settings) == {**settings, "density": 0.3}
     assert dict(rank.settings) == {**settings, "rank": 2, "tokens": TOKENS}
+    assert dict(embedding.settings) == {**settings, "rank": 2, "embedding_rank": 2}
     fitted = fit(base, donor, TO_FIT, TO_KEEP, show_progress=False, **settings)
     fitted.to_adapter(fitted.gains.top(0.3, scope="module"), tmp_path / "rows", tokens=0.3)
     fitted.to_lora(2, tmp_path / "rank", norms=True, tokens=TOKENS)
-    for row, name in ((rows, "rows"), (rank, "rank")):
+    fitted.to_lora(2, tmp_path / "embedding", norms=True, embedding_rank=2)
+    for row, name in ((rows, "rows"), (rank, "rank"), (embedding, "embedding")):
         model = PeftModel.from_pretrained(build_relatives(family)[0], str(tmp_path / name)).eval()
         assert_measured(row, model)
-        assert 0 < row.num_channels < result.rows[0].num_channels
+        assert 0 < row.num_channels <= result.rows[0].num_channels
 
 
 def test_rules_of_weights(family):

@@ -66,6 +66,20 @@ def test_the_default_scale_is_the_configuration_s_and_the_used_one_is_recorded()
     assert model.peft_config["default"].transfer_scale == 0.5
 
 
+def test_autocast_forgets_the_deltas_of_before():
+    base, donor = build_relatives("llama")
+    model, expected = adapted(copy.deepcopy(base)), adapted(base)
+    ids = batch()
+    initialize_from_donor(expected, donor, transfer_scale=0.7)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = model(ids).logits
+        initialize_from_donor(model, donor, transfer_scale=0.7)
+        found = model(ids).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(found, expected(ids).logits)
+    assert not torch.equal(found, before)
+
+
 def test_a_second_adapter_is_filled_from_the_original_base_even_while_the_first_is_merged():
     base, donor = build_relatives("llama")
     plain = copy.deepcopy(base)

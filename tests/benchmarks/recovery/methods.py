@@ -171,7 +171,8 @@ def fitted_then_rows(family: Family, budget: Budget, setting: Setting) -> Any:
     mask = fit.gains.top(setting["density"], scope="module")
     model = get_peft_model(family.base(), ActConfig(channels=mask))
     fit.apply_to(model)
-    loop = Loop(setting["steps"], setting["rate"], 3 / 4, batch_size=budget.batch_size)
+    share = setting.get("keep_share", 3 / 4)
+    loop = Loop(min(setting["steps"], budget.steps), setting["rate"], share, batch_size=budget.batch_size)
     loop.run(model, _examples(family, setting))
     return model
 
@@ -183,6 +184,11 @@ FITTED_AND_ROWS = [
     {"keep_weight": 3.0, "density": 0.5, "rate": 5e-4, "steps": 150},
     {"keep_weight": 2.0, "density": 1.0, "rate": 5e-4, "steps": 75},
     {"keep_weight": 1.0, "density": 0.5, "rate": 5e-4, "steps": 150},
+]
+# The fine-tune brings back what is kept, so the fit need not: a small weight takes more of the donor.
+FREELY_FITTED_AND_ROWS = [
+    {"keep_weight": weight, "density": 0.5, "rate": 5e-4, "steps": 150, "keep_share": 0.85}
+    for weight in (0.2, 0.1, 0.3, 0.5, 1.0)
 ]
 # Rates times shares of the skill to keep, around what was best when they were looked for.
 ROWS = [
@@ -257,4 +263,5 @@ METHODS = {
     "learned scales, anchored": Method(learned_scales(1.0, lambda budget: budget.steps), anchored(SCALES)),
     "learned scales, pruned, rows, anchored": Method(scales_then_rows, anchored(SCALES_AND_ROWS)),
     "fitted, then rows, anchored": Method(fitted_then_rows, anchored(FITTED_AND_ROWS)),
+    "fitted freely, then rows, anchored": Method(fitted_then_rows, anchored(FREELY_FITTED_AND_ROWS)),
 }
