@@ -183,3 +183,26 @@ def test_batches_are_padded_and_shuffled_with_a_seed(model, tokenizer):
     both = joined([tokenized, tokenized])
     assert both.num_tokens == 2 * tokenized.num_tokens
     assert len(both.rows) == 2 * len(ROWS)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"input_ids": [4, 10_000], "labels": [-100, 5]}, "gives the token 10000, expected one of the model's"),
+        ({"input_ids": [4, -3], "labels": [-100, 5]}, "gives the token -3"),
+        ({"input_ids": [4, -100], "labels": [-100, 5]}, "gives the token -100"),
+        ({"input_ids": [4, 5], "labels": [-100, 10_000]}, "gives the token 10000"),
+        ({"input_ids": [4, 5], "labels": [5]}, "got 1 labels for 2 tokens, expected as many"),
+    ],
+)
+def test_tokens_that_the_model_does_not_have(model, tokenizer, row, message):
+    with pytest.raises(ActValueError, match=f"mine: .*{message}"):
+        tokenize(Dataset.from_list([row] * 2), model, tokenizer, name="mine")
+
+
+def test_a_tokenizer_of_another_model(model, tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens([f"word{number}" for number in range(2000)])
+    examples = Dataset.from_list([{"prompt": "3 plus 4 ", "completion": "word1999"}])
+    with pytest.raises(ActValueError, match="the tokenizer belongs to a different model, or a file of it is damaged"):
+        tokenize(examples, model, other)
