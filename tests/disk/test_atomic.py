@@ -69,7 +69,7 @@ def test_a_card_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", fail)
     names = ("base_model_name_or_path", "donor", "donor_revision", "adapted_modules", "density", "transfer_scale")
     with pytest.raises(OSError, match="disk full"):
-        write_model_card(str(tmp_path), {**dict.fromkeys(names), "trainable": "deltas"})
+        write_model_card(str(tmp_path), {**dict.fromkeys(names), "trainable": "deltas", "lora_twin": False})
     assert os.listdir(tmp_path) == []
 
 
