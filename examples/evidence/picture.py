@@ -1,7 +1,7 @@
 """The picture of the main README: where the gain of the fit lies, and the answers before and after.
 
-    python examples/evidence/picture.py --folder evidence    # fit once, write results/gains.json, then draw
-    python examples/evidence/picture.py                      # draw again from the results
+python examples/evidence/picture.py --folder evidence    # fit once, write results/gains.json, then draw
+python examples/evidence/picture.py                      # draw again from the results
 """
 
 from __future__ import annotations
