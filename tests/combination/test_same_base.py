@@ -35,7 +35,7 @@ def test_fingerprints_of_equal_channels_are_compared(tmp_path):
     b = save(tmp_path / "b", other, {"up_proj": [1, 2], "down_proj": [2]})
     with pytest.warns(
         ActWarning,
-        match=f"{NO_ONE_BASE}b was made .* different weights than that of a: 4 of 4 modules differ, .*",
+        match=f"{NO_ONE_BASE}b was made .* other weights than that of a: 4 of 4 modules differ, .*",
     ):
         combine([a, b], tmp_path / "out")
     assert (tmp_path / "out").is_dir()
@@ -58,7 +58,7 @@ def test_fingerprints_decide_and_names_only_without_them(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         combine([a, b, c], tmp_path / "fine")
-    with pytest.warns(ActWarning, match=f"{NO_ONE_BASE}d was made for a base with different weights than that of a"):
+    with pytest.warns(ActWarning, match=f"{NO_ONE_BASE}d was made for a base with other weights than that of a"):
         combine([a, d], tmp_path / "other")
     without_fingerprints(b)
     with pytest.warns(ActWarning, match=rf"{NO_ONE_BASE}they name different bases \(org/one, \.\./one\)") as caught:
