@@ -31,7 +31,7 @@ from peft.utils.other import (
     EMBEDDING_LAYER_NAMES,  # names in target_modules for which PEFT saves the whole embedding
     get_pattern_key,  # which entry of alpha_pattern is for a module
 )
-from torch import nn
+from torch import distributed, nn
 
 __all__ = [
     "COMPILED",
@@ -46,6 +46,7 @@ __all__ = [
     "TrainableTokensLayer",
     "check_adapters_to_merge",
     "check_target_module_exists",
+    "default_store",
     "dequantize_bnb_weight",
     "get_pattern_key",
     "hub_constants",
@@ -61,6 +62,12 @@ DENSITY_WARNING = "The density 1.0 is greater than or equal to 1"  # PEFT's merg
 # TRL: its trainers add an adapter of the first name with the configuration of the second one, and expect a copy of it.
 # They copy only parameters whose names go on after the adapter's name. ACT has none of these.
 REFERENCE, POLICY = "ref", "default"
+
+
+def default_store() -> distributed.Store | None:
+    """What the processes of the default group share: text under names. None without a group, or if it has none."""
+    # torch gives no public way to it, and a second store would need a port of its own.
+    return distributed.distributed_c10d._get_default_store() if distributed.is_initialized() else None
 
 
 def is_read_by_mamba_kernel(model: nn.Module, target_name: str) -> bool:

@@ -16,6 +16,8 @@ PACKAGE = ROOT / "act_peft"
 ORDER = [
     "errors",
     "doors",
+    "processes",
+    "shards",
     "peft_modules",
     "checks",
     "tables",

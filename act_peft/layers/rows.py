@@ -9,6 +9,7 @@ from torch import nn
 
 from act_peft.channels.kinds import ChannelKind
 from act_peft.channels.rows import ChannelRows
+from act_peft.shards import rows_of, write_rows_
 
 
 class BaseRows:
@@ -30,8 +31,8 @@ class BaseRows:
     def original(self, base: Any, index: torch.Tensor) -> ChannelRows:
         """Copies of the parameters of channels `index` (int64 `[K]`, ascending) as they were before any `write`."""
         index = index.to(base.weight.device)
-        weight = base.weight.data.index_select(self._dim, index)
-        bias = None if getattr(base, "bias", None) is None else base.bias.data.index_select(0, index)
+        weight = rows_of(base.weight, index, self._dim)
+        bias = None if getattr(base, "bias", None) is None else rows_of(base.bias, index, 0)
         if self._kept is not None and index.numel():
             kept = self._kept
             where = torch.searchsorted(index, kept.index.to(index.device)).clamp(max=index.numel() - 1)
@@ -59,8 +60,8 @@ class BaseRows:
                 base,
                 ChannelRows(
                     kept.index.to(base.weight.device),
-                    kept.weight.to(base.weight),
-                    None if bias is None else bias.to(base.bias),
+                    kept.weight.to(base.weight.device, base.weight.dtype),
+                    None if bias is None else bias.to(base.bias.device, base.bias.dtype),
                 ),
             )
             for part, parameter in self._tied.items():
@@ -68,6 +69,6 @@ class BaseRows:
         self._kept, self._tied = None, {}
 
     def _overwrite(self, base: Any, rows: ChannelRows) -> None:
-        base.weight.data.index_copy_(self._dim, rows.index, rows.weight)
+        write_rows_(base.weight, rows.index, rows.weight, self._dim)
         if rows.bias is not None:
-            base.bias.data.index_copy_(0, rows.index, rows.bias)
+            write_rows_(base.bias, rows.index, rows.bias, 0)

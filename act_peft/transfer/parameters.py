@@ -11,6 +11,7 @@ from torch import nn
 from act_peft.layers import ActLayer
 from act_peft.layers.lookup import embedding, output_head
 from act_peft.peft_modules import plain_name
+from act_peft.shards import full_shape, rows_of
 
 
 class ModelTensors:
@@ -39,7 +40,7 @@ class ModelTensors:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a parameter."""
-        return tuple(self._parameters[name].shape)
+        return full_shape(self._parameters[name])
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of a parameter."""
@@ -52,7 +53,7 @@ class ModelTensors:
         layer = self._model.get_submodule(module)
         if isinstance(layer, ActLayer):
             return cast(torch.Tensor, getattr(layer.original_rows(index), part))
-        return parameter.detach().index_select(dim, index.to(parameter.device))
+        return rows_of(parameter, index, dim)
 
 
 def vocabulary_parameters(model: nn.Module) -> Collection[str]:

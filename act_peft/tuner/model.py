@@ -22,8 +22,10 @@ from act_peft.layers.output_head import seen_from_outside
 from act_peft.layers.state import check_adapter_state
 from act_peft.layers.targets import Targets, find_targets, read_mask, renamed_record, target_answers
 from act_peft.peft_modules import same_gradients
+from act_peft.processes import digests, num_processes
 from act_peft.transfer.difference import Transfer
 from act_peft.transfer.in_model import donor_for_model, fill_deltas
+from act_peft.tuner.agreement import check_channels, check_training
 from act_peft.tuner.combined import check_new_name, combined_adapter
 from act_peft.tuner.copies import copy_adapter_, find_twin
 from act_peft.tuner.loading import check_base, check_names
@@ -50,6 +52,8 @@ class ActModel(BaseTuner):
     # PEFT injects the first adapter before `__init__` could set it.
     _awaiting: Mapping[str, list[nn.Parameter]] = MappingProxyType({})
     _plan: InjectionPlan | None = None  # while an adapter is being injected
+    # Adapters whose channels no training step has compared between the processes yet: name of a module -> digest.
+    _uncompared: Mapping[str, Mapping[str, str]] = MappingProxyType({})
 
     # ------------------------------------------------------------------------------------------------- creation ---
 
@@ -97,6 +101,8 @@ class ActModel(BaseTuner):
         else:
             copied = {name: layer.act_delta_index[source] for name, layer in self._layers(source).items()}
             targets = Targets(copied, target_answers(config, [name for name, _ in model.named_modules()]))
+        if config.channels is not None and state_dict is None:
+            check_channels(targets.indices)
         with ExitStack() as stack:
             transfer, indices = None, targets.indices
             if source is None and donor is not None:
@@ -123,6 +129,8 @@ class ActModel(BaseTuner):
             finally:
                 self._plan = None
         config.name_targets(indices)
+        if config.channels is not None and state_dict is None:
+            self._uncompared = {**self._uncompared, adapter_name: digests(indices)}
         if source is None and (config.channels is None or state_dict is not None):
             self._awaiting = {**self._awaiting, adapter_name: trainable}
 
@@ -225,12 +233,21 @@ class ActModel(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         # PEFT calls this around every forward and `generate`. It removes `adapter_names` from the arguments itself.
+        if self._uncompared and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._compare_processes()
         names = kwargs.get("adapter_names")
         if names is None:
             yield
             return
         with adapter_per_sample(self.model, names, adapters=self.peft_config, settings=kwargs):
             yield
+
+    def _compare_processes(self) -> None:
+        """In the first training step, check that all processes train the same channels."""
+        layers = act_layers(self.model).values()
+        if num_processes() > 1 and any(p.requires_grad for layer in layers for p in layer.act_delta_weight.values()):
+            held, self._uncompared = self._uncompared, {}
+            check_training({f"{name} of {adapter}": d for adapter, its in held.items() for name, d in its.items()})
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As in PEFT. If it was the only active adapter, the first remaining one by name becomes active in all layers.
@@ -392,6 +409,7 @@ class ActModel(BaseTuner):
         if awaited and not complete:
             self._pop_awaiting(adapter_name)
             indices = {n: s["act_delta_index"] for n, s in states.items() if "act_delta_index" in s}
+            self._uncompared = {**self._uncompared, adapter_name: digests(indices)}
             check_base(self.peft_config[adapter_name], adapter_name, layers, indices)
 
     def _pop_awaiting(self, adapter_name: str) -> list[nn.Parameter]:
