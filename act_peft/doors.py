@@ -34,9 +34,12 @@ from peft.utils.other import (
 from torch import distributed, nn
 
 __all__ = [
+    "CHECKPOINTED",
     "COMPILED",
+    "COMPILED_MODULE",
     "DENSITY_WARNING",
     "EMBEDDING_LAYER_NAMES",
+    "FLATTENED",
     "OUTER",
     "PEFT_TYPE_TO_PREFIX_MAPPING",
     "POLICY",
@@ -57,7 +60,10 @@ __all__ = [
 ]
 
 OUTER = "base_model.model."  # PEFT: before the names of modules in an adapter's file and in a PeftModel's state dict
-COMPILED = "_orig_mod."  # torch.compile: before the names of a model's modules
+COMPILED_MODULE = "_orig_mod"  # torch.compile: the module inside its wrapper
+COMPILED = f"{COMPILED_MODULE}."  # so it stands before the names of a model's modules
+FLATTENED = "_fsdp_wrapped_module"  # FSDP1: the module inside its wrapper
+CHECKPOINTED = "_checkpoint_wrapped_module"  # torch's activation checkpointing, as accelerate uses it: the same
 DENSITY_WARNING = "The density 1.0 is greater than or equal to 1"  # PEFT's merge_utils: start of a harmless warning
 # TRL: its trainers add an adapter of the first name with the configuration of the second one, and expect a copy of it.
 # They copy only parameters whose names go on after the adapter's name. ACT has none of these.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
@@ -104,6 +104,43 @@ def is_flattened(model: nn.Module) -> bool:
 def needs_every_process(model: nn.Module) -> bool:
     """Whether a forward pass of the model gathers parameters, so that all processes have to run it equally often."""
     return is_flattened(model) or any(is_shared_out(parameter) for parameter in model.parameters())
+
+
+@contextmanager
+def gathering(*models: nn.Module) -> Iterator[None]:
+    """Inside the context models run although ZeRO 3 has spread their parameters and no engine gathers them yet.
+
+    Every module's own parameters are gathered while it runs. Of other models nothing changes.
+    """
+    handles, opened = [], {}
+
+    def gather(module: nn.Module, _: Any) -> None:
+        opened[module] = _gathered(list(module.parameters(recurse=False)))
+        opened[module].__enter__()
+
+    def release(module: nn.Module, *_: Any) -> None:
+        if module in opened:
+            opened.pop(module).__exit__(None, None, None)
+
+    for module in {module for model in models for module in model.modules()}:
+        if any(map(is_partitioned, module.parameters(recurse=False))) and type(module._parameters) is dict:
+            handles.append(module.register_forward_pre_hook(gather))
+            handles.append(module.register_forward_hook(release, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def unflattened(*models: nn.Module) -> Iterator[None]:
+    """Inside the context modules inside FSDP1 have their own parameters, whole and only for reading."""
+    with ExitStack() as stack:
+        for model in models:
+            if is_flattened(model):
+                stack.enter_context(FullyShardedDataParallel.summon_full_params(model, writeback=False))
+        yield
 
 
 @contextmanager

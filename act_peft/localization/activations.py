@@ -14,13 +14,21 @@ from act_peft.localization.candidates import Candidates
 from act_peft.localization.comparison import BatchComparison
 from act_peft.localization.sums import ChannelSums
 from act_peft.localization.vocabulary import CommonVocabulary
+from act_peft.shards import gathering, needs_every_process
 
 
 def score_activations(
-    base: nn.Module, donor: nn.Module, candidates: Candidates, dataloader: Iterable[Batch], *, show_progress: bool
+    base: nn.Module,
+    donor: nn.Module,
+    candidates: Candidates,
+    dataloader: Iterable[Batch],
+    *,
+    together: bool,
+    show_progress: bool,
 ) -> ChannelScores:
     """Mean absolute difference of the outputs at the answer tokens; formula and errors as in `localize`."""
-    ability = _differences(base, donor, candidates, dataloader, argument="dataloader", show_progress=show_progress)
+    settings = {"together": together, "show_progress": show_progress}
+    ability = _differences(base, donor, candidates, dataloader, argument="dataloader", **settings)
     return _scores(candidates, ability)
 
 
@@ -31,11 +39,14 @@ def score_contrasts(
     dataloader: Iterable[Batch],
     *,
     keep_dataloader: Iterable[Batch],
+    together: bool,
     show_progress: bool,
 ) -> ChannelScores:
     """The same on the ability, divided by the same on the data to keep; formula and errors as in `localize`."""
     ability, keep = (
-        _differences(base, donor, candidates, batches, argument=argument, show_progress=show_progress)
+        _differences(
+            base, donor, candidates, batches, argument=argument, together=together, show_progress=show_progress
+        )
         for argument, batches in (("dataloader", dataloader), ("keep_dataloader", keep_dataloader))
     )
     return _scores(candidates, ability, kind=ScoreKind.CONTRAST, keep=_scores(candidates, keep))
@@ -48,9 +59,10 @@ def _differences(
     dataloader: Iterable[Batch],
     *,
     argument: str,
+    together: bool,
     show_progress: bool,
 ) -> ChannelSums:
-    """The absolute differences of the outputs, summed over the answer tokens of all batches."""
+    """The absolute differences of the outputs, summed over the answer tokens of all batches of all processes."""
     vocabulary = CommonVocabulary(base, donor)
     totals = ChannelSums(candidates.num_comparable)
 
@@ -64,8 +76,22 @@ def _differences(
             forward(donor, batch)
         totals.add_(comparison.sums(), len(tokens))
 
-    with evaluation(base, donor):
-        over_batches(dataloader, compare, argument=argument, show_progress=show_progress)
+    def run_both(batch: Batch) -> None:
+        forward(base, batch)
+        forward(donor, batch)
+
+    spread = together and (needs_every_process(base) or needs_every_process(donor))
+    with evaluation(base, donor), gathering(base, donor):
+        over_batches(
+            dataloader,
+            compare,
+            argument=argument,
+            show_progress=show_progress,
+            together=together,
+            idle=run_both if spread else None,
+        )
+    if together:
+        totals.gather_()
     return totals
 
 

@@ -31,6 +31,7 @@ def score_attributions(
     *,
     keep_dataloader: Iterable[Batch] | None,
     points: int,
+    together: bool,
     show_progress: bool,
 ) -> ChannelScores:
     """Minus gradient times difference, averaged over points between the models; formula as in `localize`.
@@ -39,11 +40,12 @@ def score_attributions(
         ActTypeError: `points` is no integer.
         ActValueError: `points` is less than 1; a model without a loss; all other cases as in `localize`.
     """
+    settings = {"together": together, "show_progress": show_progress}
     attribution = _Attribution(base, donor, candidates, whole_number(points, "points", least=1))
-    ability = attribution.over(dataloader, argument="dataloader", show_progress=show_progress)
+    ability = attribution.over(dataloader, argument="dataloader", **settings)
     sums = ability.sums
     if keep_dataloader is not None:
-        keep = attribution.over(keep_dataloader, argument="keep_dataloader", show_progress=show_progress)
+        keep = attribution.over(keep_dataloader, argument="keep_dataloader", **settings)
         share = ability.num_tokens / keep.num_tokens
         sums = {name: values + keep.sums[name] * share for name, values in sums.items()}
     return ChannelScores(
@@ -63,8 +65,8 @@ class _Attribution:
         self._line = InterpolatedModel(base, parameter_pairs(candidates), self._collect)
         self._batch: dict[str, torch.Tensor] = {}
 
-    def over(self, dataloader: Iterable[Batch], *, argument: str, show_progress: bool) -> ChannelSums:
-        """The attributions of all batches, summed over tokens."""
+    def over(self, dataloader: Iterable[Batch], *, argument: str, together: bool, show_progress: bool) -> ChannelSums:
+        """The attributions of all batches of all processes, summed over tokens."""
         totals = ChannelSums(self._num_comparable, what="gradients that are")
 
         def attribute(batch: Batch) -> None:
@@ -85,7 +87,9 @@ class _Attribution:
             )
 
         with evaluation(self._base, self._line.model):
-            over_batches(dataloader, attribute, argument=argument, show_progress=show_progress)
+            over_batches(dataloader, attribute, argument=argument, show_progress=show_progress, together=together)
+        if together:
+            totals.gather_()
         return totals
 
     def _collect(self, name: str, gradient: torch.Tensor, pair: ParameterPair) -> None:

@@ -12,6 +12,7 @@ from act_peft.channels.kinds import ChannelKind, channel_kind, num_channels, wei
 from act_peft.channels.names import Patterns, matches
 from act_peft.errors import ActValueError
 from act_peft.peft_modules import NamedModule, named_modules, without_wrapper
+from act_peft.shards import full_shape
 
 ALL_LINEAR = "all-linear"
 _LINEAR = (ChannelKind.LINEAR, ChannelKind.CONV1D)
@@ -147,7 +148,7 @@ def _output_layer(model: nn.Module) -> nn.Module | None:
     for module in reversed(linear):
         if any(weight_of(module.layer) is weight for weight in embeddings):
             return module.called
-    if embeddings and linear and num_channels(linear[-1].layer) == embeddings[0].shape[0]:
+    if embeddings and linear and num_channels(linear[-1].layer) == full_shape(embeddings[0])[0]:
         return linear[-1].called
     return None
 
@@ -164,7 +165,7 @@ def _agree(
 def _shape_text(module: NamedModule | None) -> str:
     if module is None:
         return "no such module"
-    return f"{num_channels(module.layer)} channels (weight {list(weight_of(module.layer).shape)})"
+    return f"{num_channels(module.layer)} channels (weight {list(full_shape(weight_of(module.layer)))})"
 
 
 def _some_names(model: nn.Module) -> str:

@@ -184,7 +184,8 @@ def tap_outputs(modules: Mapping[str, nn.Module], on_output: OnOutput) -> Iterat
     try:
         for name, module in modules.items():
             handles.append(module.register_forward_hook(partial(_forward, on_output, name)))
-        yield
+        with torch.compiler.set_stance("force_eager"):  # compiled code does not call these hooks
+            yield
     finally:
         for handle in handles:
             handle.remove()

@@ -31,6 +31,7 @@ from act_peft.peft_modules import (
     named_modules,
     plain_layer,
     plain_name,
+    runnable,
     without_wrapper,
 )
 
@@ -60,6 +61,8 @@ def open_pair(base: nn.Module, donor: Donor, *, merged: bool) -> tuple[nn.Module
     """
     if not isinstance(base, nn.Module):
         raise ActTypeError(f"base: got {type(base).__name__}, expected a torch.nn.Module (load the model first)")
+    base = runnable(base)
+    donor = runnable(donor) if isinstance(donor, nn.Module) else donor
     if isinstance(donor, (str, os.PathLike)):
         donor = _load_adapter(base, os.fspath(donor))
     elif not isinstance(donor, nn.Module):

@@ -16,8 +16,10 @@ from act_peft.localization.activations import score_activations, score_contrasts
 from act_peft.localization.attribution import POINTS, score_attributions
 from act_peft.localization.candidates import find_candidates, unmatched_names
 from act_peft.localization.pair import Donor, open_pair
+from act_peft.localization.processes import all_begin, check_spread
 from act_peft.localization.vocabulary import warn_left_out
 from act_peft.localization.weights import score_weights
+from act_peft.shards import unflattened
 
 
 def localize(
@@ -47,6 +49,11 @@ def localize(
     The answer tokens are those with `labels != -100`; without labels, all unmasked tokens. Both models run in
     evaluation mode and are not changed. An adapter as donor needs no second model in memory. If the vocabularies
     differ, only common tokens are compared. `act_peft/README.md` has the details.
+
+    In a distributed run (torchrun, `accelerate launch`) all processes call this at the same time, each with its own
+    part of the batches, as a Trainer's `get_train_dataloader()` gives them there. All of them get the scores of all
+    batches; samples that such a dataloader repeats count once. Models inside DistributedDataParallel, FSDP and
+    `torch.compile` keep the names of their modules.
 
     Args:
         base: the model that will receive the ability, any `torch.nn.Module` that accepts the batches. A PEFT model
@@ -81,7 +88,7 @@ def localize(
 
     Warns:
         ActWarning: the vocabularies differ; all scores are 0; an entry of `target_modules` or `exclude_modules`
-            matches no module.
+            matches no module; not all processes of a distributed run came, so that the scores are those of one.
 
     Example:
         >>> scores = localize(base, donor, batches, show_progress=False)
@@ -90,20 +97,30 @@ def localize(
     """
     kind = member_of(ScoreKind, score, "score")
     _check_settings(kind, dataloader=dataloader, keep_dataloader=keep_dataloader, points=points)
-    base, donor = open_pair(base, donor, merged=kind not in (ScoreKind.ACTIVATION, ScoreKind.CONTRAST))
-    candidates = find_candidates(base, donor, target_modules=target_modules, exclude_modules=exclude_modules)
-    warn_left_out(candidates, stacklevel=2)
-    for argument, patterns in (("target_modules", target_modules), ("exclude_modules", exclude_modules)):
-        unmatched = unmatched_names(base, patterns)
-        if unmatched:
-            warnings.warn(f"{argument}: {unmatched} match no module that has channels", ActWarning, stacklevel=2)
+    merged = kind not in (ScoreKind.ACTIVATION, ScoreKind.CONTRAST)
+    base, donor = open_pair(base, donor, merged=merged)
+    check_spread(base, donor, kind)
+    with unflattened(base, donor):
+        candidates = find_candidates(base, donor, target_modules=target_modules, exclude_modules=exclude_modules)
+        warn_left_out(candidates, stacklevel=2)
+        for argument, patterns in (("target_modules", target_modules), ("exclude_modules", exclude_modules)):
+            unmatched = unmatched_names(base, patterns)
+            if unmatched:
+                warnings.warn(f"{argument}: {unmatched} match no module that has channels", ActWarning, stacklevel=2)
+    together = dataloader is not None and all_begin(kind, candidates)
     if dataloader is None:
         scores = score_weights(candidates)
     elif kind is ScoreKind.ACTIVATION:
-        scores = score_activations(base, donor, candidates, dataloader, show_progress=show_progress)
+        scores = score_activations(base, donor, candidates, dataloader, together=together, show_progress=show_progress)
     elif kind is ScoreKind.CONTRAST and keep_dataloader is not None:
         scores = score_contrasts(
-            base, donor, candidates, dataloader, keep_dataloader=keep_dataloader, show_progress=show_progress
+            base,
+            donor,
+            candidates,
+            dataloader,
+            keep_dataloader=keep_dataloader,
+            together=together,
+            show_progress=show_progress,
         )
     else:
         scores = score_attributions(
@@ -113,6 +130,7 @@ def localize(
             dataloader,
             keep_dataloader=keep_dataloader,
             points=POINTS if points is None else points,
+            together=together,
             show_progress=show_progress,
         )
     if not any(bool(values.any()) for values in scores.values()):

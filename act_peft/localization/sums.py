@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from act_peft.errors import ActValueError
+from act_peft.processes import sum_over_processes
 
 # Number of elements in one block: on the CPU it fits the cache, on an accelerator it is large enough to be fast.
 _CPU_ELEMENTS = 1 << 17
@@ -108,6 +109,12 @@ class ChannelSums:
         for name, values in self._sums.items():
             values += on_cpu[name]
         self._num_tokens += num_tokens
+
+    def gather_(self) -> None:
+        """Replace sums and number by those of all processes together; all of them must call this."""
+        tokens = self._num_tokens.double()
+        sum_over_processes([*self._sums.values(), tokens])
+        self._num_tokens.copy_(tokens)
 
 
 def _to_cpu(sums: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

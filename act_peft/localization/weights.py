@@ -12,11 +12,12 @@ from act_peft.channels.scores import ChannelScores, ScoreKind
 from act_peft.errors import ActValueError
 from act_peft.localization.candidates import Candidates
 from act_peft.localization.sums import sum_per_channel
+from act_peft.shards import full_shape, whole
 
 
 def score_weights(candidates: Candidates) -> ChannelScores:
     """Euclidean norm of the difference of a channel's weight and bias; formula and errors as in `localize`."""
-    norms = {name: _norms(pairs) for name, pairs in parameter_pairs(candidates).items()}
+    norms = {name: _norms(_pairs_of(name, candidates)) for name in candidates.base}
     return ChannelScores(candidates.padded(norms), 0, kind=ScoreKind.WEIGHT, num_comparable=candidates.num_comparable)
 
 
@@ -36,7 +37,7 @@ class ParameterPair:
 
     Attributes:
         part: `"weight"` or `"bias"`.
-        base: values of the base, a view of its parameter.
+        base: values of the base, a view of its parameter if that is in one piece.
         donor: values of the donor, of the same shape.
         channel_dim: axis of the channels.
     """
@@ -73,15 +74,15 @@ def _pairs_of(name: str, candidates: Candidates) -> list[ParameterPair]:
                 f"{name}: donor has {_shape_text(donor, part)}, the base has {_shape_text(base, part)}, expected the "
                 "same (take two models of the same structure, or leave the module out with exclude_modules)"
             )
-        common = min(base.shape[by_token], donor.shape[by_token])
-        base, donor = (tensor.detach().narrow(by_token, 0, common) for tensor in (base, donor))
+        common = min(full_shape(tensor)[by_token] for tensor in (base, donor))
+        base, donor = (whole(tensor).narrow(by_token, 0, common) for tensor in (base, donor))
         pairs.append(ParameterPair(part, base, donor, channel_dim))
     return pairs
 
 
 def _without(tensor: torch.Tensor, dim: int) -> list[int]:
-    return [size for axis, size in enumerate(tensor.shape) if axis != dim]
+    return [size for axis, size in enumerate(full_shape(tensor)) if axis != dim]
 
 
 def _shape_text(tensor: torch.Tensor | None, part: str) -> str:
-    return f"no {part}" if tensor is None else f"{part} {list(tensor.shape)}"
+    return f"no {part}" if tensor is None else f"{part} {list(full_shape(tensor))}"
