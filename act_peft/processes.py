@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
@@ -18,9 +19,10 @@ import torch
 from torch import distributed
 
 from act_peft.doors import default_store
-from act_peft.errors import ActValueError
+from act_peft.errors import ActValueError, ActWarning
 
 _PREFIX = "act_peft"
+_PATIENCE = 60.0  # seconds for functions that read data: processes load models at different speeds
 _PAUSE = 0.01  # seconds between two looks at the store
 _logger = logging.getLogger(__name__)
 
@@ -70,6 +72,41 @@ def meet(topic: str, said: Any, *, seconds: float) -> list[Any] | None:
     if store.get(f"{place}/end") != b"complete":
         return None
     return [json.loads(store.get(f"{place}/{number}")) for number in range(size)]
+
+
+def all_begin(function: str, settings: Any, *, stacklevel: int) -> bool:
+    """Whether all processes of a distributed run have called a function now; False for a single process.
+
+    Args:
+        function: its name.
+        settings: what must be the same in all of them, JSON-serialisable.
+        stacklevel: as in `warnings.warn`, counted from the caller.
+
+    Raises:
+        ActValueError: the settings differ.
+
+    Warns:
+        ActWarning: some do not come.
+    """
+    if num_processes() == 1:
+        return False
+    every = meet(function, settings, seconds=_PATIENCE)
+    if every is None:
+        warnings.warn(
+            f"{function}: not all {num_processes()} processes have called it within {_PATIENCE:.0f} s, so the result "
+            f"is that of the batches of process {process_index()} alone (call it in all of them, or in one and load "
+            "what it saves in the others)",
+            ActWarning,
+            stacklevel=stacklevel + 1,
+        )
+        return False
+    for number, theirs in enumerate(every):
+        if theirs != every[0]:
+            raise ActValueError(
+                f"{function}: process {number} has {theirs}, process 0 {every[0]}, expected the same models and "
+                "settings in all processes"
+            )
+    return True
 
 
 def check_equal(topic: str, mine: Mapping[str, str], *, what: str, advice: str, seconds: float) -> None:
@@ -124,6 +161,19 @@ def any_process(flag: bool) -> bool:
     found = torch.tensor([int(flag)], device=_device_of_group())
     distributed.all_reduce(found, op=distributed.ReduceOp.MAX)
     return bool(found.item())
+
+
+def gather(objects: list[Any]) -> list[Any]:
+    """The objects of all processes, the first of each first; all processes must call this.
+
+    Args:
+        objects: what this process has; tensors on the CPU.
+    """
+    if num_processes() == 1:
+        return objects
+    every: list[Any] = [None] * num_processes()
+    distributed.all_gather_object(every, objects)
+    return [part[number] for number in range(max(map(len, every))) for part in every if number < len(part)]
 
 
 def digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:

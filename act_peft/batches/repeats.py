@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DistributedSampler
 
 from act_peft.errors import ActWarning
-from act_peft.processes import num_processes, process_index
+from act_peft.processes import gather, num_processes, process_index
 
 Batch = Mapping[str, Any]
 
@@ -52,6 +52,24 @@ def without_repeats(dataloader: Iterable[Batch]) -> Iterator[Batch]:
             )
     else:
         yield from dataloader
+
+
+def batches_of_all(dataloader: Iterable[Batch], *, together: bool) -> list[Batch]:
+    """The batches of all processes, each sample once; those of this process if they do not come together.
+
+    Args:
+        dataloader: any iterable of batches.
+        together: whether all processes call this now.
+    """
+    if not together:
+        return list(dataloader)
+    return gather([_on_cpu(batch) for batch in without_repeats(dataloader)])
+
+
+def _on_cpu(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _on_cpu(part) for name, part in value.items()}
+    return value.cpu() if isinstance(value, torch.Tensor) else value
 
 
 def _is_uneven(batch_sampler: Any) -> bool:

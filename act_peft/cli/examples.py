@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -56,7 +57,8 @@ def device_of(arguments: argparse.Namespace) -> str:
     import torch
 
     if arguments.device == DEVICE:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        own = os.environ.get("LOCAL_RANK")  # torchrun and accelerate: a device for each process
+        return f"cuda:{own}" if own and torch.cuda.is_available() else "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=arguments.device).item()
     except (AssertionError, RuntimeError) as error:  # an assertion: torch was built without support for the device

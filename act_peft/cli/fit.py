@@ -72,6 +72,8 @@ def run(arguments: argparse.Namespace) -> None:
     check_output_file(arguments.output, overwrite=arguments.overwrite)
     with importing():
         from act_peft import fit
+        from act_peft.batches.repeats import without_repeats
+        from act_peft.processes import process_index
         from act_peft.transfer.donors import is_adapter
 
     arguments.device = device_of(arguments)
@@ -97,7 +99,7 @@ def run(arguments: argparse.Namespace) -> None:
         base,
         donors,
         data[: len(donors)],
-        [batch for batches in data[len(donors) :] for batch in batches] or None,
+        [b for batches in data[len(donors) :] for b in without_repeats(batches)] if arguments.keep_dataset else None,
         keep_weight=arguments.keep_weight,
         ridge=arguments.ridge,
         prior_scale=arguments.prior_scale,
@@ -106,6 +108,8 @@ def run(arguments: argparse.Namespace) -> None:
         exclude_modules=arguments.exclude_modules,
         max_rank=arguments.max_rank,
     )
+    if process_index():  # all processes have the same fit
+        return
     fitted.save(arguments.output)
     *ability, keep = fitted.record.num_tokens
     size = arguments.output.stat().st_size

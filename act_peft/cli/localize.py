@@ -60,6 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
         from act_peft import localize
         from act_peft.channels.names import matches
         from act_peft.localization.candidates import left_out_by_default
+        from act_peft.processes import process_index
         from act_peft.transfer.donors import is_adapter
 
     arguments.device = device_of(arguments)
@@ -90,6 +91,8 @@ def run(arguments: argparse.Namespace) -> None:
         exclude_modules=_patterns(arguments.exclude_modules),
         **data,
     )
+    if process_index():  # all processes have the same scores
+        return
     scores.save(arguments.output)
     channels = sum(len(values) for values in scores.values())
     seen = "by weight" if arguments.score == "weight" else f"{scores.num_tokens} tokens"

@@ -110,6 +110,7 @@ def run(arguments: argparse.Namespace) -> None:
         from act_peft import ChannelScores, sweep
         from act_peft.disk.atomic import write_file
         from act_peft.plots import check_matplotlib, plot_sweep
+        from act_peft.processes import process_index
         from act_peft.transfer.donors import is_adapter
 
     if arguments.figure is not None:
@@ -144,6 +145,8 @@ def run(arguments: argparse.Namespace) -> None:
         fit_keep_dataloader={str(n): read(found) for n, found in enumerate(to_fit[1:])} if to_fit else None,
         **{name: getattr(arguments, name) for name in options},
     )
+    if process_index():  # all processes have the same result
+        return
     text = json.dumps(result.to_dict(), indent=2, allow_nan=False)
     if arguments.output is not None:
         write_file(arguments.output, f"{text}\n".encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -41,6 +42,11 @@ class Candidates:
     def num_comparable(self) -> dict[str, int]:
         """Module name -> number of its first channels that both models have."""
         return {name: min(count, self.donor_channels[name]) for name, count in self.num_channels.items()}
+
+    def summary(self) -> str:
+        """The modules and their numbers of channels, in a few words that are the same for the same ones."""
+        digest = hashlib.sha256(repr(list(self.num_comparable.items())).encode()).hexdigest()[:8]
+        return f"{sum(self.num_comparable.values())} channels in {len(self.base)} modules ({digest})"
 
     def padded(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Extend values of the comparable channels to `[C]` with zeros."""

@@ -16,9 +16,10 @@ from act_peft.localization.activations import score_activations, score_contrasts
 from act_peft.localization.attribution import POINTS, score_attributions
 from act_peft.localization.candidates import find_candidates, unmatched_names
 from act_peft.localization.pair import Donor, open_pair
-from act_peft.localization.processes import all_begin, check_spread
+from act_peft.localization.spread import check_spread
 from act_peft.localization.vocabulary import warn_left_out
 from act_peft.localization.weights import score_weights
+from act_peft.processes import all_begin
 from act_peft.shards import unflattened
 
 
@@ -107,7 +108,9 @@ def localize(
             unmatched = unmatched_names(base, patterns)
             if unmatched:
                 warnings.warn(f"{argument}: {unmatched} match no module that has channels", ActWarning, stacklevel=2)
-    together = dataloader is not None and all_begin(kind, candidates)
+    together = dataloader is not None and all_begin(
+        "localize", [f"score={kind.value!r}", candidates.summary()], stacklevel=2
+    )
     if dataloader is None:
         scores = score_weights(candidates)
     elif kind is ScoreKind.ACTIVATION:
