@@ -207,6 +207,11 @@ class ChannelScores(Mapping[str, torch.Tensor]):
         return self._num_tokens
 
     @property
+    def sums(self) -> Mapping[str, torch.Tensor]:
+        """Module name -> sums over the tokens, float64 `[C]`; copies."""
+        return {name: values.clone() for name, values in self._sums.items()}
+
+    @property
     def kind(self) -> ScoreKind:
         """The meaning of the scores."""
         return self._kind
@@ -278,7 +283,7 @@ class ChannelScores(Mapping[str, torch.Tensor]):
             warnings.warn(f"top: {text}", ActWarning, stacklevel=2)
         return mask
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, progress: tuple[str, int, str] | None = None) -> None:
         """Write the scores to one safetensors file, whole or not at all.
 
         Layout: one float64 tensor `[C]` per module under the module's name, the sum over the tokens, and in the
@@ -287,10 +292,17 @@ class ChannelScores(Mapping[str, torch.Tensor]):
         modules that have fewer comparable channels than channels. Version 3, only for `score: "contrast"`, has
         tensors `[2, C]` (sums on the ability, sums on the data to keep) and also `num_keep_tokens`.
 
+        Args:
+            path: the file.
+            progress: of a run that is not at its end: digest of its models and settings, number of batches so far,
+                digest of these.
+
         Raises:
             ActValueError: `path` is a folder or lies in a folder that does not exist.
         """
         metadata: dict[str, Any] = {"modules": list(self._sums), "num_tokens": self._num_tokens}
+        if progress is not None:
+            metadata |= {"progress": list(progress)}
         version = _PLAIN_VERSION
         if self._kind is not ScoreKind.ACTIVATION or self._num_comparable:
             version = _SCORE_VERSION
@@ -301,6 +313,21 @@ class ChannelScores(Mapping[str, torch.Tensor]):
             metadata |= {"num_keep_tokens": self._keep.num_tokens}
             tensors = {name: torch.stack([sums, self._keep._sums[name]]) for name, sums in self._sums.items()}
         tensorfile.write(path, _KIND, version, tensors, metadata)
+
+    @staticmethod
+    def read_progress(path: str | os.PathLike[str]) -> tuple[str, int, str]:
+        """The `progress` that `save` wrote.
+
+        Raises:
+            ActValueError: the file is missing or damaged, or holds scores without it.
+        """
+        progress = tensorfile.read(path, _KIND, _VERSION)[1].get("progress")
+        if not isinstance(progress, list) or [type(part) for part in progress] != [str, int, str]:
+            raise ActValueError(
+                f"{path}: got scores of a finished run, expected a checkpoint of an interrupted one (take another "
+                "name)"
+            )
+        return progress[0], progress[1], progress[2]
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ChannelScores:

@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from functools import partial
 
 from torch import nn
 
-from act_peft.batches.answer_tokens import find_answer_tokens
+from act_peft.batches.answer_tokens import AnswerTokens, find_answer_tokens
 from act_peft.batches.evaluation import evaluation
 from act_peft.batches.forward import Batch, forward, over_batches
 from act_peft.channels.scores import ChannelScores, ScoreKind
 from act_peft.localization.candidates import Candidates
 from act_peft.localization.comparison import BatchComparison
+from act_peft.localization.settings import Run
 from act_peft.localization.sums import ChannelSums
 from act_peft.localization.vocabulary import CommonVocabulary
 from act_peft.shards import gathering, needs_every_process
 
 
 def score_activations(
-    base: nn.Module,
-    donor: nn.Module,
-    candidates: Candidates,
-    dataloader: Iterable[Batch],
-    *,
-    together: bool,
-    show_progress: bool,
+    base: nn.Module, donor: nn.Module, candidates: Candidates, dataloader: Iterable[Batch], run: Run
 ) -> ChannelScores:
     """Mean absolute difference of the outputs at the answer tokens; formula and errors as in `localize`."""
-    settings = {"together": together, "show_progress": show_progress}
-    ability = _differences(base, donor, candidates, dataloader, argument="dataloader", **settings)
-    return _scores(candidates, ability)
+    return scores_of_sums(candidates, _differences(base, donor, candidates, dataloader, run, argument="dataloader"))
 
 
 def score_contrasts(
@@ -37,19 +32,16 @@ def score_contrasts(
     donor: nn.Module,
     candidates: Candidates,
     dataloader: Iterable[Batch],
+    run: Run,
     *,
     keep_dataloader: Iterable[Batch],
-    together: bool,
-    show_progress: bool,
 ) -> ChannelScores:
     """The same on the ability, divided by the same on the data to keep; formula and errors as in `localize`."""
     ability, keep = (
-        _differences(
-            base, donor, candidates, batches, argument=argument, together=together, show_progress=show_progress
-        )
+        _differences(base, donor, candidates, batches, run, argument=argument)
         for argument, batches in (("dataloader", dataloader), ("keep_dataloader", keep_dataloader))
     )
-    return _scores(candidates, ability, kind=ScoreKind.CONTRAST, keep=_scores(candidates, keep))
+    return scores_of_sums(candidates, ability, kind=ScoreKind.CONTRAST, keep=scores_of_sums(candidates, keep))
 
 
 def _differences(
@@ -57,51 +49,101 @@ def _differences(
     donor: nn.Module,
     candidates: Candidates,
     dataloader: Iterable[Batch],
+    run: Run,
     *,
     argument: str,
-    together: bool,
-    show_progress: bool,
 ) -> ChannelSums:
     """The absolute differences of the outputs, summed over the answer tokens of all batches of all processes."""
     vocabulary = CommonVocabulary(base, donor)
     totals = ChannelSums(candidates.num_comparable)
+    progress = run.progress(candidates, totals, partial(scores_of_sums, candidates), argument=argument)
+    together = needs_every_process(base) or needs_every_process(donor)
+    pair = _Pair(base, donor, candidates, run.max_memory, alternate=not together)
 
     def compare(batch: Batch) -> None:
-        tokens = find_answer_tokens(batch)
+        if progress is not None and progress.is_done(batch):
+            return
+        tokens = find_answer_tokens(batch).at_most(run.max_tokens)
         vocabulary.check(batch)
-        comparison = BatchComparison(candidates, tokens)
-        with comparison.reading_base():
-            forward(base, batch)
-        with comparison.reading_donor():
-            forward(donor, batch)
-        totals.add_(comparison.sums(), len(tokens))
+        pair.add_differences(batch, tokens, totals)
+        if progress is not None:
+            progress.advance()
 
-    def run_both(batch: Batch) -> None:
-        forward(base, batch)
-        forward(donor, batch)
-
-    spread = together and (needs_every_process(base) or needs_every_process(donor))
     with evaluation(base, donor), gathering(base, donor):
         over_batches(
             dataloader,
             compare,
             argument=argument,
-            show_progress=show_progress,
-            together=together,
-            idle=run_both if spread else None,
+            show_progress=run.show_progress,
+            together=run.together,
+            idle=pair.run if run.together and together else None,
         )
-    if together:
+    if progress is not None:
+        progress.write()
+    if run.together:
         totals.gather_()
     return totals
 
 
-def _scores(
+class _Pair:
+    """Base and donor, and how they read a batch so that few outputs are kept at a time.
+
+    Args:
+        base: the base.
+        donor: the donor.
+        candidates: the compared modules.
+        max_memory: bytes for outputs of the base.
+        alternate: whether the two models may take turns within a batch.
+    """
+
+    def __init__(
+        self, base: nn.Module, donor: nn.Module, candidates: Candidates, max_memory: int, *, alternate: bool
+    ) -> None:
+        self._base, self._donor, self._candidates, self._max_memory = base, donor, candidates, max_memory
+        shared = {id(module) for module in candidates.base.values()} & {id(m) for m in candidates.donor.values()}
+        self._alternate = alternate and not shared  # an adapter runs in the base's own modules
+        self._bytes_per_token = sum(candidates.num_comparable.values()) * _bytes_of_an_output(base)
+
+    def add_differences(self, batch: Batch, tokens: AnswerTokens, totals: ChannelSums) -> None:
+        """Run both models on a batch and add the differences of their outputs at some tokens."""
+        fits = self._bytes_per_token * len(tokens) <= self._max_memory
+        # Models that share modules run again for every part of the tokens.
+        at_once = len(tokens) if fits or self._alternate else max(self._max_memory // self._bytes_per_token, 1)
+        parts = math.ceil(len(tokens) / at_once)
+        for part in tokens.parts(math.ceil(len(tokens) / parts)):
+            comparison = BatchComparison(self._candidates, part)
+            if fits or not self._alternate:
+                with comparison.reading_base():
+                    forward(self._base, batch)
+                with comparison.reading_donor():
+                    forward(self._donor, batch)
+            else:
+                comparison.take_turns(
+                    partial(forward, self._base, batch),
+                    partial(forward, self._donor, batch),
+                    max_bytes=self._max_memory,
+                )
+            totals.add_(comparison.sums(), len(part))
+
+    def run(self, batch: Batch) -> None:
+        """Run both models on a batch."""
+        forward(self._base, batch)
+        forward(self._donor, batch)
+
+
+def _bytes_of_an_output(model: nn.Module) -> int:
+    """Bytes of a number in the outputs of a model; codes of quantized weights are smaller than what they stand for."""
+    return max((parameter.element_size() for parameter in model.parameters()), default=4)
+
+
+def scores_of_sums(
     candidates: Candidates,
     totals: ChannelSums,
     *,
     kind: ScoreKind = ScoreKind.ACTIVATION,
     keep: ChannelScores | None = None,
 ) -> ChannelScores:
+    """Scores of running sums."""
     return ChannelScores(
         candidates.padded(totals.sums),
         totals.num_tokens,

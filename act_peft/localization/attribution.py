@@ -15,6 +15,7 @@ from act_peft.checks import whole_number
 from act_peft.errors import ActValueError
 from act_peft.localization.candidates import Candidates
 from act_peft.localization.pair import twin
+from act_peft.localization.settings import Run
 from act_peft.localization.sums import ChannelSums, sum_per_channel
 from act_peft.localization.vocabulary import CommonVocabulary
 from act_peft.localization.weights import ParameterPair, parameter_pairs
@@ -28,11 +29,10 @@ def score_attributions(
     donor: nn.Module,
     candidates: Candidates,
     dataloader: Iterable[Batch],
+    run: Run,
     *,
     keep_dataloader: Iterable[Batch] | None,
     points: int,
-    together: bool,
-    show_progress: bool,
 ) -> ChannelScores:
     """Minus gradient times difference, averaged over points between the models; formula as in `localize`.
 
@@ -40,17 +40,20 @@ def score_attributions(
         ActTypeError: `points` is no integer.
         ActValueError: `points` is less than 1; a model without a loss; all other cases as in `localize`.
     """
-    settings = {"together": together, "show_progress": show_progress}
     attribution = _Attribution(base, donor, candidates, whole_number(points, "points", least=1))
-    ability = attribution.over(dataloader, argument="dataloader", **settings)
+    ability = attribution.over(dataloader, run, argument="dataloader")
     sums = ability.sums
     if keep_dataloader is not None:
-        keep = attribution.over(keep_dataloader, argument="keep_dataloader", **settings)
+        keep = attribution.over(keep_dataloader, run, argument="keep_dataloader")
         share = ability.num_tokens / keep.num_tokens
         sums = {name: values + keep.sums[name] * share for name, values in sums.items()}
+    return _scores(candidates, sums, ability.num_tokens)
+
+
+def _scores(candidates: Candidates, sums: Mapping[str, torch.Tensor], num_tokens: int) -> ChannelScores:
     return ChannelScores(
         candidates.padded(sums),
-        ability.num_tokens,
+        num_tokens,
         kind=ScoreKind.ATTRIBUTION,
         num_comparable=candidates.num_comparable,
     )
@@ -59,17 +62,28 @@ def score_attributions(
 class _Attribution:
     def __init__(self, base: nn.Module, donor: nn.Module, candidates: Candidates, points: int) -> None:
         self._vocabulary = CommonVocabulary(base, donor)
+        self._candidates = candidates
         self._num_comparable = candidates.num_comparable
         self._points = points
         self._base = base
         self._line = InterpolatedModel(base, parameter_pairs(candidates), self._collect)
         self._batch: dict[str, torch.Tensor] = {}
 
-    def over(self, dataloader: Iterable[Batch], *, argument: str, together: bool, show_progress: bool) -> ChannelSums:
+    def over(self, dataloader: Iterable[Batch], run: Run, *, argument: str) -> ChannelSums:
         """The attributions of all batches of all processes, summed over tokens."""
         totals = ChannelSums(self._num_comparable, what="gradients that are")
 
+        progress = run.progress(
+            self._candidates,
+            totals,
+            lambda totals: _scores(self._candidates, totals.sums, totals.num_tokens),
+            argument=argument,
+            settings=(self._points,),
+        )
+
         def attribute(batch: Batch) -> None:
+            if progress is not None and progress.is_done(batch):
+                return
             predictions = find_predictions(batch)
             labels, num_tokens = predictions.labels(), predictions.targets.numel()
             self._vocabulary.check(batch)
@@ -85,10 +99,20 @@ class _Attribution:
             totals.add_(
                 {name: values * (num_tokens / self._points) for name, values in self._batch.items()}, num_tokens
             )
+            if progress is not None:
+                progress.advance()
 
         with evaluation(self._base, self._line.model):
-            over_batches(dataloader, attribute, argument=argument, show_progress=show_progress, together=together)
-        if together:
+            over_batches(
+                dataloader,
+                attribute,
+                argument=argument,
+                show_progress=run.show_progress,
+                together=run.together,
+            )
+        if progress is not None:
+            progress.write()
+        if run.together:
             totals.gather_()
         return totals
 

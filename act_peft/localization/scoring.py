@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 from torch import nn
 
@@ -12,20 +14,22 @@ from act_peft.channels.names import Patterns
 from act_peft.channels.scores import ChannelScores, ScoreKind
 from act_peft.checks import member_of
 from act_peft.errors import ActValueError, ActWarning
-from act_peft.localization.activations import score_activations, score_contrasts
+from act_peft.localization.activations import score_activations, score_contrasts, scores_of_sums
 from act_peft.localization.attribution import POINTS, score_attributions
-from act_peft.localization.candidates import find_candidates, unmatched_names
+from act_peft.localization.candidates import Candidates, find_candidates, unmatched_names
 from act_peft.localization.pair import Donor, open_pair
+from act_peft.localization.settings import Run, make_run
+from act_peft.localization.spool import Model, Spool, load, release
 from act_peft.localization.spread import check_spread
-from act_peft.localization.vocabulary import warn_left_out
+from act_peft.localization.vocabulary import CommonVocabulary, warn_left_out
 from act_peft.localization.weights import score_weights
 from act_peft.processes import all_begin
 from act_peft.shards import unflattened
 
 
 def localize(
-    base: nn.Module,
-    donor: Donor,
+    base: Model,
+    donor: Donor | Model,
     dataloader: Iterable[Mapping[str, Any]] | None = None,
     *,
     score: str | ScoreKind = ScoreKind.ACTIVATION,
@@ -33,6 +37,11 @@ def localize(
     points: int | None = None,
     target_modules: Patterns = None,
     exclude_modules: Patterns = None,
+    max_tokens: int | None = None,
+    max_memory: int | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    every: int | None = None,
+    spool: str | os.PathLike[str] | None = None,
     show_progress: bool = True,
 ) -> ChannelScores:
     """Score every channel by the difference between two related models.
@@ -75,6 +84,18 @@ def localize(
             method it is a linear module that shares its weight with an embedding, or the last one if it has a channel
             for every row of the first embedding.
         exclude_modules: modules to leave out: a regular expression for the whole name, names or dotted suffixes.
+        max_tokens: for activations and contrasts, the greatest number of answer tokens of a sample that count, evenly
+            spread over them; by default all of them.
+        max_memory: for activations and contrasts, about how many bytes the outputs of the base may take that wait for
+            the donor's (1 GiB). Within a large batch the two models take turns; models that share modules (adapters)
+            and those that are spread over processes run again for every part of the tokens.
+        checkpoint: file of running sums, itself a `ChannelScores` of the batches so far. If it exists, the run goes on
+            from there, with the same models, settings and batches. Data to keep have a file `CHECKPOINT.keep`; in a
+            distributed run every process has files of its own (`CHECKPOINT.0-of-2`), which add up with `+`.
+        every: number of batches after which it is written (50).
+        spool: for activations and contrasts, a folder for two models that do not fit into memory together. `base` and
+            `donor` may then be functions that load them: the base runs first and its outputs at the answer tokens are
+            written there, then the donor runs. Limit them with `max_tokens`.
         show_progress: show a progress bar if the error stream is a terminal.
 
     Returns:
@@ -98,49 +119,106 @@ def localize(
     """
     kind = member_of(ScoreKind, score, "score")
     _check_settings(kind, dataloader=dataloader, keep_dataloader=keep_dataloader, points=points)
-    merged = kind not in (ScoreKind.ACTIVATION, ScoreKind.CONTRAST)
-    base, donor = open_pair(base, donor, merged=merged)
-    check_spread(base, donor, kind)
-    with unflattened(base, donor):
-        candidates = find_candidates(base, donor, target_modules=target_modules, exclude_modules=exclude_modules)
-        warn_left_out(candidates, stacklevel=2)
-        for argument, patterns in (("target_modules", target_modules), ("exclude_modules", exclude_modules)):
-            unmatched = unmatched_names(base, patterns)
-            if unmatched:
-                warnings.warn(f"{argument}: {unmatched} match no module that has channels", ActWarning, stacklevel=2)
-    together = dataloader is not None and all_begin(
-        "localize", [f"score={kind.value!r}", candidates.summary()], stacklevel=2
+    run = make_run(
+        kind,
+        max_tokens=max_tokens,
+        max_memory=max_memory,
+        checkpoint=checkpoint,
+        every=every,
+        spool=spool,
+        show_progress=show_progress,
     )
-    if dataloader is None:
-        scores = score_weights(candidates)
-    elif kind is ScoreKind.ACTIVATION:
-        scores = score_activations(base, donor, candidates, dataloader, together=together, show_progress=show_progress)
-    elif kind is ScoreKind.CONTRAST and keep_dataloader is not None:
-        scores = score_contrasts(
-            base,
-            donor,
-            candidates,
-            dataloader,
-            keep_dataloader=keep_dataloader,
-            together=together,
-            show_progress=show_progress,
-        )
+    patterns = {"target_modules": target_modules, "exclude_modules": exclude_modules}
+    if spool is not None and dataloader is not None:
+        scores = _score_in_turn(kind, base, donor, dataloader, keep_dataloader, run, patterns, spool)
     else:
-        scores = score_attributions(
-            base,
-            donor,
-            candidates,
-            dataloader,
-            keep_dataloader=keep_dataloader,
-            points=POINTS if points is None else points,
-            together=together,
-            show_progress=show_progress,
+        base, donor = open_pair(
+            cast(nn.Module, base),
+            cast(Donor, donor),
+            merged=kind not in (ScoreKind.ACTIVATION, ScoreKind.CONTRAST),
         )
+        scores = _score_together(kind, base, donor, dataloader, keep_dataloader, points, run, patterns)
     if not any(bool(values.any()) for values in scores.values()):
         warnings.warn(
             "all scores are 0: donor and base are equal (is it the same model twice?)", ActWarning, stacklevel=2
         )
     return scores
+
+
+def _score_together(
+    kind: ScoreKind,
+    base: nn.Module,
+    donor: nn.Module,
+    dataloader: Iterable[Mapping[str, Any]] | None,
+    keep_dataloader: Iterable[Mapping[str, Any]] | None,
+    points: int | None,
+    run: Run,
+    patterns: Mapping[str, Patterns],
+) -> ChannelScores:
+    """Scores of two models in memory."""
+    candidates = _find(base, donor, kind, patterns)
+    if dataloader is None:
+        return score_weights(candidates)
+    run = replace(run, together=_all_begin(kind, candidates))
+    if kind is ScoreKind.ACTIVATION:
+        return score_activations(base, donor, candidates, dataloader, run)
+    if kind is ScoreKind.CONTRAST and keep_dataloader is not None:
+        return score_contrasts(base, donor, candidates, dataloader, run, keep_dataloader=keep_dataloader)
+    return score_attributions(
+        base,
+        donor,
+        candidates,
+        dataloader,
+        run,
+        keep_dataloader=keep_dataloader,
+        points=POINTS if points is None else points,
+    )
+
+
+def _score_in_turn(
+    kind: ScoreKind,
+    base: Model,
+    donor: Any,
+    dataloader: Iterable[Mapping[str, Any]],
+    keep_dataloader: Iterable[Mapping[str, Any]] | None,
+    run: Run,
+    patterns: Mapping[str, Patterns],
+    folder: str | os.PathLike[str],
+) -> ChannelScores:
+    """Scores of two models of which only one is in memory."""
+    sources = {"dataloader": dataloader} | ({} if keep_dataloader is None else {"keep_dataloader": keep_dataloader})
+    first = load(base, "base")
+    own = _find(first, first, kind, patterns)
+    run = replace(run, together=_all_begin(kind, own))
+    with Spool(folder, sources, run) as outputs:
+        outputs.write(first, own)
+        release(base, first)
+        second = load(donor, "donor")
+        candidates = _find(first, second, kind, patterns, warn=False)
+        totals = outputs.differences(second, candidates, CommonVocabulary(first, second))
+    ability, *keep = (scores_of_sums(candidates, sums) for sums in totals.values())
+    if not keep:
+        return ability
+    return scores_of_sums(candidates, totals["dataloader"], kind=kind, keep=keep[0])
+
+
+def _find(
+    base: nn.Module, donor: nn.Module, kind: ScoreKind, patterns: Mapping[str, Patterns], *, warn: bool = True
+) -> Candidates:
+    """The compared modules, with a warning for names that match none."""
+    check_spread(base, donor, kind)
+    with unflattened(base, donor):
+        candidates = find_candidates(base, donor, **patterns)
+        warn_left_out(candidates, stacklevel=4)
+        for argument, names in patterns.items():
+            unmatched = unmatched_names(base, names) if warn else []
+            if unmatched:
+                warnings.warn(f"{argument}: {unmatched} match no module that has channels", ActWarning, stacklevel=4)
+    return candidates
+
+
+def _all_begin(kind: ScoreKind, candidates: Candidates) -> bool:
+    return all_begin("localize", [f"score={kind.value!r}", candidates.summary()], stacklevel=4)
 
 
 def _check_settings(kind: ScoreKind, *, dataloader: object, keep_dataloader: object, points: object) -> None:

@@ -110,6 +110,12 @@ class ChannelSums:
             values += on_cpu[name]
         self._num_tokens += num_tokens
 
+    def resume_(self, sums: Mapping[str, torch.Tensor], num_tokens: int) -> None:
+        """Go on from the sums of an earlier run over the same channels; they may be followed by zeros."""
+        for name, values in self._sums.items():
+            values.copy_(sums[name][: values.numel()])
+        self._num_tokens.fill_(num_tokens)
+
     def gather_(self) -> None:
         """Replace sums and number by those of all processes together; all of them must call this."""
         tokens = self._num_tokens.double()
