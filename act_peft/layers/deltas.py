@@ -182,6 +182,12 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         shape = (num_selected, self.in_features)
         return shape if self.kind.channel_dim == 0 else shape[::-1]
 
+    def state_shapes(self, adapter_name: str) -> dict[str, tuple[int, ...]]:
+        """Container -> shape of what it holds of an adapter."""
+        count = self.act_delta_index[adapter_name].numel()
+        names = ("act_delta_index", "act_delta_bias", "act_delta_channel_scale")
+        return {"act_delta_weight": self.delta_shape(count), **dict.fromkeys(names, (count,))}
+
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move the adapter to the base layer's device. Its dtype does not change, so that loading keeps every bit."""
         target = self.get_base_layer().weight.device if device is None else device

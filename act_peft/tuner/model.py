@@ -27,6 +27,7 @@ from act_peft.transfer.difference import Transfer
 from act_peft.transfer.in_model import donor_for_model, fill_deltas
 from act_peft.tuner.agreement import check_channels, check_training
 from act_peft.tuner.combined import check_new_name, combined_adapter
+from act_peft.tuner.complete import complete_state, frozen_copies
 from act_peft.tuner.copies import copy_adapter_, find_twin
 from act_peft.tuner.loading import check_base, check_names
 from act_peft.tuner.mixed_batches import adapter_per_sample
@@ -52,6 +53,7 @@ class ActModel(BaseTuner):
     # PEFT injects the first adapter before `__init__` could set it.
     _awaiting: Mapping[str, list[nn.Parameter]] = MappingProxyType({})
     _plan: InjectionPlan | None = None  # while an adapter is being injected
+    _frozen_copies: Mapping[str, torch.Tensor] = MappingProxyType({})  # of what ZeRO 3 has spread; see `complete`
     # Adapters whose channels no training step has compared between the processes yet: name of a module -> digest.
     _uncompared: Mapping[str, Mapping[str, str]] = MappingProxyType({})
 
@@ -244,10 +246,10 @@ class ActModel(BaseTuner):
 
     def _compare_processes(self) -> None:
         """In the first training step, check that all processes train the same channels."""
-        layers = act_layers(self.model).values()
-        if num_processes() > 1 and any(p.requires_grad for layer in layers for p in layer.act_delta_weight.values()):
+        if num_processes() > 1 and any(p.requires_grad for n, p in self.model.named_parameters() if PREFIX in n):
             held, self._uncompared = self._uncompared, {}
             check_training({f"{name} of {adapter}": d for adapter, its in held.items() for name, d in its.items()})
+            self._frozen_copies = frozen_copies(self.model)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As in PEFT. If it was the only active adapter, the first remaining one by name becomes active in all layers.
@@ -365,7 +367,9 @@ class ActModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         if not any(tensor.device.type == "meta" for tensor in tensors.values()):
-            return tensors
+            tuner = getattr(model, "base_model", None)
+            copies = tuner._frozen_copies if isinstance(tuner, ActModel) else {}
+            return complete_state(model, adapter_name, tensors, copies)
         # Deltas on the meta device have no values to save, and the known channels of such an adapter are no state yet.
         return {key: tensor for key, tensor in tensors.items() if tensor.device.type == "meta"}
 

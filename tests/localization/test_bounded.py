@@ -148,9 +148,9 @@ def test_what_does_not_fit_the_spool_is_refused(pair, batches, tmp_path, toy):
     base, donor = pair()
     with pytest.raises(ActValueError, match="expected an existing folder"):
         localize(base, donor, batches, spool=tmp_path / "missing")
-    with pytest.raises(ActTypeError, match="donor: got str, expected a torch.nn.Module, or a function"):
+    with pytest.raises(ActTypeError, match=r"donor: got str, expected a torch.nn.Module, or a function"):
         localize(base, "folder", batches, spool=tmp_path)
-    with pytest.raises(ActTypeError, match="base: got function, expected a torch.nn.Module"):
+    with pytest.raises(ActTypeError, match=r"base: got function, expected a torch.nn.Module"):
         localize(lambda: base, donor, batches)
     with pytest.raises(ActValueError, match="donor has no such module"):
         localize(base, lambda: toy()[1], batches, spool=tmp_path)
