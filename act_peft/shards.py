@@ -46,6 +46,11 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().clone()
 
 
+def own_part(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a parameter that this process holds, without gradient, to be read or written in place."""
+    return cast(Any, tensor.detach()).to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
 def rows_of(tensor: torch.Tensor, index: torch.Tensor, dim: int) -> torch.Tensor:
     """A copy of rows (`dim` 0) or columns (`dim` 1) of the whole parameter, on its device.
 
@@ -104,6 +109,13 @@ def is_flattened(model: nn.Module) -> bool:
 def needs_every_process(model: nn.Module) -> bool:
     """Whether a forward pass of the model gathers parameters, so that all processes have to run it equally often."""
     return is_flattened(model) or any(is_shared_out(parameter) for parameter in model.parameters())
+
+
+def reshard_(model: nn.Module) -> None:
+    """Let FSDP2 drop the whole parameters that it keeps after a forward pass, so that what is written stays."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 @contextmanager

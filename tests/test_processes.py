@@ -160,7 +160,7 @@ def test_processes_score_their_data_together(tmp_path):
     run_in_processes(SCORES, tmp_path)
     run_in_processes(SCORES, tmp_path, processes=1)
     found = sorted(path.name[: -len(".2.0")] for path in tmp_path.glob("*.2.0") if not path.name.startswith("fit"))
-    assert len(found) == 15
+    assert len(found) == 16
     for name in found:
         expected = ChannelScores.load(tmp_path / f"{name.partition(',')[0]}.1.0")
         scores = ChannelScores.load(tmp_path / f"{name}.2.0")

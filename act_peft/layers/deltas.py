@@ -14,6 +14,7 @@ from act_peft.channels.kinds import ChannelKind, features, is_quantized
 from act_peft.channels.rows import ChannelRows, scaled_channels, wide_dtype
 from act_peft.doors import BufferDict
 from act_peft.layers.state import SELECTED, ExpectedState, check_adapter_state
+from act_peft.shards import whole
 
 PREFIX = "act_delta_"  # `act_` alone would also match modules such as `mlp.act_fn`
 CPU = torch.device("cpu")
@@ -231,6 +232,13 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         if adapter_name not in self._learns_scales:
             return rows
         return scaled_channels(rows, self.act_delta_channel_scale[adapter_name], self.kind.axis_of(part))
+
+    def whole_delta(self, adapter_name: str, part: str) -> torch.Tensor:
+        """As `delta`, without gradient, also if this process holds only a part of it."""
+        rows = whole(getattr(self, f"act_delta_{part}")[adapter_name])
+        if adapter_name not in self._learns_scales:
+            return rows
+        return scaled_channels(rows, whole(self.act_delta_channel_scale[adapter_name]), self.kind.axis_of(part))
 
     def as_stored(self, adapter_name: str, rows: ChannelRows) -> ChannelRows:
         """Deltas in the dtype and on the device of the adapter's deltas; on the CPU if these have no data yet."""

@@ -23,6 +23,7 @@ from act_peft.layers.state import check_adapter_state
 from act_peft.layers.targets import Targets, find_targets, read_mask, renamed_record, target_answers
 from act_peft.peft_modules import same_gradients
 from act_peft.processes import digests, num_processes
+from act_peft.shards import reshard_
 from act_peft.transfer.difference import Transfer
 from act_peft.transfer.in_model import donor_for_model, fill_deltas
 from act_peft.tuner.agreement import check_channels, check_training
@@ -332,9 +333,15 @@ class ActModel(BaseTuner):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters as in PEFT. With `safe_merge` all rows are checked before the first one is written."""
+        reshard_(self.model)
         if safe_merge:
             self._check_merge(adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """As in PEFT."""
+        reshard_(self.model)
+        super().unmerge_adapter()
 
     def _unload_and_optionally_merge(
         self,
@@ -343,6 +350,7 @@ class ActModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
+        reshard_(self.model)
         if merge and safe_merge:
             self._check_merge(adapter_names)
         with configuration_of_ties(self.model):
