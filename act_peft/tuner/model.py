@@ -33,7 +33,7 @@ from act_peft.tuner.copies import copy_adapter_, find_twin
 from act_peft.tuner.loading import check_base, check_names
 from act_peft.tuner.mixed_batches import adapter_per_sample
 from act_peft.tuner.plan import InjectionPlan, withdraw
-from act_peft.tuner.ties import configuration_of_ties
+from act_peft.tuner.ties import check_ties_in_parts, configuration_of_ties
 
 
 class ActModel(BaseTuner):
@@ -334,6 +334,7 @@ class ActModel(BaseTuner):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters as in PEFT. With `safe_merge` all rows are checked before the first one is written."""
         reshard_(self.model)
+        check_ties_in_parts(self.model)
         if safe_merge:
             self._check_merge(adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
@@ -351,6 +352,8 @@ class ActModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         reshard_(self.model)
+        if merge:
+            check_ties_in_parts(self.model)
         if merge and safe_merge:
             self._check_merge(adapter_names)
         with configuration_of_ties(self.model):
