@@ -33,6 +33,12 @@ with pytest.raises(ValueError, match="model.embed_tokens: process 1 has other ch
     get_peft_model(base, ActConfig(channels=other, task_type="CAUSAL_LM"))
 assert not any("act_delta" in name for name, _ in base.named_parameters())
 
+# Where only one process has the weights, rows cannot be read.
+os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "true"
+with pytest.raises(ValueError, match="only one process has the base's weights"):
+    adapted(mask)
+del os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"]
+
 # An adapter that is loaded is compared in the first training step, although DistributedDataParallel has made its
 # buffers equal by then; inference does not wait for anybody.
 torch.distributed.barrier()

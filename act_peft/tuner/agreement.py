@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 import torch
 
-from act_peft.processes import check_equal, digests
+from act_peft.errors import ActValueError
+from act_peft.processes import check_equal, digests, num_processes
 
 _ADVICE = (
     "make the mask in all processes from the same scores, as localize gives them there; or save it in one process and "
     "load it in all"
 )
+_ONE_HAS_WEIGHTS = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # accelerate and transformers tell each other this way
 # Seconds. Whoever makes an adapter in one process alone waits the first time; a training step begins everywhere.
 _CREATION_PATIENCE, _TRAINING_PATIENCE = 10.0, 60.0
+
+
+def check_loading() -> None:
+    """Refuse a run in which only one process has the base's weights, because the rows are read in all of them.
+
+    Raises:
+        ActValueError: `cpu_ram_efficient_loading` of FSDP is on.
+    """
+    if num_processes() > 1 and os.environ.get(_ONE_HAS_WEIGHTS, "").lower() in ("true", "1"):
+        raise ActValueError(
+            "cpu_ram_efficient_loading: is on, so that only one process has the base's weights, expected them in all "
+            "(set it to False in fsdp_config, or FSDP_CPU_RAM_EFFICIENT_LOADING=false; FSDP2 spreads the weights then)"
+        )
 
 
 def check_channels(indices: Mapping[str, torch.Tensor]) -> None:

@@ -8,7 +8,6 @@ from types import MappingProxyType
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from act_peft.adapter.config import ActConfig, record_adapter
@@ -23,20 +22,19 @@ from act_peft.layers.state import check_adapter_state
 from act_peft.layers.targets import Targets, find_targets, read_mask, renamed_record, target_answers
 from act_peft.peft_modules import same_gradients
 from act_peft.processes import digests, num_processes
-from act_peft.shards import reshard_
 from act_peft.transfer.difference import Transfer
 from act_peft.transfer.in_model import donor_for_model, fill_deltas
-from act_peft.tuner.agreement import check_channels, check_training
+from act_peft.tuner.agreement import check_channels, check_loading, check_training
 from act_peft.tuner.combined import check_new_name, combined_adapter
 from act_peft.tuner.complete import complete_state, frozen_copies
 from act_peft.tuner.copies import copy_adapter_, find_twin
 from act_peft.tuner.loading import check_base, check_names
+from act_peft.tuner.merging import MergingTuner
 from act_peft.tuner.mixed_batches import adapter_per_sample
 from act_peft.tuner.plan import InjectionPlan, withdraw
-from act_peft.tuner.ties import check_ties_in_parts, configuration_of_ties
 
 
-class ActModel(BaseTuner):
+class ActModel(MergingTuner):
     """A model with ACT adapters (arXiv 2601.09398). Only the selected channels have deltas, and only these train.
 
     Created by `get_peft_model(model, ActConfig(...))`.
@@ -95,6 +93,7 @@ class ActModel(BaseTuner):
         state_dict: dict[str, torch.Tensor] | None = None,
         **settings: bool,
     ) -> None:
+        check_loading()
         config = self.peft_config[adapter_name]
         source = find_twin(adapter_name, configs=self.peft_config, awaiting=self._awaiting)
         if source is None:
@@ -328,42 +327,6 @@ class ActModel(BaseTuner):
             for part, delta in parts.items():
                 parameter = getattr(self.model.get_submodule(name), f"{PREFIX}{part}")[adapter_name]
                 parameter.data = delta.to(parameter.device)
-
-    # -------------------------------------------------------------------------------------------------- merging ---
-
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge adapters as in PEFT. With `safe_merge` all rows are checked before the first one is written."""
-        reshard_(self.model)
-        check_ties_in_parts(self.model)
-        if safe_merge:
-            self._check_merge(adapter_names)
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
-
-    def unmerge_adapter(self) -> None:
-        """As in PEFT."""
-        reshard_(self.model)
-        super().unmerge_adapter()
-
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ) -> nn.Module:
-        reshard_(self.model)
-        if merge:
-            check_ties_in_parts(self.model)
-        if merge and safe_merge:
-            self._check_merge(adapter_names)
-        with configuration_of_ties(self.model):
-            return super()._unload_and_optionally_merge(
-                merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
-            )
-
-    def _check_merge(self, adapter_names: list[str] | None) -> None:
-        for layer in act_layers(self.model).values():
-            layer.check_merge(adapter_names)
 
     # -------------------------------------------------------------------------------------------------- loading ---
 
