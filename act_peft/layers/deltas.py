@@ -14,7 +14,7 @@ from act_peft.channels.kinds import ChannelKind, features, is_quantized
 from act_peft.channels.rows import ChannelRows, scaled_channels, wide_dtype
 from act_peft.doors import BufferDict
 from act_peft.layers.state import SELECTED, ExpectedState, check_adapter_state
-from act_peft.shards import whole
+from act_peft.shards import is_partitioned, whole
 
 PREFIX = "act_delta_"  # `act_` alone would also match modules such as `mlp.act_fn`
 CPU = torch.device("cpu")
@@ -285,6 +285,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             shapes["act_delta_bias"] = (SELECTED,)
         if adapter_name in self.act_delta_channel_scale:
             shapes["act_delta_channel_scale"] = (SELECTED,)
+        # A training with ZeRO 3 loads parts, whose shapes say nothing.
+        shapes = {name: s for name, s in shapes.items() if not is_partitioned(getattr(self, name)[adapter_name])}
         return ExpectedState(
             self.num_channels, self.act_delta_index[adapter_name], self.knows_channels(adapter_name), shapes
         )
