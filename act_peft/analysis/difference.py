@@ -175,7 +175,7 @@ def compare_checkpoints(
     """
     with Checkpoint.open(base) as first, Checkpoint.open(donor) as second:
         configs = load_config(first), load_config(second)
-        skeletons = [build_skeleton(config) for config in configs]
+        skeletons = [build_skeleton(*pair) for pair in zip(configs, (first, second), strict=True)]
         names = [name for name, _ in skeletons[0].named_parameters(remove_duplicate=False)]
         mine = Parameters(first, names)
         shapes = mine.shapes()
