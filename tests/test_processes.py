@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from act_peft import ChannelScores, FittedTransfer
 from tests.support.processes import run_in_processes
@@ -157,6 +158,39 @@ for name, scores in found.items():
 """
 
 
+SCORED = [(score, name) for score in ("activation", "contrast") for name in ("a", "b")]
+GROUPS = """
+import json
+from act_peft import localize
+from act_peft.cli import main
+from act_peft.demo.family import BASE, DONOR
+from act_peft.demo.task import Split, rows
+from act_peft.demo.words import Language
+from tests.support.tiny_models import batch, build_relatives
+
+data = f"{FOLDER}/data{WORLD}{RANK}.jsonl"
+with open(data, "w") as file:
+    for row in rows(Language.SPANISH, Split.TRAIN, count=10):
+        file.write(json.dumps(row) + "\\n")
+command = ["--base", str(BASE), "--donor", str(DONOR), "--device", "cpu"]
+examples = ["--dataset", data, "--batch-size", "3"]
+assert main(["localize", *command, "--score", "weight", "--output", f"{FOLDER}/weight.{WORLD}"]) == 0
+assert main(["localize", *command, *examples, "--output", f"{FOLDER}/command.{WORLD}"]) == 0
+assert main(["fit", *command, *examples, "--keep-dataset", data, "--output", f"{FOLDER}/fit.{WORLD}"]) == 0
+
+base, donor = build_relatives("llama")
+groups = {name: [{"input_ids": batch(seed=first + n)} for n in range(4)][RANK::WORLD] for first, name in ((0, "a"), (5, "b"))}
+for score in ("activation", "contrast"):
+    keep = {"keep_dataloader": groups["a"]} if score == "contrast" else {}
+    settings = {"score": score, "show_progress": False, **keep}
+    found = localize(base, donor, groups, checkpoint=f"{FOLDER}/{score}.{WORLD}.sums", **settings)
+    turns = localize(base, donor, groups, spool=FOLDER, **settings)
+    for name, scores in found.items():
+        assert scores == turns[name]
+        scores.save(f"{FOLDER}/{score}.{name}.{WORLD}.{RANK}")
+"""
+
+
 def test_processes_hold_the_same_channels_or_say_so(tmp_path):
     run_in_processes(AGREEMENT, tmp_path)
 
@@ -183,3 +217,25 @@ def test_processes_score_their_data_together(tmp_path):
     assert fits[1].gains == fits[2].gains
     for module, values in fits[0].gains.items():
         assert float((fits[1].gains[module] - values).abs().max()) <= 1e-5 * float(values.max()), module
+
+
+@pytest.mark.slow
+def test_processes_share_groups_and_commands(tmp_path):
+    run_in_processes(GROUPS, tmp_path)
+    run_in_processes(GROUPS, tmp_path, processes=1)
+    pairs = {f"{score}.{name}": (f"{score}.{name}.1.0", f"{score}.{name}.2.0") for score, name in SCORED}
+    for first, second in [*pairs.values(), ("command.1", "command.2"), ("weight.1", "weight.2")]:
+        expected, scores = (ChannelScores.load(tmp_path / name) for name in (first, second))
+        assert (scores.num_tokens, scores.num_samples) == (expected.num_tokens, expected.num_samples), second
+        assert scores.origin == expected.origin
+        for module, values in expected.items():
+            torch.testing.assert_close(scores[module], values, rtol=1e-6, atol=1e-12)
+            if expected.standard_errors is not None:
+                errors = expected.standard_errors[module]
+                torch.testing.assert_close(scores.standard_errors[module], errors, rtol=1e-5, atol=1e-9)
+    for _, second in pairs.values():
+        assert ChannelScores.load(tmp_path / second) == ChannelScores.load(tmp_path / f"{second[:-1]}1")
+    parts = [ChannelScores.load(tmp_path / f"activation.2.sums.group-1.{number}-of-2") for number in (0, 1)]
+    assert parts[0] + parts[1] == ChannelScores.load(tmp_path / "activation.b.2.0")
+    fits = [FittedTransfer.load(tmp_path / f"fit.{which}") for which in (1, 2)]
+    assert fits[0].record.num_tokens == fits[1].record.num_tokens
