@@ -179,7 +179,8 @@ assert main(["localize", *command, *examples, "--output", f"{FOLDER}/command.{WO
 assert main(["fit", *command, *examples, "--keep-dataset", data, "--output", f"{FOLDER}/fit.{WORLD}"]) == 0
 
 base, donor = build_relatives("llama")
-groups = {name: [{"input_ids": batch(seed=first + n)} for n in range(4)][RANK::WORLD] for first, name in ((0, "a"), (5, "b"))}
+whole = {name: [{"input_ids": batch(seed=first + n)} for n in range(4)] for first, name in ((0, "a"), (5, "b"))}
+groups = {name: batches[RANK::WORLD] for name, batches in whole.items()}
 for score in ("activation", "contrast"):
     keep = {"keep_dataloader": groups["a"]} if score == "contrast" else {}
     settings = {"score": score, "show_progress": False, **keep}
