@@ -35,12 +35,15 @@ from peft.utils.integrations import (
 from peft.utils.other import (
     EMBEDDING_LAYER_NAMES,  # names in target_modules for which PEFT saves the whole embedding
 )
-from torch import nn
+from torch import distributed, nn
 
 __all__ = [
+    "CHECKPOINTED",
     "COMPILED",
+    "COMPILED_MODULE",
     "DENSITY_WARNING",
     "EMBEDDING_LAYER_NAMES",
+    "FLATTENED",
     "HAS_ADAPTERS",
     "MISSING_WARNING",
     "OUTER",
@@ -54,6 +57,7 @@ __all__ = [
     "align_module_device",
     "check_adapters_to_merge",
     "check_target_module_exists",
+    "default_store",
     "dequantize_bnb_weight",
     "has_offloaded_params",
     "hub_constants",
@@ -65,7 +69,10 @@ __all__ = [
 ]
 
 OUTER = "base_model.model."  # PEFT: before the names of modules in an adapter's file and in a PeftModel's state dict
-COMPILED = "_orig_mod."  # torch.compile: before the names of a model's modules
+COMPILED_MODULE = "_orig_mod"  # torch.compile: the module inside its wrapper
+COMPILED = f"{COMPILED_MODULE}."  # so it stands before the names of a model's modules
+FLATTENED = "_fsdp_wrapped_module"  # FSDP1: the module inside its wrapper
+CHECKPOINTED = "_checkpoint_wrapped_module"  # torch's activation checkpointing, as accelerate uses it: the same
 HAS_ADAPTERS = "_hf_peft_config_loaded"  # transformers: a model's flag for adapters that `load_adapter` put into it
 READS_FILES = "_load_pretrained_model"  # transformers: the method of a model by which `load_adapter` reads files
 MISSING_WARNING = "Found missing adapter keys"  # PEFT: start of its warning about tensors that a file does not have
@@ -73,6 +80,12 @@ DENSITY_WARNING = "The density 1.0 is greater than or equal to 1"  # PEFT's merg
 # TRL: its trainers add an adapter of the first name with the configuration of the second one, and expect a copy of it.
 # They copy only parameters whose names go on after the adapter's name. ACT has none of these.
 REFERENCE, POLICY = "ref", "default"
+
+
+def default_store() -> distributed.Store | None:
+    """What the processes of the default group share: text under names. None without a group, or if it has none."""
+    # torch gives no public way to it, and a second store would need a port of its own.
+    return distributed.distributed_c10d._get_default_store() if distributed.is_initialized() else None
 
 
 def is_read_by_mamba_kernel(model: nn.Module, target_name: str) -> bool:

@@ -14,10 +14,14 @@ from torch import nn
 
 from act_peft.doors import align_module_device, has_offloaded_params
 from act_peft.errors import ActValueError
+from act_peft.shards import whole
 
 
 def values_of(module: nn.Module, part: str, *, name: str = "") -> torch.Tensor:
-    """A parameter of a plain module, detached, also where accelerate keeps it elsewhere: then from there, on the CPU.
+    """A parameter of a plain module, detached, wherever its values are.
+
+    Where accelerate keeps it elsewhere, it comes from there, on the CPU. Where this process holds a part, the whole is
+    gathered, and all processes must call this.
 
     Args:
         module: the module that owns the parameter.
@@ -29,7 +33,7 @@ def values_of(module: nn.Module, part: str, *, name: str = "") -> torch.Tensor:
     """
     tensor = cast(torch.Tensor, getattr(module, part))
     if tensor.device.type != "meta":
-        return tensor.detach()
+        return whole(tensor)
     if not has_offloaded_params(module):
         raise ActValueError(
             f"{name or type(module).__name__}: its {part} has no data (device meta), expected a loaded model (load it "

@@ -1,7 +1,8 @@
-"""PEFT's wrappers in a model: names and modules without them, and how they are switched off."""
+"""Wrappers in a model, those of PEFT, of parallel training and of `torch.compile`: names and modules without them."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -12,8 +13,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
+from act_peft.doors import CHECKPOINTED, COMPILED_MODULE, FLATTENED
+
 _MODELS = (PeftModel, PeftMixedModel)
 _WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+_AROUND = (COMPILED_MODULE, FLATTENED, CHECKPOINTED)
 
 
 @dataclass(frozen=True)
@@ -72,10 +76,33 @@ class SwitchedOff(nn.Module):
             return self.model(*args, **kwargs)
 
 
+def runnable(model: nn.Module) -> nn.Module:
+    """The model inside DataParallel, DistributedDataParallel, DeepSpeed's engine and `torch.compile`.
+
+    It gives the same outputs, without what these do beside (sending buffers around, running compiled code that does
+    not call hooks). FSDP1 stays, because it gathers the parameters.
+    """
+    while True:
+        engine = getattr(sys.modules.get("deepspeed"), "DeepSpeedEngine", ())
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel, engine)):
+            model = cast(nn.Module, model.module)
+        elif COMPILED_MODULE in model._modules:
+            model = cast(nn.Module, model._modules[COMPILED_MODULE])
+        else:
+            return model
+
+
 def without_wrapper(model: nn.Module) -> nn.Module:
-    """The model that the user gave to PEFT; any other model as it is."""
-    model = model.model if isinstance(model, SwitchedOff) else model
-    return model.get_base_model() if isinstance(model, _MODELS) else model
+    """The model that the user gave to PEFT or to parallel training; any other model as it is."""
+    model = _inside(runnable(model.model if isinstance(model, SwitchedOff) else model))
+    return _inside(model.get_base_model()) if isinstance(model, _MODELS) else model
+
+
+def _inside(module: nn.Module) -> nn.Module:
+    """The module inside what FSDP1, activation checkpointing and `torch.compile` put around it."""
+    while (name := next((name for name in _AROUND if name in module._modules), None)) is not None:
+        module = cast(nn.Module, module._modules[name])
+    return module
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -89,9 +116,11 @@ def inner_layer(module: nn.Module) -> nn.Module:
 
 
 def plain_layer(module: nn.Module) -> nn.Module:
-    """The module inside all of PEFT's wrappers, those of modules that are trained as a whole included."""
+    """The module inside all wrappers, PEFT's around modules that are trained as a whole included."""
+    module = _inside(module)
     while isinstance(module, _WRAPPERS):
         module = inner_layer(module) if isinstance(module, BaseTunerLayer) else cast(Any, module).original_module
+        module = _inside(module)
     return module
 
 
@@ -101,7 +130,7 @@ def plain_name(name: str) -> str:
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, NamedModule]]:
-    """As `model.named_modules()` would be without PEFT: no prefix, no wrappers, nothing that belongs to an adapter."""
+    """As `model.named_modules()` would be without wrappers: no prefix, nothing that belongs to an adapter."""
     with switched_off(model) if isinstance(model, SwitchedOff) else nullcontext():
         found = list(_walk(without_wrapper(model), "", set()))
     yield from found

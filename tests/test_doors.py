@@ -66,6 +66,7 @@ HOOKS = {
         "inject_adapter",
         "delete_adapter",
         "merge_adapter",
+        "unmerge_adapter",
         "_cast_adapter_dtype",
         "_check_target_module_exists",
         "_create_and_replace",

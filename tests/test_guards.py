@@ -19,6 +19,8 @@ ORDER = [
     "errors",
     "patterns",
     "doors",
+    "processes",
+    "shards",
     "offloading",
     "peft_modules",
     "checks",

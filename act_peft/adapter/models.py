@@ -16,13 +16,15 @@ from act_peft.disk.locations import lasting_name
 from act_peft.disk.parameters import Parameters
 from act_peft.errors import ActValueError
 from act_peft.peft_modules import NamedModule, without_wrapper
+from act_peft.shards import full_shape, whole
 
 _ROWS = 4  # of a matrix; of a vector all elements
 
 
 def sample_of(weight: torch.Tensor) -> str:
     """Hash of a few rows of a weight, the same ones whatever is selected, so that two adapters can be compared."""
-    return fingerprint(weight.detach().index_select(0, _probe(weight.shape).to(weight.device)))
+    values = whole(weight)
+    return fingerprint(values.index_select(0, _probe(values.shape).to(values.device)))
 
 
 def name_of(model: nn.Module) -> str | None:
@@ -73,7 +75,7 @@ def _is_readable(layer: nn.Module, weight: object) -> bool:
         and not is_quantized(layer)
         and weight.device.type != "meta"
         and weight.is_floating_point()
-        and weight.numel() > 0
+        and 0 not in full_shape(weight)
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +46,25 @@ class AnswerTokens:
         if device not in self._on_device:
             self._on_device[device] = self.index.to(device)
         return self._on_device[device]
+
+    def at_most(self, count: int | None) -> AnswerTokens:
+        """At most `count` tokens of every sample, evenly spread over its own; all of them if it is None."""
+        if count is None:
+            return self
+        sample = self.index // self.length
+        first = torch.searchsorted(sample, torch.arange(self.batch_size))  # of each sample, [B]
+        sizes = torch.bincount(sample, minlength=self.batch_size)  # [B]
+        number = torch.arange(len(self)) - first[sample]  # of each token in its sample, [N]
+        size = sizes[sample]
+        # Token n of N belongs to the part floor(n * count / N); the first token of a part stays.
+        part = number * count // size
+        before = (number - 1) * count // size
+        return AnswerTokens(self.batch_size, self.length, self.index[(size <= count) | (part != before)])
+
+    def parts(self, count: int) -> Iterator[AnswerTokens]:
+        """The tokens in parts of at most `count`."""
+        for index in self.index.split(count):
+            yield AnswerTokens(self.batch_size, self.length, index)
 
 
 def find_answer_tokens(batch: Mapping[str, Any]) -> AnswerTokens:

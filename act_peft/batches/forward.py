@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
+from act_peft.batches.repeats import Batch, without_repeats
 from act_peft.errors import ActError, ActValueError
 from act_peft.peft_modules import without_wrapper
-
-Batch = Mapping[str, Any]
+from act_peft.processes import any_process, num_processes, process_index
 
 # Only the loss needs these.
 _LOSS_KEYS = frozenset({"labels", "num_items_in_batch"})
@@ -26,6 +26,8 @@ def over_batches(
     argument: str,
     show_progress: bool,
     description: str = "localize",
+    together: bool = False,
+    idle: Callable[[Batch], None] | None = None,
 ) -> None:
     """Call `work` on every batch.
 
@@ -35,19 +37,41 @@ def over_batches(
         argument: name of the argument with the batches, for messages.
         show_progress: show a progress bar if the error stream is a terminal.
         description: what stands beside the bar.
+        together: whether all processes of a distributed run go over their batches now, each over its own part. Samples
+            that the dataloader gives to several of them are worked on once, and a process may have no batch.
+        idle: what a process without further batches does with an old one as long as others have some: a model that is
+            spread over the processes runs in all of them or in none.
 
     Raises:
         ActError: the error of `work`, with the number of the batch in its message.
         ActValueError: there is no batch.
     """
-    number = -1
-    with tqdm(dataloader, desc=description, unit="batch", disable=None if show_progress else True) as batches:
-        for number, batch in enumerate(batches):
-            try:
-                work(batch)
-            except ActError as error:
-                raise type(error)(f"batch {number}: {error}") from error
-    if number < 0:
+    number, latest = -1, None
+    hidden = True if together and process_index() else (None if show_progress else True)
+    source = without_repeats(dataloader) if together else dataloader
+    with tqdm(source, desc=description, unit="batch", disable=hidden) as batches:
+        iterator = iter(batches)
+        while True:
+            batch = next(iterator, None)
+            if idle is not None:
+                if not any_process(batch is not None):
+                    break
+                if latest is None and any_process(batch is None):
+                    raise ActValueError(
+                        f"{argument}: a process has no batch, expected at least one in each of {num_processes()} "
+                        "(the model is spread over them, so it runs in all or in none; take smaller batches)"
+                    )
+            if batch is not None:
+                number, latest = number + 1, batch
+                try:
+                    work(batch)
+                except ActError as error:
+                    raise type(error)(f"batch {number}: {error}") from error
+            elif idle is not None and latest is not None:
+                idle(latest)
+            else:
+                break
+    if not (any_process(number >= 0) if together else number >= 0):
         raise ActValueError(
             f"{argument}: got no batch, expected at least one (is the dataset empty, or a generator exhausted?)"
         )

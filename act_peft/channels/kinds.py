@@ -23,6 +23,7 @@ from torch import nn
 from transformers import Conv1D
 
 from act_peft.errors import ActTypeError
+from act_peft.shards import full_shape
 
 
 class ChannelKind(Enum):
@@ -125,7 +126,7 @@ def features(module: nn.Module) -> tuple[int, int]:
     kind = kind_of(module)
     if kind is ChannelKind.LINEAR and is_quantized(module):
         return cast(int, module.in_features), cast(int, module.out_features)
-    shape = weight_of(module).shape
+    shape = full_shape(weight_of(module))
     return int(shape[0 if kind.is_norm else 1 - kind.channel_dim]), int(shape[kind.channel_dim])
 
 
@@ -161,11 +162,12 @@ def weight_of(module: nn.Module) -> torch.Tensor:
 def _norm_kind(module: nn.Module) -> ChannelKind | None:
     """Recognise norm modules by their results: `y[i] = normalized(x)[i] * (constant + weight[i]) + ...`.
 
-    Models bring their own norm classes (weight or 1 + weight, float32 inside or not). A copy of the module runs on
-    a few random inputs; the user's module is neither called nor changed.
+    Models bring their own norm classes (weight or 1 + weight, float32 inside or not). A copy of the module with
+    parameters of its own runs on a few random inputs; the user's module is neither called nor changed.
     """
     parameters = dict(module.named_parameters())
-    if set(parameters) not in ({"weight"}, {"weight", "bias"}) or any(p.dim() != 1 for p in parameters.values()):
+    shapes = [full_shape(parameter) for parameter in parameters.values()]
+    if set(parameters) not in ({"weight"}, {"weight", "bias"}) or any(len(shape) != 1 for shape in shapes):
         return None
     if any(True for _ in module.children()) or any(True for _ in module.buffers()):
         return None
@@ -179,21 +181,22 @@ _PROBE_TOLERANCE = 1e-3  # modules that round inside (bfloat16, float32) stay fa
 
 
 def _probe_norm(module: nn.Module) -> ChannelKind | None:
-    channels = weight_of(module).shape[0]
+    (channels,) = full_shape(weight_of(module))
     generator = torch.Generator(device="cpu").manual_seed(0)
     # Device and dtype are explicit because the caller may have changed the defaults (`torch.set_default_dtype`).
     randn = partial(torch.randn, generator=generator, device="cpu", dtype=torch.float32)
     x, weight, change = randn(4, channels) * 3 + 1, randn(channels), randn(channels)
     try:
-        probe = copy.deepcopy(module).to_empty(device="cpu").float().eval()
+        probe = copy.copy(module)
+        zeros = {name: torch.zeros_like(weight) for name, _ in module.named_parameters()}
+        probe._parameters = {name: nn.Parameter(values) for name, values in zeros.items()}
+        probe.training = False
         with torch.no_grad():
-            for parameter in probe.parameters():
-                parameter.zero_()
             weight_of(probe).copy_(weight)
-            # `forward`, because calling the copy would run the hooks that the user registered on the module.
-            before = probe.forward(x)
+            # The class's `forward`: calling the copy would run the user's hooks, and its own may belong to the module.
+            before = type(probe).forward(probe, x)
             weight_of(probe).add_(change)
-            difference = probe.forward(x) - before
+            difference = type(probe).forward(probe, x) - before
     except Exception:  # a module that takes different inputs is no norm
         return None
     if not isinstance(difference, torch.Tensor) or difference.shape != x.shape:

@@ -220,6 +220,11 @@ class ChannelScores(HasOrigin, Mapping[str, torch.Tensor]):
         return self._num_tokens
 
     @property
+    def sums(self) -> Mapping[str, torch.Tensor]:
+        """Module name -> sums over the tokens, float64 `[C]`; copies."""
+        return {name: values.clone() for name, values in self._sums.items()}
+
+    @property
     def kind(self) -> ScoreKind:
         """The meaning of the scores."""
         return self._kind
@@ -228,6 +233,11 @@ class ChannelScores(HasOrigin, Mapping[str, torch.Tensor]):
     def keep(self) -> ChannelScores | None:
         """The scores by activation on the data to keep; None unless the scores are by contrast."""
         return self._keep
+
+    @property
+    def spread(self) -> Spread | None:
+        """How the scores vary from sample to sample; None where it is not known, as in files of old versions."""
+        return self._spread
 
     @property
     def num_samples(self) -> int | None:
@@ -308,7 +318,7 @@ class ChannelScores(HasOrigin, Mapping[str, torch.Tensor]):
             warnings.warn(f"top: {text}", ActWarning, stacklevel=2)
         return mask.with_origin(self._origin)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, progress: tuple[str, int, str] | None = None) -> None:
         """Write the scores to one safetensors file, whole or not at all.
 
         Layout: one float64 tensor `[C]` per module under the module's name, the sum over the tokens, and in the
@@ -319,10 +329,17 @@ class ChannelScores(HasOrigin, Mapping[str, torch.Tensor]):
         `origin`, as in the file of a mask, where it is known; and for scores with a spread the metadata of version 2,
         `num_samples` and `token_squares`, and tensors `[3, C]`: sums, and of the spread squares and products.
 
+        Args:
+            path: the file.
+            progress: of a run that is not at its end: digest of its models and settings, number of batches so far,
+                digest of these.
+
         Raises:
             ActValueError: `path` is a folder or lies in a folder that does not exist.
         """
         metadata: dict[str, Any] = {"modules": list(self._sums), "num_tokens": self._num_tokens}
+        if progress is not None:
+            metadata |= {"progress": list(progress)}
         version = _PLAIN_VERSION
         if self._kind is not ScoreKind.ACTIVATION or self._num_comparable:
             version = _SCORE_VERSION
@@ -345,6 +362,21 @@ class ChannelScores(HasOrigin, Mapping[str, torch.Tensor]):
             version = _VERSION
             metadata |= {"origin": self._origin.to_json()}
         tensorfile.write(path, _KIND, version, tensors, metadata)
+
+    @staticmethod
+    def read_progress(path: str | os.PathLike[str]) -> tuple[str, int, str]:
+        """The `progress` that `save` wrote.
+
+        Raises:
+            ActValueError: the file is missing or damaged, or holds scores without it.
+        """
+        progress = tensorfile.read(path, _KIND, _VERSION)[1].get("progress")
+        if not isinstance(progress, list) or [type(part) for part in progress] != [str, int, str]:
+            raise ActValueError(
+                f"{path}: got scores of a finished run, expected a checkpoint of an interrupted one (take another "
+                "name)"
+            )
+        return progress[0], progress[1], progress[2]
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ChannelScores:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -65,6 +66,15 @@ def device_of(arguments: argparse.Namespace) -> str:
     return open_device(None if arguments.device == DEVICE else arguments.device)
 
 
+def join_processes() -> None:
+    """Join the other processes of a command that `torchrun` or `accelerate launch` has started several times."""
+    import torch
+    from accelerate import PartialState
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        PartialState(cpu=not torch.cuda.is_available())
+
+
 class ExampleReader:
     """Reads datasets for one model, by the options of a command, and says what is counted and what is left out.
 
@@ -118,6 +128,12 @@ class ExampleReader:
         """The batches of some examples, see `rows`."""
         return self.rows(examples, model, name=name).batches(self._arguments.batch_size)
 
+    def own_batches(self, examples: Any, model: Any, *, name: str) -> list[Any]:
+        """Those of the batches that this process works on, of several processes that share the work."""
+        from act_peft.processes import num_processes, process_index
+
+        return list(self.batches(examples, model, name=name))[process_index() :: num_processes()]
+
     def rows(self, examples: Any, model: Any, *, name: str) -> TokenizedRows:
         """Some examples, tokenized as the base reads them.
 
@@ -131,6 +147,7 @@ class ExampleReader:
         """
         from act_peft.data.models import load_tokenizer
         from act_peft.data.tokenizing import tokenize
+        from act_peft.processes import process_index
 
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self._arguments.base)
@@ -143,7 +160,7 @@ class ExampleReader:
             counted=counted,
             name=name,
         )
-        for note in rows.notes:
+        for note in () if process_index() else rows.notes:
             print(f"act-peft: {note}", file=sys.stderr)
         return rows
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from act_peft.cli.examples import ExampleReader, add_examples, check_modules, device_of
+from act_peft.cli.examples import ExampleReader, add_examples, check_modules, device_of, join_processes
 from act_peft.cli.files import add_output, check_output_file, output_file
 from act_peft.cli.imports import importing
 
@@ -72,20 +72,22 @@ def run(arguments: argparse.Namespace) -> None:
     check_output_file(arguments.output, overwrite=arguments.overwrite)
     with importing():
         from act_peft import fit
+        from act_peft.processes import process_index
 
     arguments.device = device_of(arguments)
+    join_processes()
     reader = ExampleReader(arguments)
     names = [*arguments.dataset, *(arguments.keep_dataset or [])]
     examples = [reader.load(name) for name in names]
     base = reader.model(arguments.base)
     check_modules(base, target_modules=arguments.target_modules, exclude_modules=arguments.exclude_modules)
     donors = [reader.donor(name) for name in arguments.donor]
-    data: list[Any] = [reader.batches(found, base, name=name) for name, found in zip(names, examples, strict=True)]
+    data: list[Any] = [reader.own_batches(found, base, name=name) for name, found in zip(names, examples, strict=True)]
     fitted = fit(
         base,
         donors,
         data[: len(donors)],
-        [batch for batches in data[len(donors) :] for batch in batches] or None,
+        [batch for batches in data[len(donors) :] for batch in batches] if arguments.keep_dataset else None,
         keep_weight=arguments.keep_weight,
         ridge=arguments.ridge,
         prior_scale=arguments.prior_scale,
@@ -94,6 +96,8 @@ def run(arguments: argparse.Namespace) -> None:
         exclude_modules=arguments.exclude_modules,
         max_rank=arguments.max_rank,
     )
+    if process_index():  # all processes have the same fit
+        return
     with output_file(arguments.output, overwrite=arguments.overwrite) as path:
         fitted.save(path)
     *ability, keep = fitted.record.num_tokens

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from act_peft.cli.examples import ExampleReader, add_examples, check_modules, device_of
+from act_peft.cli.examples import ExampleReader, add_examples, check_modules, device_of, join_processes
 from act_peft.cli.files import add_output, check_output_file, output_file
 from act_peft.cli.imports import importing
 from act_peft.plain import one_line
@@ -71,8 +71,10 @@ def run(arguments: argparse.Namespace) -> None:
         from act_peft import localize
         from act_peft.channels.names import matches
         from act_peft.localization.candidates import left_out_by_default
+        from act_peft.processes import process_index
 
     arguments.device = device_of(arguments)
+    join_processes()
     reader = ExampleReader(arguments)
     groups, keep = _examples(arguments, reader)
     outputs = {value: _output_of(arguments, value) for value in groups}
@@ -83,10 +85,10 @@ def run(arguments: argparse.Namespace) -> None:
     check_modules(base, target_modules=targets, exclude_modules=excluded)
     data: dict[str, Any] = {}
     if keep is not None:
-        data["keep_dataloader"] = reader.batches(keep, base, name=arguments.keep_dataset)
+        data["keep_dataloader"] = reader.own_batches(keep, base, name=arguments.keep_dataset)
     if arguments.dataset is not None:
         names = {value: f"{arguments.dataset} {value}".rstrip() for value in groups}
-        loaders = {value: reader.batches(found, base, name=names[value]) for value, found in groups.items()}
+        loaders = {value: reader.own_batches(found, base, name=names[value]) for value, found in groups.items()}
         data["dataloader"] = loaders[_WHOLE] if arguments.by is None else loaders
     found: Any = localize(
         base,
@@ -96,6 +98,8 @@ def run(arguments: argparse.Namespace) -> None:
         exclude_modules=excluded,
         **data,
     )
+    if process_index():  # all processes have the same scores
+        return
     for value, scores in (found if arguments.by is not None else {_WHOLE: found}).items():
         with output_file(outputs[value], overwrite=arguments.overwrite) as path:
             scores.save(path)

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from act_peft.cli.examples import ExampleReader, add_examples, device_of
+from act_peft.cli.examples import ExampleReader, add_examples, device_of, join_processes
 from act_peft.cli.files import NORMALIZE, SCOPE, add_output, check_output_file, output_file
 from act_peft.cli.imports import importing
 from act_peft.cli.next_steps import next_steps
@@ -109,11 +109,13 @@ def run(arguments: argparse.Namespace) -> None:
     with importing():
         from act_peft import ChannelScores, sweep
         from act_peft.plots import check_figure_file, draw_sweep, save_figure
+        from act_peft.processes import process_index
         from act_peft.transfer.donors import is_adapter
 
     if arguments.figure is not None:
         check_figure_file(arguments.figure)
     arguments.device = device_of(arguments)
+    join_processes()
     scores = None if arguments.scores is None else ChannelScores.load(arguments.scores)
     reader = ExampleReader(arguments)
     held_out, to_fit = _examples(arguments, reader)
@@ -121,7 +123,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     def read(datasets: list[str], examples: list[Any]) -> list[Any]:
         pairs = zip(datasets, examples, strict=False)  # nothing to fit on, in the second call
-        return [reader.batches(found, base, name=name) for name, found in pairs]
+        return [reader.own_batches(found, base, name=name) for name, found in pairs]
 
     used = [arguments.dataset, *arguments.keep_dataset]
     other = [arguments.fit_dataset, *(arguments.fit_keep_dataset or [])]
@@ -141,6 +143,8 @@ def run(arguments: argparse.Namespace) -> None:
         fit_keep_dataloader={str(n): found for n, found in enumerate(to_fit[1:])} if to_fit else None,
         **{name: getattr(arguments, name) for name in options},
     )
+    if process_index():  # all processes have the same result
+        return
     text = json.dumps(result.to_dict(), indent=2, allow_nan=False)
     if arguments.output is not None:
         with output_file(arguments.output, overwrite=arguments.overwrite) as path:

@@ -62,11 +62,14 @@ def hidden_folder(parent: Path) -> Iterator[HiddenFolder]:
         path = parent / f"{_START}{secrets.token_hex(8)}{_END}"
         with temporary(path):
             path.mkdir()
-            mode = path.stat().st_mode & 0o777
-            os.chmod(path, mode | 0o700)
             try:
+                mode = path.stat().st_mode & 0o777
+                os.chmod(path, mode | 0o700)
                 lock = lock_of(path)
-            except OSError:  # a different run took it for a leftover, as it had no lock yet
+            except (
+                FileNotFoundError,
+                BlockingIOError,
+            ):  # a different run took it for a leftover
                 continue
             try:
                 yield HiddenFolder(path, mode)

@@ -66,6 +66,9 @@ def fit(
 
         Δ = (sum over j of D_j A_j + ε m λ D̄) (sum over j of A_j + μ K + ε m 1)⁻¹
 
+    In a distributed run all processes call this at the same time, each with its own part of the batches. Every one
+    reads the batches of all, so all get the same fit.
+
     Args:
         base: the model that receives the ability. A PEFT model counts with its active adapters.
         donor: a relative of the same structure that has the ability: a model; a PEFT model on `base`; the folder or

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from act_peft.adapter.models import name_of, record_in_memory
 from act_peft.batches.evaluation import evaluation
 from act_peft.batches.forward import Batch
+from act_peft.batches.repeats import batches_of_all
 from act_peft.channels.kinds import weight_of
 from act_peft.channels.names import Patterns
 from act_peft.channels.origin import ModelRecord, Origin
@@ -31,6 +32,7 @@ from act_peft.fitting.solution import solve_rows
 from act_peft.fitting.tokens import solve_tied, solve_tokens
 from act_peft.localization.vocabulary import CommonVocabulary
 from act_peft.peft_modules import named_modules
+from act_peft.processes import all_begin
 from act_peft.transfer.parameters import ModelTensors
 
 
@@ -66,9 +68,11 @@ class PairInputs:
         self._base, self._donors, self._positions, self._show_progress = base, donors, positions, show_progress
         self._fingerprints: dict[str, str] = {}
         self.pairs = find_pairs(base, donors, target_modules=target_modules, exclude_modules=exclude_modules)
+        channels = sum(pair.num_rows for pair in self.pairs)
+        together = all_begin("fit", f"{channels} rows in {len(self.pairs)} modules", stacklevel=4)
         with evaluation(base, *donors):
-            self._ability = [_listed(batches, "ability_dataloader") for batches in ability]
-            self._keep = None if keep is None else _listed(keep, "keep_dataloader")
+            self._ability = [_listed(batches, "ability_dataloader", together) for batches in ability]
+            self._keep = None if keep is None else _listed(keep, "keep_dataloader", together)
             modules = {pair.linear: base.get_submodule(pair.linear) for pair in self.pairs if pair.linear}
             first = self._ability[0][0]
             counted_tokens(first, positions)  # refuses what is no batch before a model runs on it
@@ -260,10 +264,10 @@ def _split(pair: FittedPair, delta: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return (delta[:, :-1].contiguous(), delta[:, -1].contiguous()) if pair.has_bias else (delta, None)
 
 
-def _listed(batches: Iterable[Batch], argument: str) -> list[Batch]:
-    """The batches of a dataloader, which may be read more than once then."""
+def _listed(batches: Iterable[Batch], argument: str, together: bool) -> list[Batch]:
+    """The batches of a dataloader, in a distributed run those of all processes; they may be read more than once."""
     try:
-        found = list(batches)
+        found = batches_of_all(batches, together=together)
     except TypeError as error:
         raise ActTypeError(
             f"{argument}: got {type(batches).__name__}, expected an iterable of batches ({error})"

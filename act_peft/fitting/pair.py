@@ -12,6 +12,7 @@ from act_peft.channels.kinds import ChannelKind, features, is_quantized, kind_of
 from act_peft.channels.names import Patterns
 from act_peft.errors import ActValueError
 from act_peft.localization.candidates import find_candidates
+from act_peft.shards import is_shared_out
 
 _EVERY_MODULE = r".*"  # named, so that output layer and token embedding are candidates as well
 
@@ -172,6 +173,12 @@ def _check_weights(where: str, modules: Mapping[str, nn.Module]) -> None:
         raise ActValueError(
             f"{quantized[0]}: the {where}'s weight is quantized, expected plain numbers, which the change is taken "
             f"from ({len(quantized)} of {len(modules)} modules are quantized; load the original model)"
+        )
+    parts = [name for name, module in modules.items() if is_shared_out(weight_of(module))]
+    if parts:
+        raise ActValueError(
+            f"{parts[0]}: the {where}'s weight is spread over processes, expected a model in one piece ({len(parts)} "
+            f"of {len(modules)} modules; fit before FSDP or ZeRO 3 wraps it)"
         )
     empty = [name for name, module in modules.items() if weight_of(module).device.type == "meta"]
     if empty:

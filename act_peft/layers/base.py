@@ -196,7 +196,7 @@ class ActLayer(LoadableLayer):
 
         def merged(rows: torch.Tensor, part: str, axis: int) -> torch.Tensor:
             having = names if part == "weight" else [n for n in names if self.changes_bias(n)]
-            parts = [(self.act_delta_index[n], self.delta(n, part).detach(), self.act_delta_scale[n]) for n in having]
+            parts = [(self.act_delta_index[n], self.whole_delta(n, part), self.act_delta_scale[n]) for n in having]
             return merged_rows(rows, original.index, parts, dim=axis)
 
         return ChannelRows(
@@ -222,7 +222,7 @@ class ActLayer(LoadableLayer):
         rows = self._merged_rows(self.merged_adapters + names)
         for tensor in (rows.weight, rows.bias):
             if tensor is not None and not torch.isfinite(tensor).all():
-                broken = [n for n in names if not torch.isfinite(self.delta(n, "weight")).all()] or names
+                broken = [n for n in names if not torch.isfinite(self.whole_delta(n, "weight")).all()] or names
                 raise ActValueError(f"NaNs detected in the merged weights. The adapter {broken[0]} seems to be broken")
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -285,6 +285,6 @@ class ActLayer(LoadableLayer):
 
         For inspection and conversion. The layer itself never builds it.
         """
-        delta = self.delta(adapter_name, "weight").detach() * self.act_delta_scale[adapter_name]
+        delta = self.whole_delta(adapter_name, "weight") * self.act_delta_scale[adapter_name]
         dense = delta.new_zeros(self.delta_shape(self.num_channels))
         return dense.index_copy_(self.kind.channel_dim, self.act_delta_index[adapter_name], delta)

@@ -59,7 +59,7 @@ class LayerChange(ModuleChange):
         self._layer, self._adapter_name = layer, adapter_name
         self.name, self.kind, self.num_channels = name, layer.kind, layer.num_channels
         self.index = layer.act_delta_index[adapter_name].cpu()
-        self.width = layer.act_delta_weight[adapter_name].numel() // self.index.numel()
+        self.width = 1 if layer.kind.is_norm else layer.in_features
         self.dtype = layer.delta_dtype(adapter_name)
         self.has_bias = layer.changes_bias(adapter_name)
         self.scale = layer.act_delta_scale[adapter_name]
@@ -70,7 +70,7 @@ class LayerChange(ModuleChange):
         return {name: (parameter.dtype, tuple(parameter.shape)) for name, parameter in plain.named_parameters()}
 
     def _delta(self, part: str) -> torch.Tensor:
-        return self._layer.delta(self._adapter_name, part).detach().cpu()
+        return self._layer.whole_delta(self._adapter_name, part).cpu()
 
     def _original(self, part: str) -> torch.Tensor:
         everything = self._layer.original_rows(torch.arange(self.num_channels))

@@ -13,6 +13,7 @@ from act_peft.adapter.config import Trainable
 from act_peft.channels.kinds import ChannelKind, features, is_quantized
 from act_peft.channels.rows import ChannelRows, scaled_channels, wide_dtype
 from act_peft.doors import BufferDict
+from act_peft.shards import whole
 
 PREFIX = "act_delta_"  # `act_` alone would also match modules such as `mlp.act_fn`
 CPU = torch.device("cpu")
@@ -188,6 +189,12 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         shape = (num_selected, self.in_features)
         return shape if self.kind.channel_dim == 0 else shape[::-1]
 
+    def state_shapes(self, adapter_name: str) -> dict[str, tuple[int, ...]]:
+        """Container -> shape of what it holds of an adapter."""
+        count = self.act_delta_index[adapter_name].numel()
+        names = ("act_delta_index", "act_delta_bias", "act_delta_channel_scale")
+        return {"act_delta_weight": self.delta_shape(count), **dict.fromkeys(names, (count,))}
+
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move the adapter to the base layer's device. Its dtype does not change, so that loading keeps every bit."""
         target = self.get_base_layer().weight.device if device is None else device
@@ -231,6 +238,13 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         if adapter_name not in self._learns_scales:
             return rows
         return scaled_channels(rows, self.act_delta_channel_scale[adapter_name], self.kind.axis_of(part))
+
+    def whole_delta(self, adapter_name: str, part: str) -> torch.Tensor:
+        """As `delta`, without gradient, also if this process holds only a part of it."""
+        rows = whole(getattr(self, f"act_delta_{part}")[adapter_name])
+        if adapter_name not in self._learns_scales:
+            return rows
+        return scaled_channels(rows, whole(self.act_delta_channel_scale[adapter_name]), self.kind.axis_of(part))
 
     def as_stored(self, adapter_name: str, rows: ChannelRows) -> ChannelRows:
         """Deltas in the dtype and on the device of the adapter's deltas; on the CPU if these have no data yet."""

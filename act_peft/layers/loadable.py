@@ -10,6 +10,7 @@ from torch import nn
 
 from act_peft.adapter.state import INDEX, SELECTED, ExpectedState, check_state
 from act_peft.layers.deltas import UNKNOWN, DeltaLayer, unknown_index
+from act_peft.shards import is_partitioned
 
 _PLACEHOLDER = "_act_placeholder"  # attribute of a parameter that waits for its values
 
@@ -46,6 +47,8 @@ class LoadableLayer(DeltaLayer):
             shapes["act_delta_bias"] = [(SELECTED,)]
         if adapter_name in self.act_delta_channel_scale:
             shapes["act_delta_channel_scale"] = [(SELECTED,)]
+        # A training with ZeRO 3 loads parts, whose shapes say nothing.
+        shapes = {name: s for name, s in shapes.items() if not is_partitioned(getattr(self, name)[adapter_name])}
         index = self.act_delta_index[adapter_name]
         known = index if self.knows_channels(adapter_name) else None
         return ExpectedState(self.num_channels, index.numel() or None, shapes, index=known)

@@ -10,6 +10,7 @@ from torch import nn
 from act_peft.channels.kinds import ChannelKind
 from act_peft.channels.rows import ChannelRows
 from act_peft.offloading import keeps_elsewhere, values_of
+from act_peft.shards import write_rows_
 
 
 class BaseRows:
@@ -66,8 +67,8 @@ class BaseRows:
                 base,
                 ChannelRows(
                     kept.index.to(base.weight.device),
-                    kept.weight.to(base.weight),
-                    None if bias is None else bias.to(base.bias),
+                    kept.weight.to(base.weight.device, base.weight.dtype),
+                    None if bias is None else bias.to(base.bias.device, base.bias.dtype),
                 ),
             )
             for part, parameter in self._tied.items():
@@ -75,6 +76,6 @@ class BaseRows:
         self._kept, self._tied = None, {}
 
     def _overwrite(self, base: Any, rows: ChannelRows) -> None:
-        base.weight.data.index_copy_(self._dim, rows.index, rows.weight)
+        write_rows_(base.weight, rows.index, rows.weight, self._dim)
         if rows.bias is not None:
-            base.bias.data.index_copy_(0, rows.index, rows.bias)
+            write_rows_(base.bias, rows.index, rows.bias, 0)

@@ -30,6 +30,7 @@ from act_peft.errors import ActTypeError, ActValueError
 from act_peft.layers.auxiliary import check_auxiliary, check_not_hidden, is_saved_whole
 from act_peft.layers.deltas import PREFIX, unknown_index
 from act_peft.peft_modules import inner_layer
+from act_peft.shards import is_flattened, is_tensor_parallel
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ def find_targets(config: ActConfig, model: nn.Module, state_dict: Mapping[str, t
         index = _index_for(name, config, channels, stored, modules[name])
         if index is None:
             continue
+        _check_spread(name, model)
         user = _user_of_weight(name, model)
         if user is not None:
             raise ActValueError(
@@ -121,6 +123,22 @@ def _reader_of_weights(name: str, model: nn.Module) -> str | None:
     if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
         return "the fast path of nn.TransformerEncoderLayer (torch.backends.mha.set_fastpath_enabled(False) ends that)"
     return None
+
+
+def _check_spread(name: str, model: nn.Module) -> None:
+    """Refuse a module whose weight is spread over processes in a way that no layer can handle."""
+    module = inner_layer(model.get_submodule(name))
+    if is_tensor_parallel(module, model):
+        raise ActValueError(
+            f"{name}: is spread over processes by tensor parallelism, expected a weight in one piece, or spread by "
+            "FSDP2 or ZeRO 3 (load the model without tp_plan; for inference, merge the adapter with merge_checkpoint "
+            "and load the merged checkpoint with tp_plan)"
+        )
+    if is_flattened(model):
+        raise ActValueError(
+            f"{name}: is inside FullyShardedDataParallel, which has flattened its weight, expected the model before "
+            "that (get_peft_model first, then wrap it; or FSDP2)"
+        )
 
 
 def _user_of_weight(name: str, model: nn.Module) -> str | None:

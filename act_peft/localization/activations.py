@@ -2,101 +2,124 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
+
 import torch
 from torch import nn
 
-from act_peft.batches.answer_tokens import find_answer_tokens
+from act_peft.batches.answer_tokens import AnswerTokens, find_answer_tokens
 from act_peft.batches.evaluation import evaluation
 from act_peft.batches.forward import Batch, forward, over_batches
-from act_peft.channels.scores import ChannelScores, ScoreKind
-from act_peft.channels.spread import Spread
+from act_peft.channels.scores import ChannelScores
 from act_peft.localization.candidates import Candidates
 from act_peft.localization.comparison import BatchComparison
+from act_peft.localization.differences import Differences
 from act_peft.localization.groups import Group, Groups
-from act_peft.localization.sums import ChannelSums
+from act_peft.localization.settings import Run
 from act_peft.localization.vocabulary import CommonVocabulary
+from act_peft.shards import gathering, needs_every_process
 
 
 def score_activations(
-    base: nn.Module, donor: nn.Module, candidates: Candidates, groups: Groups, *, show_progress: bool
+    base: nn.Module, donor: nn.Module, candidates: Candidates, groups: Groups, run: Run
 ) -> dict[str, ChannelScores]:
     """Mean absolute difference of the outputs at the answer tokens; formula and errors as in `localize`."""
-    return {
-        name: _differences(base, donor, candidates, group, show_progress=show_progress).scores()
-        for name, group in groups.items()
-    }
+    return {name: _differences(base, donor, candidates, group, run).scores() for name, group in groups.items()}
 
 
 def score_contrasts(
-    base: nn.Module, donor: nn.Module, candidates: Candidates, groups: Groups, *, keep: Group, show_progress: bool
+    base: nn.Module, donor: nn.Module, candidates: Candidates, groups: Groups, run: Run, *, keep: Group
 ) -> dict[str, ChannelScores]:
     """The same on the ability, divided by the same on the data to keep; formula and errors as in `localize`."""
-    kept = _differences(base, donor, candidates, keep, show_progress=show_progress).scores(spread=False)
+    kept = _differences(base, donor, candidates, keep, run).scores(spread=False)
     return {
-        name: _differences(base, donor, candidates, group, show_progress=show_progress).scores(keep=kept)
-        for name, group in groups.items()
+        name: _differences(base, donor, candidates, group, run).scores(keep=kept) for name, group in groups.items()
     }
 
 
-def _differences(
-    base: nn.Module,
-    donor: nn.Module,
-    candidates: Candidates,
-    group: Group,
-    *,
-    show_progress: bool,
-) -> _Differences:
-    """The absolute differences of the outputs, summed over the answer tokens of all batches."""
+def _differences(base: nn.Module, donor: nn.Module, candidates: Candidates, group: Group, run: Run) -> Differences:
+    """The absolute differences of the outputs, summed over the answer tokens of all batches of all processes."""
     vocabulary = CommonVocabulary(base, donor)
-    totals = _Differences(candidates)
+    totals = Differences(candidates)
+    progress = run.progress(candidates, totals, group)
+    together = needs_every_process(base) or needs_every_process(donor)
+    pair = _Pair(base, donor, candidates, run.max_memory, alternate=not together)
 
     def compare(batch: Batch) -> None:
-        tokens = find_answer_tokens(batch)
+        if progress is not None and progress.is_done(batch):
+            return
+        tokens = find_answer_tokens(batch).at_most(run.max_tokens)
         vocabulary.check(batch)
-        comparison = BatchComparison(candidates, tokens)
-        with comparison.reading_base():
-            forward(base, batch)
-        with comparison.reading_donor():
-            forward(donor, batch)
-        totals.add_(comparison.sums(), tokens.per_sample)
+        totals.add_(pair.differences(batch, tokens), tokens.per_sample)
+        if progress is not None:
+            progress.advance()
 
-    with evaluation(base, donor):
-        over_batches(group.batches, compare, argument=group.argument, show_progress=show_progress)
+    with evaluation(base, donor), gathering(base, donor):
+        over_batches(
+            group.batches,
+            compare,
+            argument=group.argument,
+            show_progress=run.show_progress,
+            together=run.together,
+            idle=pair.run if run.together and together else None,
+        )
+    if progress is not None:
+        progress.write()
+    if run.together:
+        totals.gather_()
     return totals
 
 
-class _Differences:
-    """Sums over all samples so far of S, S^2 and S n: a sample's sum of differences S and its number of tokens n."""
+class _Pair:
+    """Base and donor, and how they read a batch so that few outputs are kept at a time.
 
-    def __init__(self, candidates: Candidates) -> None:
-        self._candidates = candidates
-        self._sums, self._squares, self._products = (ChannelSums(candidates.num_comparable) for _ in range(3))
-        self._num_samples = self._token_squares = 0
+    Args:
+        base: the base.
+        donor: the donor.
+        candidates: the compared modules.
+        max_memory: bytes for outputs of the base.
+        alternate: whether the two models may take turns within a batch.
+    """
 
-    def add_(self, sums: dict[str, torch.Tensor], per_sample: torch.Tensor) -> None:
-        """Add the sums `[B, C]` and the numbers of tokens `[B]` of a batch."""
-        num_tokens = int(per_sample.sum())
-        counts: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
-        for values in sums.values():
-            counts.setdefault((values.device, values.dtype), per_sample.to(values))
-        self._sums.add_({name: values.sum(0) for name, values in sums.items()}, num_tokens)
-        self._squares.add_({name: values.square().sum(0) for name, values in sums.items()}, num_tokens)
-        self._products.add_({n: counts[v.device, v.dtype] @ v for n, v in sums.items()}, num_tokens)
-        self._num_samples += int((per_sample > 0).sum())
-        self._token_squares += int(per_sample.square().sum())
+    def __init__(
+        self, base: nn.Module, donor: nn.Module, candidates: Candidates, max_memory: int, *, alternate: bool
+    ) -> None:
+        self._base, self._donor, self._candidates, self._max_memory = base, donor, candidates, max_memory
+        shared = {id(module) for module in candidates.base.values()} & {id(m) for m in candidates.donor.values()}
+        self._alternate = alternate and not shared  # an adapter runs in the base's own modules
+        self._bytes_per_token = sum(candidates.num_comparable.values()) * _bytes_of_an_output(base)
 
-    def scores(self, *, keep: ChannelScores | None = None, spread: bool = True) -> ChannelScores:
-        """The scores by activation, or by contrast to those on the data to keep."""
-        padded = self._candidates.padded
-        return ChannelScores(
-            padded(self._sums.sums),
-            self._sums.num_tokens,
-            kind=ScoreKind.ACTIVATION if keep is None else ScoreKind.CONTRAST,
-            num_comparable=self._candidates.num_comparable,
-            keep=keep,
-            spread=Spread(
-                padded(self._squares.sums), padded(self._products.sums), self._num_samples, self._token_squares
-            )
-            if spread and keep is None
-            else None,
-        )
+    def differences(self, batch: Batch, tokens: AnswerTokens) -> dict[str, torch.Tensor]:
+        """Run both models on a batch: module name -> sums of differences at some tokens of each sample, `[B, C]`."""
+        fits = self._bytes_per_token * len(tokens) <= self._max_memory
+        # Models that share modules run again for every part of the tokens.
+        at_once = len(tokens) if fits or self._alternate else max(self._max_memory // self._bytes_per_token, 1)
+        count = math.ceil(len(tokens) / at_once)
+        sums: dict[str, torch.Tensor] = {}
+        for part in tokens.parts(math.ceil(len(tokens) / count)):
+            comparison = BatchComparison(self._candidates, part)
+            if fits or not self._alternate:
+                with comparison.reading_base():
+                    forward(self._base, batch)
+                with comparison.reading_donor():
+                    forward(self._donor, batch)
+            else:
+                comparison.take_turns(
+                    partial(forward, self._base, batch),
+                    partial(forward, self._donor, batch),
+                    max_bytes=self._max_memory,
+                )
+            found = comparison.sums()
+            sums = {name: sums[name].add_(values) for name, values in found.items()} if sums else found
+        return sums
+
+    def run(self, batch: Batch) -> None:
+        """Run both models on a batch."""
+        forward(self._base, batch)
+        forward(self._donor, batch)
+
+
+def _bytes_of_an_output(model: nn.Module) -> int:
+    """Bytes of a number in the outputs of a model; codes of quantized weights are smaller than what they stand for."""
+    return max((parameter.element_size() for parameter in model.parameters()), default=4)

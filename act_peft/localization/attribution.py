@@ -16,6 +16,7 @@ from act_peft.errors import ActValueError
 from act_peft.localization.candidates import Candidates
 from act_peft.localization.groups import Group, Groups
 from act_peft.localization.pair import twin
+from act_peft.localization.settings import Run
 from act_peft.localization.sums import ChannelSums, sum_per_channel
 from act_peft.localization.vocabulary import CommonVocabulary
 from act_peft.localization.weights import ParameterPair, parameter_pairs
@@ -29,10 +30,10 @@ def score_attributions(
     donor: nn.Module,
     candidates: Candidates,
     groups: Groups,
+    run: Run,
     *,
     keep: Group | None,
     points: int,
-    show_progress: bool,
 ) -> dict[str, ChannelScores]:
     """Minus gradient times difference, averaged over points between the models; formula as in `localize`.
 
@@ -41,37 +42,53 @@ def score_attributions(
         ActValueError: `points` is less than 1; a model without a loss; all other cases as in `localize`.
     """
     attribution = _Attribution(base, donor, candidates, whole_number(points, "points", least=1))
-    kept = None if keep is None else attribution.over(keep, show_progress=show_progress)
-    scores = {}
-    for name, group in groups.items():
-        ability = attribution.over(group, show_progress=show_progress)
-        sums = ability.sums
+    kept = None if keep is None else attribution.over(keep, run)
+    return {name: attribution.over(group, run).scores(kept) for name, group in groups.items()}
+
+
+class _Decreases(ChannelSums):
+    """Sums of attributions: how much the loss decreases, over all tokens so far."""
+
+    def __init__(self, candidates: Candidates) -> None:
+        super().__init__(candidates.num_comparable, what="gradients that are")
+        self._candidates = candidates
+
+    def resume_(self, scores: ChannelScores) -> None:
+        """Go on from the `scores` of an earlier run over the same channels."""
+        self.put_(scores.sums, scores.num_tokens)
+
+    def scores(self, kept: _Decreases | None = None) -> ChannelScores:
+        """The scores by attribution; what the data to keep lose or gain is added for as many tokens."""
+        sums = self.sums
         if kept is not None:
-            share = ability.num_tokens / kept.num_tokens
+            share = self.num_tokens / kept.num_tokens
             sums = {module: values + kept.sums[module] * share for module, values in sums.items()}
-        scores[name] = ChannelScores(
-            candidates.padded(sums),
-            ability.num_tokens,
+        return ChannelScores(
+            self._candidates.padded(sums),
+            self.num_tokens,
             kind=ScoreKind.ATTRIBUTION,
-            num_comparable=candidates.num_comparable,
+            num_comparable=self._candidates.num_comparable,
         )
-    return scores
 
 
 class _Attribution:
     def __init__(self, base: nn.Module, donor: nn.Module, candidates: Candidates, points: int) -> None:
         self._vocabulary = CommonVocabulary(base, donor)
+        self._candidates = candidates
         self._num_comparable = candidates.num_comparable
         self._points = points
         self._base = base
         self._line = InterpolatedModel(base, parameter_pairs(candidates), self._collect)
         self._batch: dict[str, torch.Tensor] = {}
 
-    def over(self, group: Group, *, show_progress: bool) -> ChannelSums:
-        """The attributions of all batches, summed over tokens."""
-        totals = ChannelSums(self._num_comparable, what="gradients that are")
+    def over(self, group: Group, run: Run) -> _Decreases:
+        """The attributions of all batches of all processes, summed over tokens."""
+        totals = _Decreases(self._candidates)
+        progress = run.progress(self._candidates, totals, group, settings=(self._points,))
 
         def attribute(batch: Batch) -> None:
+            if progress is not None and progress.is_done(batch):
+                return
             predictions = find_predictions(batch)
             labels, num_tokens = predictions.labels(), predictions.targets.numel()
             self._vocabulary.check(batch)
@@ -87,9 +104,21 @@ class _Attribution:
             totals.add_(
                 {name: values * (num_tokens / self._points) for name, values in self._batch.items()}, num_tokens
             )
+            if progress is not None:
+                progress.advance()
 
         with evaluation(self._base, self._line.model):
-            over_batches(group.batches, attribute, argument=group.argument, show_progress=show_progress)
+            over_batches(
+                group.batches,
+                attribute,
+                argument=group.argument,
+                show_progress=run.show_progress,
+                together=run.together,
+            )
+        if progress is not None:
+            progress.write()
+        if run.together:
+            totals.gather_()
         return totals
 
     def _collect(self, name: str, gradient: torch.Tensor, pair: ParameterPair) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from act_peft.channels.kinds import ChannelKind, channel_kind, num_channels, wei
 from act_peft.channels.names import Patterns, matches
 from act_peft.errors import ActValueError
 from act_peft.peft_modules import NamedModule, named_modules, without_wrapper
+from act_peft.shards import full_shape
 
 ALL_LINEAR = "all-linear"
 _LINEAR = (ChannelKind.LINEAR, ChannelKind.CONV1D)
@@ -40,6 +42,11 @@ class Candidates:
     def num_comparable(self) -> dict[str, int]:
         """Module name -> number of its first channels that both models have."""
         return {name: min(count, self.donor_channels[name]) for name, count in self.num_channels.items()}
+
+    def summary(self) -> str:
+        """The modules and their numbers of channels, in a few words that are the same for the same ones."""
+        digest = hashlib.sha256(repr(list(self.num_comparable.items())).encode()).hexdigest()[:8]
+        return f"{sum(self.num_comparable.values())} channels in {len(self.base)} modules ({digest})"
 
     def padded(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Extend values of the comparable channels to `[C]` with zeros."""
@@ -149,7 +156,7 @@ def _output_layer(model: nn.Module) -> nn.Module | None:
     for module in reversed(linear):
         if any(weight_of(module.layer) is weight for weight in embeddings):
             return module.called
-    if embeddings and linear and num_channels(linear[-1].layer) == embeddings[0].shape[0]:
+    if embeddings and linear and num_channels(linear[-1].layer) == full_shape(embeddings[0])[0]:
         return linear[-1].called
     return None
 
@@ -166,7 +173,7 @@ def _agree(
 def _shape_text(module: NamedModule | None) -> str:
     if module is None:
         return "no such module"
-    return f"{num_channels(module.layer)} channels (weight {list(weight_of(module.layer).shape)})"
+    return f"{num_channels(module.layer)} channels (weight {list(full_shape(weight_of(module.layer)))})"
 
 
 def _some_names(model: nn.Module) -> str:

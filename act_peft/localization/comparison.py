@@ -19,12 +19,14 @@ from act_peft.channels.names import matches
 from act_peft.errors import ActValueError
 from act_peft.localization.candidates import Candidates
 from act_peft.localization.sums import sum_absolute_difference
+from act_peft.localization.turns import Turns
 
 
 class BatchComparison:
     """Stores the outputs of the base at the answer tokens, and subtracts the outputs of the donor one by one.
 
     Run the base once inside `reading_base()`, then the donor once inside `reading_donor()`, then ask for `sums()`.
+    Or let `take_turns` run both.
 
     Args:
         candidates: the compared modules.
@@ -32,6 +34,8 @@ class BatchComparison:
     """
 
     def __init__(self, candidates: Candidates, tokens: AnswerTokens) -> None:
+        self._turns: Turns | None = None
+        self._room = 0  # bytes for outputs of the base, while the models take turns
         self._candidates = candidates
         self._tokens = tokens
         self._num_comparable = candidates.num_comparable
@@ -63,6 +67,36 @@ class BatchComparison:
             yield
         self._check_all([name for name, calls in self._kept.items() if calls], "ran less often in the donor")
 
+    def take_turns(self, run_base: Callable[[], object], run_donor: Callable[[], object], *, max_bytes: int) -> None:
+        """Run both models, each once, so that the base's outputs take at most about `max_bytes`.
+
+        The modules of the two models must be different objects.
+
+        Raises:
+            ActValueError: as `reading_base` and `reading_donor`.
+        """
+
+        def read_base() -> None:
+            with tap_outputs(self._candidates.base, self._keep):
+                run_base()
+
+        self._room, self._turns = max_bytes, Turns(read_base)
+        with self._turns.running(), tap_outputs(self._candidates.donor, self._subtract):
+            run_donor()
+        self._turns = None
+        idle = [name for name, calls in self._sums.items() if not calls and not self._kept[name]]
+        self._check_all(idle, "did not run in the base")
+        self._check_all([name for name, calls in self._kept.items() if calls], "ran less often in the donor")
+
+    def kept(self) -> dict[str, list[torch.Tensor]]:
+        """Module name -> what was kept of the base's outputs, one `[N * R, C]` for each call."""
+        return {name: list(calls) for name, calls in self._kept.items()}
+
+    def restore(self, kept: Mapping[str, Iterable[torch.Tensor]]) -> None:
+        """Put back what `kept` of the same batch gave, in place of `reading_base`."""
+        for name, calls in self._kept.items():
+            calls.extend(rows[:, : self._num_comparable[name]] for rows in kept[name])
+
     def sums(self) -> dict[str, torch.Tensor]:
         """Module name -> sums of the absolute differences over the answer tokens of each sample, `[B, C]`.
 
@@ -81,13 +115,21 @@ class BatchComparison:
             raise ActValueError(f"{name}: {error} ({_leave_out([name], candidates.base)})") from error
 
     def _keep(self, name: str, args: tuple[Any, ...], output: Any) -> None:
-        self._kept[name].append(self._rows(name, args, output, self._candidates.num_channels[name]))
+        rows = self._rows(name, args, output, self._candidates.num_channels[name])
+        self._kept[name].append(rows)
+        if self._turns is not None:
+            self._room -= rows.nbytes
+            if self._room < 0:
+                self._turns.pause()
 
     def _subtract(self, name: str, args: tuple[Any, ...], output: Any) -> None:
         rows = self._rows(name, args, output, self._candidates.donor_channels[name])
+        while not self._kept[name] and self._turns is not None and self._turns.more():
+            pass
         if not self._kept[name]:
             self._check_all([name], "ran more often in the donor")
         base_rows = self._kept[name].popleft()  # this frees memory for the donor's next modules
+        self._room += base_rows.nbytes
         if base_rows.shape != rows.shape:
             raise ActValueError(
                 f"{name}: donor gave {len(rows)} rows, the base {len(base_rows)}, expected the same number "
@@ -202,7 +244,8 @@ def tap_outputs(modules: Mapping[str, nn.Module], on_output: OnOutput, *, replac
     try:
         for name, module in modules.items():
             handles.append(module.register_forward_hook(partial(forward, on_output, name)))
-        yield
+        with torch.compiler.set_stance("force_eager"):  # compiled code does not call these hooks
+            yield
     finally:
         for handle in handles:
             handle.remove()

@@ -21,10 +21,12 @@ class Group:
     Attributes:
         batches: the batches.
         argument: the name of the argument with them, for messages.
+        suffix: what follows the name of a file for these batches alone.
     """
 
     batches: Iterable[Batch]
     argument: str
+    suffix: str = ""
 
 
 Groups = Mapping[str, Group]
@@ -46,4 +48,12 @@ def groups_of(dataloader: Any) -> Groups:
     for name in dataloader:
         if not isinstance(name, str):
             raise ActTypeError(f"dataloader: got the name {name!r:.80}, expected a str for each of the dataloaders")
-    return {name: Group(batches, f"dataloader[{name!r}]") for name, batches in dataloader.items()}
+    return {
+        name: Group(batches, f"dataloader[{name!r}]", f".group-{number}")
+        for number, (name, batches) in enumerate(dataloader.items())
+    }
+
+
+def group_to_keep(dataloader: Iterable[Batch] | None) -> Group | None:
+    """The data to keep, if there are any."""
+    return None if dataloader is None else Group(dataloader, "keep_dataloader", ".keep")

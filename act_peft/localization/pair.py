@@ -37,6 +37,7 @@ from act_peft.peft_modules import (
     named_modules,
     plain_layer,
     plain_name,
+    runnable,
     without_wrapper,
 )
 
@@ -66,6 +67,8 @@ def open_pair(base: nn.Module, donor: Donor, *, merged: bool) -> tuple[nn.Module
     """
     if not isinstance(base, nn.Module):
         raise ActTypeError(f"base: got {type(base).__name__}, expected a torch.nn.Module (load the model first)")
+    base = runnable(base)
+    donor = runnable(donor) if isinstance(donor, nn.Module) else donor
     if isinstance(donor, (str, os.PathLike)):
         donor = _load_adapter(base, os.fspath(donor))
     elif not isinstance(donor, nn.Module):
@@ -91,12 +94,25 @@ def origin_of_pair(base: nn.Module, donor: Donor, names: Container[str]) -> Orig
         names: the modules of which fingerprints are taken.
     """
     is_own = isinstance(donor, nn.Module) and without_wrapper(base) is without_wrapper(donor)
-    of_base = record_in_memory(base, _named(base, names), as_base=is_own)
     if not isinstance(donor, nn.Module):
-        return Origin(of_base, ModelRecord(lasting_name(donor)))
-    if is_own or has_adapters(donor):
-        return Origin(of_base, ModelRecord())
-    return Origin(of_base, record_in_memory(donor, _named(donor, names), as_base=False))
+        return Origin(base_record(base, names, as_base=is_own), ModelRecord(lasting_name(donor)))
+    return Origin(base_record(base, names, as_base=is_own), ModelRecord() if is_own else donor_record(donor, names))
+
+
+def base_record(base: nn.Module, names: Container[str], *, as_base: bool = False) -> ModelRecord:
+    """The record of a base.
+
+    Args:
+        base: the base.
+        names: the modules of which fingerprints are taken.
+        as_base: whether the base counts without its adapters.
+    """
+    return record_in_memory(base, _named(base, names), as_base=as_base)
+
+
+def donor_record(donor: nn.Module, names: Container[str]) -> ModelRecord:
+    """The record of a donor in memory; an empty one if it has adapters."""
+    return ModelRecord() if has_adapters(donor) else base_record(donor, names)
 
 
 def _named(model: nn.Module, names: Container[str]) -> list[tuple[str, NamedModule]]:

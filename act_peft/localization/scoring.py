@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any, overload
+from dataclasses import replace
+from typing import Any, cast, overload
 
 from torch import nn
 
 from act_peft.channels.names import Patterns
+from act_peft.channels.origin import Origin
 from act_peft.channels.scores import ChannelScores, ScoreKind
 from act_peft.checks import member_of
 from act_peft.errors import ActValueError, ActWarning
 from act_peft.localization.activations import score_activations, score_contrasts
 from act_peft.localization.attribution import POINTS, score_attributions
-from act_peft.localization.candidates import find_candidates, unmatched_names
-from act_peft.localization.groups import ONLY, Group, groups_of
-from act_peft.localization.pair import Donor, open_pair, origin_of_pair
-from act_peft.localization.vocabulary import warn_left_out
+from act_peft.localization.candidates import Candidates, find_candidates, unmatched_names
+from act_peft.localization.groups import ONLY, Group, Groups, group_to_keep, groups_of
+from act_peft.localization.pair import Donor, base_record, donor_record, open_pair, origin_of_pair
+from act_peft.localization.settings import Run, make_run
+from act_peft.localization.spool import Model, Spool, load, release
+from act_peft.localization.spread import check_spread
+from act_peft.localization.vocabulary import CommonVocabulary, warn_left_out
 from act_peft.localization.weights import score_weights
+from act_peft.processes import all_begin
+from act_peft.shards import unflattened
 
 Dataloader = Iterable[Mapping[str, Any]]
 
 
 @overload
 def localize(
-    base: nn.Module,
-    donor: Donor,
+    base: Model,
+    donor: Donor | Model,
     dataloader: Mapping[str, Dataloader],
     *,
     score: str | ScoreKind = ...,
@@ -34,12 +42,17 @@ def localize(
     points: int | None = ...,
     target_modules: Patterns = ...,
     exclude_modules: Patterns = ...,
+    max_tokens: int | None = ...,
+    max_memory: int | None = ...,
+    checkpoint: str | os.PathLike[str] | None = ...,
+    every: int | None = ...,
+    spool: str | os.PathLike[str] | None = ...,
     show_progress: bool = ...,
 ) -> dict[str, ChannelScores]: ...
 @overload
 def localize(
-    base: nn.Module,
-    donor: Donor,
+    base: Model,
+    donor: Donor | Model,
     dataloader: Dataloader | None = ...,
     *,
     score: str | ScoreKind = ...,
@@ -47,11 +60,16 @@ def localize(
     points: int | None = ...,
     target_modules: Patterns = ...,
     exclude_modules: Patterns = ...,
+    max_tokens: int | None = ...,
+    max_memory: int | None = ...,
+    checkpoint: str | os.PathLike[str] | None = ...,
+    every: int | None = ...,
+    spool: str | os.PathLike[str] | None = ...,
     show_progress: bool = ...,
 ) -> ChannelScores: ...
 def localize(
-    base: nn.Module,
-    donor: Donor,
+    base: Model,
+    donor: Donor | Model,
     dataloader: Dataloader | Mapping[str, Dataloader] | None = None,
     *,
     score: str | ScoreKind = ScoreKind.ACTIVATION,
@@ -59,6 +77,11 @@ def localize(
     points: int | None = None,
     target_modules: Patterns = None,
     exclude_modules: Patterns = None,
+    max_tokens: int | None = None,
+    max_memory: int | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    every: int | None = None,
+    spool: str | os.PathLike[str] | None = None,
     show_progress: bool = True,
 ) -> ChannelScores | dict[str, ChannelScores]:
     """Score every channel by the difference between two related models.
@@ -76,6 +99,11 @@ def localize(
     The answer tokens are those with `labels != -100`; without labels, all unmasked tokens. Both models run in
     evaluation mode and are not changed. An adapter as donor needs no second model in memory. If the vocabularies
     differ, only common tokens are compared. `act_peft/README.md` has the details.
+
+    In a distributed run (torchrun, `accelerate launch`) all processes call this at the same time, each with its own
+    part of the batches, as a Trainer's `get_train_dataloader()` gives them there. All of them get the scores of all
+    batches; samples that such a dataloader repeats count once. Models inside DistributedDataParallel, FSDP and
+    `torch.compile` keep the names of their modules.
 
     Args:
         base: the model that will receive the ability, any `torch.nn.Module` that accepts the batches. A PEFT model
@@ -96,6 +124,19 @@ def localize(
             method it is a linear module that shares its weight with an embedding, or the last one if it has a channel
             for every row of the first embedding.
         exclude_modules: modules to leave out: a regular expression for the whole name, names or dotted suffixes.
+        max_tokens: for activations and contrasts, the greatest number of answer tokens of a sample that count, evenly
+            spread over them; by default all of them.
+        max_memory: for activations and contrasts, about how many bytes the outputs of the base may take that wait for
+            the donor's (1 GiB). Within a large batch the two models take turns; models that share modules (adapters)
+            and those that are spread over processes run again for every part of the tokens.
+        checkpoint: file of running sums, itself a `ChannelScores` of the batches so far. If it exists, the run goes on
+            from there, with the same models, settings and batches. Data to keep have a file `CHECKPOINT.keep`, each of
+            a dict of dataloaders one by its number from 0 (`CHECKPOINT.group-0`); in a distributed run every process
+            has files of its own (`CHECKPOINT.0-of-2`), which add up with `+`.
+        every: number of batches after which it is written (50).
+        spool: for activations and contrasts, a folder for two models that do not fit into memory together. `base` and
+            `donor` may then be functions that load them: the base runs first and its outputs at the answer tokens are
+            written there, then the donor runs. Limit them with `max_tokens`.
         show_progress: show a progress bar if the error stream is a terminal.
 
     Returns:
@@ -111,7 +152,7 @@ def localize(
 
     Warns:
         ActWarning: the vocabularies differ; all scores are 0; an entry of `target_modules` or `exclude_modules`
-            matches no module.
+            matches no module; not all processes of a distributed run came, so that the scores are those of one.
 
     Example:
         >>> scores = localize(base, donor, batches, show_progress=False)
@@ -120,34 +161,108 @@ def localize(
     """
     kind = member_of(ScoreKind, score, "score")
     _check_settings(kind, dataloader=dataloader, keep_dataloader=keep_dataloader, points=points)
-    given = (base, donor)
-    groups = groups_of(dataloader)
-    keep = None if keep_dataloader is None else Group(keep_dataloader, "keep_dataloader")
-    base, donor = open_pair(base, donor, merged=kind not in (ScoreKind.ACTIVATION, ScoreKind.CONTRAST))
-    candidates = find_candidates(base, donor, target_modules=target_modules, exclude_modules=exclude_modules)
-    warn_left_out(candidates, stacklevel=2)
-    for argument, patterns in (("target_modules", target_modules), ("exclude_modules", exclude_modules)):
-        unmatched = unmatched_names(base, patterns)
-        if unmatched:
-            warnings.warn(f"{argument}: {unmatched} match no module that has channels", ActWarning, stacklevel=2)
-    if kind is ScoreKind.WEIGHT:
-        found = {ONLY: score_weights(candidates)}
-    elif kind is ScoreKind.ACTIVATION:
-        found = score_activations(base, donor, candidates, groups, show_progress=show_progress)
-    elif kind is ScoreKind.CONTRAST and keep is not None:
-        found = score_contrasts(base, donor, candidates, groups, keep=keep, show_progress=show_progress)
+    run = make_run(
+        kind,
+        max_tokens=max_tokens,
+        max_memory=max_memory,
+        checkpoint=checkpoint,
+        every=every,
+        spool=spool,
+        show_progress=show_progress,
+    )
+    patterns = {"target_modules": target_modules, "exclude_modules": exclude_modules}
+    groups, keep = groups_of(dataloader), group_to_keep(keep_dataloader)
+    if spool is not None and dataloader is not None:
+        found = _score_in_turn(kind, base, donor, groups, keep, run, patterns, spool)
     else:
-        points = POINTS if points is None else points
-        found = score_attributions(
-            base, donor, candidates, groups, keep=keep, points=points, show_progress=show_progress
+        found = _score_together(
+            kind, cast(nn.Module, base), cast(Donor, donor), groups, keep, run, patterns, points=points
         )
     if not any(bool(values.any()) for scores in found.values() for values in scores.values()):
         warnings.warn(
             "all scores are 0: donor and base are equal (is it the same model twice?)", ActWarning, stacklevel=2
         )
-    origin = origin_of_pair(*given, candidates.num_channels)
-    found = {name: scores.with_origin(origin) for name, scores in found.items()}
     return found[ONLY] if list(found) == [ONLY] else found
+
+
+def _score_together(
+    kind: ScoreKind,
+    base: nn.Module,
+    donor: Donor,
+    groups: Groups,
+    keep: Group | None,
+    run: Run,
+    patterns: Mapping[str, Patterns],
+    *,
+    points: int | None,
+) -> dict[str, ChannelScores]:
+    """Scores of two models in memory."""
+    given = (base, donor)
+    base, donor = open_pair(base, donor, merged=kind not in (ScoreKind.ACTIVATION, ScoreKind.CONTRAST))
+    candidates = _find(base, donor, kind, patterns)
+    if kind is not ScoreKind.WEIGHT:
+        run = replace(run, together=_all_begin(kind, candidates, groups))
+    if kind is ScoreKind.WEIGHT:
+        found = {ONLY: score_weights(candidates)}
+    elif kind is ScoreKind.ACTIVATION:
+        found = score_activations(base, donor, candidates, groups, run)
+    elif kind is ScoreKind.CONTRAST and keep is not None:
+        found = score_contrasts(base, donor, candidates, groups, run, keep=keep)
+    else:
+        points = POINTS if points is None else points
+        found = score_attributions(base, donor, candidates, groups, run, keep=keep, points=points)
+    with unflattened(base, donor):
+        origin = origin_of_pair(*given, candidates.num_channels)
+    return {name: scores.with_origin(origin) for name, scores in found.items()}
+
+
+def _score_in_turn(
+    kind: ScoreKind,
+    base: Model,
+    donor: Any,
+    groups: Groups,
+    keep: Group | None,
+    run: Run,
+    patterns: Mapping[str, Patterns],
+    folder: str | os.PathLike[str],
+) -> dict[str, ChannelScores]:
+    """Scores of two models of which only one is in memory."""
+    first = load(base, "base")
+    own = _find(first, first, kind, patterns)
+    run = replace(run, together=_all_begin(kind, own, groups))
+    with Spool(folder, [*groups.values(), *([] if keep is None else [keep])], run) as outputs:
+        outputs.write(first, own)
+        with unflattened(first):
+            of_base = base_record(first, own.num_channels)
+        release(base, first)
+        second = load(donor, "donor")
+        candidates = _find(first, second, kind, patterns, warn=False)
+        with unflattened(second):
+            origin = Origin(of_base, donor_record(second, own.num_channels))
+        totals = outputs.differences(second, candidates, CommonVocabulary(first, second))
+    kept = None if keep is None else totals[-1].scores(spread=False)
+    found = zip(groups, totals, strict=False)  # the last one may be that of the data to keep
+    return {name: sums.scores(keep=kept).with_origin(origin) for name, sums in found}
+
+
+def _find(
+    base: nn.Module, donor: nn.Module, kind: ScoreKind, patterns: Mapping[str, Patterns], *, warn: bool = True
+) -> Candidates:
+    """The compared modules, with a warning for names that match none."""
+    check_spread(base, donor, kind)
+    with unflattened(base, donor):
+        candidates = find_candidates(base, donor, **patterns)
+        warn_left_out(candidates, stacklevel=4)
+        for argument, names in patterns.items():
+            unmatched = unmatched_names(base, names) if warn else []
+            if unmatched:
+                warnings.warn(f"{argument}: {unmatched} match no module that has channels", ActWarning, stacklevel=4)
+    return candidates
+
+
+def _all_begin(kind: ScoreKind, candidates: Candidates, groups: Groups) -> bool:
+    settings = [f"score={kind.value!r}", candidates.summary(), *(group.argument for group in groups.values())]
+    return all_begin("localize", settings, stacklevel=4)
 
 
 def _check_settings(kind: ScoreKind, *, dataloader: object, keep_dataloader: object, points: object) -> None:

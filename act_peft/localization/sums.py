@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 
 from act_peft.errors import ActValueError
+from act_peft.processes import sum_over_processes
 
 # Number of elements in one block: on the CPU it fits the cache, on an accelerator it is large enough to be fast.
 _CPU_ELEMENTS = 1 << 17
@@ -128,6 +129,18 @@ class ChannelSums:
         for name, values in self._sums.items():
             values += on_cpu[name]
         self._num_tokens += num_tokens
+
+    def put_(self, sums: Mapping[str, torch.Tensor], num_tokens: int) -> None:
+        """Go on from the sums of an earlier run over the same channels; they may be followed by zeros."""
+        for name, values in self._sums.items():
+            values.copy_(sums[name][: values.numel()])
+        self._num_tokens.fill_(num_tokens)
+
+    def gather_(self) -> None:
+        """Replace sums and number by those of all processes together; all of them must call this."""
+        tokens = self._num_tokens.double()
+        sum_over_processes([*self._sums.values(), tokens])
+        self._num_tokens.copy_(tokens)
 
 
 def _to_cpu(sums: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

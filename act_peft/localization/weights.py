@@ -14,11 +14,12 @@ from act_peft.errors import ActValueError
 from act_peft.localization.candidates import Candidates
 from act_peft.localization.sums import sum_per_channel
 from act_peft.offloading import values_of
+from act_peft.shards import full_shape
 
 
 def score_weights(candidates: Candidates) -> ChannelScores:
     """Euclidean norm of the difference of a channel's weight and bias; formula and errors as in `localize`."""
-    norms = {name: _norms(pairs) for name, pairs in parameter_pairs(candidates).items()}
+    norms = {name: _norms(_pairs_of(name, candidates)) for name in candidates.base}
     return ChannelScores(candidates.padded(norms), 0, kind=ScoreKind.WEIGHT, num_comparable=candidates.num_comparable)
 
 
@@ -87,15 +88,15 @@ def _pairs_of(name: str, candidates: Candidates) -> list[ParameterPair]:
                 f"{name}: donor has {_shape_text(donor, part)}, the base has {_shape_text(base, part)}, expected the "
                 "same (take two models of the same structure, or leave the module out with exclude_modules)"
             )
-        common = min(base.shape[by_token], donor.shape[by_token])
+        common = min(full_shape(tensor)[by_token] for tensor in (base, donor))
         modules = (candidates.base[name], candidates.donor[name])
         pairs.append(ParameterPair(part, modules, channel_dim, by_token, common))
     return pairs
 
 
 def _without(tensor: torch.Tensor, dim: int) -> list[int]:
-    return [size for axis, size in enumerate(tensor.shape) if axis != dim]
+    return [size for axis, size in enumerate(full_shape(tensor)) if axis != dim]
 
 
 def _shape_text(tensor: torch.Tensor | None, part: str) -> str:
-    return f"no {part}" if tensor is None else f"{part} {list(tensor.shape)}"
+    return f"no {part}" if tensor is None else f"{part} {list(full_shape(tensor))}"

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from act_peft.batches.predictions import Predictions, find_predictions, logits_of
+from act_peft.batches.repeats import batches_of_all
 from act_peft.errors import ActError, ActTypeError, ActValueError
 
 # Number of logits converted to float32 at the same time: on the CPU they fit the cache, on other devices 512 MB.
@@ -87,6 +88,8 @@ class HeldOutData:
     Args:
         dataloader: batches (dicts) that the models accept.
         argument: name of the argument with the batches, for messages.
+        together: whether all processes of a distributed run make one now, each from its own part of the batches. All
+            of them get all batches then.
 
     Attributes:
         batches: the batches, with their counted tokens.
@@ -98,11 +101,11 @@ class HeldOutData:
         ActValueError: no batch, or a batch without a counted token.
     """
 
-    def __init__(self, dataloader: Iterable[Mapping[str, Any]], *, argument: str) -> None:
+    def __init__(self, dataloader: Iterable[Mapping[str, Any]], *, argument: str, together: bool = False) -> None:
         if not isinstance(dataloader, Iterable):
             raise ActTypeError(f"{argument}: got {type(dataloader).__name__}, expected an iterable of batches")
         self.batches: list[Predictions] = []
-        for number, batch in enumerate(dataloader):
+        for number, batch in enumerate(batches_of_all(dataloader, together=together)):
             try:
                 self.batches.append(find_predictions(batch))
             except ActError as error:

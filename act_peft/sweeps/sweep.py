@@ -12,6 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from act_peft.batches.evaluation import evaluation
+from act_peft.batches.repeats import without_repeats
 from act_peft.channels.kinds import channel_kind, num_channels, weight_of
 from act_peft.channels.masks import ChannelMask
 from act_peft.channels.scores import ChannelScores
@@ -20,7 +21,9 @@ from act_peft.errors import ActTypeError, ActValueError, ActWarning
 from act_peft.fitting import CollectedInputs
 from act_peft.fitting.closed_form import open_models
 from act_peft.fitting.pair import find_pairs
-from act_peft.peft_modules import has_adapters
+from act_peft.peft_modules import has_adapters, runnable
+from act_peft.processes import all_begin, num_processes
+from act_peft.shards import needs_every_process
 from act_peft.sweeps.changes import parameters_of
 from act_peft.sweeps.heldout import HeldOutData
 from act_peft.sweeps.methods import Method
@@ -98,6 +101,9 @@ def sweep(
     base's dtype; for all other methods a copy of the base's weights, with a fit another one and what
     `CollectedInputs` holds; the batches, which are read once and stay on their device.
 
+    In a distributed run all processes call this at the same time, each with its own part of the batches. Every one
+    measures all batches, so all get the same table.
+
     Args:
         base: the model that receives the ability, without adapters. It runs in evaluation mode.
         donor: a related model with the ability: a model in memory, or the folder or Hub id of an adapter of the base.
@@ -145,6 +151,8 @@ def sweep(
         >>> print(sweep(base, donor, None, batches, batches, max_keep_loss=0.03))  # rules of weights
     """
     _check_base(base)
+    base = runnable(base)
+    donor = runnable(donor) if isinstance(donor, nn.Module) else donor
     plan = make_plan(
         has_scores=scores is not None,
         held_out=(ability_dataloader, keep_dataloader),
@@ -163,8 +171,11 @@ def sweep(
     opened: nn.Module | None = donor if isinstance(donor, nn.Module) else None
     if plan.weight_methods:
         opened = open_models(base, donor, None)[1][0]
+    together = all_begin(
+        "sweep", [sorted(method.value for method in plan.methods), plan.densities, plan.scales], stacklevel=2
+    )
     with evaluation(base, *(() if opened is None else (opened,))):
-        data = _read(ability_dataloader, keep_dataloader)
+        data = _read(ability_dataloader, keep_dataloader, together=together)
         moves = None
         if masks:
             moving = [name for name, channels in masks[plan.densities[-1]].items() if channels.numel()]
@@ -285,8 +296,8 @@ def _joined(data: Skills | None, argument: str) -> list[Mapping[str, Any]]:
     for one in data.values() if isinstance(data, Mapping) else [data]:
         if not isinstance(one, Iterable):
             raise ActTypeError(f"{argument}: got {type(one).__name__}, expected an iterable of batches")
-        batches += one
-    if not batches:
+        batches += without_repeats(one)
+    if not batches and num_processes() == 1:
         raise ActValueError(
             f"{argument}: got no batch, expected at least one (is the dataset empty, or a generator exhausted?)"
         )
@@ -300,6 +311,11 @@ def _check_base(base: nn.Module) -> None:
         raise ActTypeError(
             f"base: got a {type(base).__name__} with adapters in it, expected a plain model (merge them with "
             "merge_and_unload(), or load the model without them)"
+        )
+    if needs_every_process(base):
+        raise ActValueError(
+            "base: is spread over processes, expected a model in one piece, whose weights are overwritten for a while "
+            "(sweep before FSDP or ZeRO 3 wraps it)"
         )
 
 
@@ -322,13 +338,16 @@ def _check_scores(scores: ChannelScores, base: nn.Module) -> None:
             )
 
 
-def _read(ability: Dataloader, keep: Skills) -> _Data:
+def _read(ability: Dataloader, keep: Skills, *, together: bool) -> _Data:
     skills: Mapping[str, Dataloader] = keep if isinstance(keep, Mapping) else {"keep": keep}
     if not skills:
         raise ActValueError("keep_dataloader: got no skill, expected at least one")
     return (
-        HeldOutData(ability, argument="ability_dataloader"),
-        {name: HeldOutData(batches, argument=f"keep_dataloader {name!r}") for name, batches in skills.items()},
+        HeldOutData(ability, argument="ability_dataloader", together=together),
+        {
+            name: HeldOutData(batches, argument=f"keep_dataloader {name!r}", together=together)
+            for name, batches in skills.items()
+        },
     )
 
 

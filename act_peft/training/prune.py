@@ -13,6 +13,7 @@ from act_peft.checks import finite_number
 from act_peft.errors import ActValueError
 from act_peft.layers import remove_adapter
 from act_peft.layers.lookup import adapter_layers, base_model, check_unmerged, record
+from act_peft.shards import is_shared_out
 from act_peft.training.scales import _scales_of
 
 
@@ -51,6 +52,12 @@ def prune_channels(model: nn.Module, *, threshold: float = 0.0, adapter_name: st
             f"({len(without)} of {len(layers)} modules have none; was it pruned already, or made for rows?)"
         )
     check_unmerged(layers, adapter_name)
+    spread = [name for name, layer in layers.items() if is_shared_out(_scales_of(layer, adapter_name))]
+    if spread:
+        raise ActValueError(
+            f"{spread[0]}: the learned scales of adapter {adapter_name!r} are spread over processes, expected them in "
+            "one piece (save the adapter, load it on the base with is_trainable=True, then prune it)"
+        )
     broken = [n for n, layer in layers.items() if not torch.isfinite(_scales_of(layer, adapter_name)).all()]
     if broken:
         raise ActValueError(

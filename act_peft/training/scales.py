@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -14,6 +14,7 @@ from act_peft.checks import finite_number, number
 from act_peft.errors import ActTypeError, ActValueError
 from act_peft.layers import ActLayer
 from act_peft.layers.lookup import act_layers
+from act_peft.shards import own_part, whole
 
 _UNBOUNDED = (-math.inf, math.inf)
 
@@ -28,8 +29,9 @@ def soft_threshold_(scales: torch.Tensor, threshold: float, *, bounds: tuple[flo
         threshold: learning rate times weight of the penalty, at least 0.
         bounds: the smallest and the greatest allowed value.
     """
+    values = own_part(scales)
     with torch.no_grad():
-        scales.copy_(torch.nn.functional.softshrink(scales, threshold).clamp_(*bounds))
+        values.copy_(torch.nn.functional.softshrink(values, threshold).clamp_(*bounds))
 
 
 class ScaleSparsityCallback(TrainerCallback):
@@ -87,34 +89,42 @@ class ScaleSparsityCallback(TrainerCallback):
                 "ActConfig(trainable='scales') or 'both' (load a saved one with is_trainable=True)"
             )
         rows = [layer.act_delta_weight[name] for layer, name in training]
-        if not any(weight.requires_grad or bool(weight.any()) for weight in rows):
+        if not any(weight.requires_grad or bool(whole(weight).any()) for weight in rows):
             raise ActValueError(
                 "ScaleSparsityCallback: all frozen differences are zero, expected those of a donor "
                 "(ActConfig(donor=...), or initialize_from_donor)"
             )
+        if kwargs.get("optimizer") is not None:
+            _rates(kwargs["optimizer"], [_scales_of(layer, name) for layer, name in training])
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Apply penalty and bounds, after the step of the optimizer and before the learning rate changes."""
         optimizer = kwargs["optimizer"]
         if getattr(optimizer, "step_was_skipped", False):  # gradients overflowed in float16
             return
-        rates = {
-            id(parameter): float(group["lr"]) for group in optimizer.param_groups for parameter in group["params"]
-        }
-        for layer, name in _adapters(kwargs["model"]):
-            scales = _scales_of(layer, name)
-            if not scales.requires_grad:
-                continue
-            if id(scales) not in rates:
-                raise ActValueError(
-                    "ScaleSparsityCallback: the optimizer has none of the learned scales, expected the parameters of "
-                    "the model in it (one device or DistributedDataParallel; DeepSpeed and FSDP train copies)"
-                )
-            soft_threshold_(scales, rates[id(scales)] * self.l1, bounds=self.bounds)
+        every = [_scales_of(layer, name) for layer, name in _adapters(kwargs["model"])]
+        training = [scales for scales in every if scales.requires_grad]
+        for scales, rate in zip(training, _rates(optimizer, training), strict=True):
+            soft_threshold_(scales, rate * self.l1, bounds=self.bounds)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Add density and mean to the log."""
         add_to_log(describe_scales(kwargs["model"]), state=state, logs=logs)
+
+
+def _rates(optimizer: Any, training: Sequence[nn.Parameter]) -> list[float]:
+    """The learning rate of each of some scales.
+
+    Raises:
+        ActValueError: the optimizer does not have one of them.
+    """
+    rates = {id(parameter): float(group["lr"]) for group in optimizer.param_groups for parameter in group["params"]}
+    if any(id(scales) not in rates for scales in training):
+        raise ActValueError(
+            "ScaleSparsityCallback: the optimizer has none of the learned scales, expected the parameters of the "
+            "model in it (one device, DistributedDataParallel or FSDP2; DeepSpeed and FSDP1 train copies)"
+        )
+    return [rates[id(scales)] for scales in training]
 
 
 def describe_scales(model: nn.Module) -> dict[str, float]:
@@ -123,7 +133,7 @@ def describe_scales(model: nn.Module) -> dict[str, float]:
     for layer, name in _adapters(model):
         scales = _scales_of(layer, name)
         if scales.requires_grad:
-            groups.setdefault(layer.kind.value.replace(" ", "_"), []).append(scales.detach().flatten().float().cpu())
+            groups.setdefault(layer.kind.value.replace(" ", "_"), []).append(whole(scales).flatten().float().cpu())
     if not groups:
         return {}
     everything = torch.cat([scales for group in groups.values() for scales in group])

@@ -13,6 +13,7 @@ from act_peft.layers import ActLayer
 from act_peft.layers.lookup import embedding, output_head
 from act_peft.offloading import values_of
 from act_peft.peft_modules import plain_name
+from act_peft.shards import full_shape
 
 
 class ModelTensors:
@@ -45,7 +46,7 @@ class ModelTensors:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a parameter."""
-        return tuple(self._parameters[name].shape)
+        return full_shape(self._parameters[name])
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of a parameter."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from act_peft.adapter.config import ActConfig
@@ -21,19 +21,22 @@ from act_peft.layers.lookup import act_layers, output_head, shared_parameters
 from act_peft.layers.output_head import seen_from_outside
 from act_peft.layers.targets import Targets, find_targets, read_mask, renamed_record, target_answers
 from act_peft.peft_modules import same_gradients
+from act_peft.processes import digests, num_processes
 from act_peft.transfer.difference import Transfer
 from act_peft.transfer.in_model import donor_for_model, origin_of, warn_of_other_base
+from act_peft.tuner.agreement import check_channels, check_loading, check_training
 from act_peft.tuner.awaited import Awaited
 from act_peft.tuner.combined import check_new_name, combined_adapter
+from act_peft.tuner.complete import complete_state, frozen_copies
 from act_peft.tuner.copies import copy_adapter_, find_twin
 from act_peft.tuner.filling import fill_new_adapter
 from act_peft.tuner.loading import check_names, check_place_of_base, check_whole
+from act_peft.tuner.merging import MergingTuner
 from act_peft.tuner.mixed_batches import adapter_per_sample
 from act_peft.tuner.plan import InjectionPlan, withdraw
-from act_peft.tuner.ties import configuration_of_ties
 
 
-class ActModel(BaseTuner):
+class ActModel(MergingTuner):
     """A model with ACT adapters (arXiv 2601.09398). Only the selected channels have deltas, and only these train.
 
     Created by `get_peft_model(model, ActConfig(...))`.
@@ -49,6 +52,9 @@ class ActModel(BaseTuner):
 
     # A class attribute, because PEFT injects the first adapter before `__init__` could set it.
     _plan: InjectionPlan | None = None  # while an adapter is being injected
+    _frozen_copies: Mapping[str, torch.Tensor] = MappingProxyType({})  # of what ZeRO 3 has spread; see `complete`
+    # Adapters whose channels no training step has compared between the processes yet: name of a module -> digest.
+    _uncompared: Mapping[str, Mapping[str, str]] = MappingProxyType({})
 
     # ------------------------------------------------------------------------------------------------- creation ---
 
@@ -87,6 +93,7 @@ class ActModel(BaseTuner):
         state_dict: dict[str, torch.Tensor] | None = None,
         **settings: bool,
     ) -> None:
+        check_loading()
         config = self.peft_config[adapter_name]
         source = find_twin(adapter_name, configs=self.peft_config, awaiting=self._awaited())
         if source is None:
@@ -98,6 +105,8 @@ class ActModel(BaseTuner):
         else:
             copied = {name: layer.act_delta_index[source] for name, layer in self._layers(source).items()}
             targets = Targets(copied, target_answers(config, [name for name, _ in model.named_modules()]))
+        if config.channels is not None and state_dict is None:
+            check_channels(targets.indices)
         with ExitStack() as stack:
             transfer, indices = None, targets.indices
             if source is None and donor is not None:
@@ -129,6 +138,8 @@ class ActModel(BaseTuner):
             finally:
                 self._plan = None
         config.name_targets(indices)
+        if config.channels is not None and state_dict is None:
+            self._uncompared = {**self._uncompared, adapter_name: digests(indices)}
         if source is None and (config.channels is None or state_dict is not None):
             Awaited(model, adapter_name, self.peft_config, trainable)
 
@@ -226,12 +237,21 @@ class ActModel(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         # PEFT calls this around every forward and `generate`. It removes `adapter_names` from the arguments itself.
+        if self._uncompared and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._compare_processes()
         names = kwargs.get("adapter_names")
         if names is None:
             yield
             return
         with adapter_per_sample(self.model, names, adapters=self.peft_config, settings=kwargs):
             yield
+
+    def _compare_processes(self) -> None:
+        """In the first training step, check that all processes train the same channels."""
+        if num_processes() > 1 and any(p.requires_grad for n, p in self.model.named_parameters() if PREFIX in n):
+            held, self._uncompared = self._uncompared, {}
+            check_training({f"{name} of {adapter}": d for adapter, its in held.items() for name, d in its.items()})
+            self._frozen_copies = frozen_copies(self.model)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As in PEFT. If it was the only active adapter, the first remaining one by name becomes active in all layers.
@@ -310,32 +330,6 @@ class ActModel(BaseTuner):
                 parameter = getattr(self.model.get_submodule(name), f"{PREFIX}{part}")[adapter_name]
                 parameter.data = delta.to(parameter.device)
 
-    # -------------------------------------------------------------------------------------------------- merging ---
-
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge adapters as in PEFT. With `safe_merge` all rows are checked before the first one is written."""
-        if safe_merge:
-            self._check_merge(adapter_names)
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
-
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ) -> nn.Module:
-        if merge and safe_merge:
-            self._check_merge(adapter_names)
-        with configuration_of_ties(self.model):
-            return super()._unload_and_optionally_merge(
-                merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
-            )
-
-    def _check_merge(self, adapter_names: list[str] | None) -> None:
-        for layer in act_layers(self.model).values():
-            layer.check_merge(adapter_names)
-
     # -------------------------------------------------------------------------------------------------- loading ---
 
     @classmethod
@@ -349,7 +343,12 @@ class ActModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         # Deltas on the meta device have no values to save, and the known channels of such an adapter are no state yet.
-        return {key: tensor for key, tensor in tensors.items() if tensor.device.type == "meta"} or tensors
+        without_values = {key: tensor for key, tensor in tensors.items() if tensor.device.type == "meta"}
+        if without_values:
+            return without_values
+        tuner = getattr(model, "base_model", None)
+        copies = tuner._frozen_copies if isinstance(tuner, ActModel) else {}
+        return complete_state(model, adapter_name, tensors, copies)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -388,9 +387,12 @@ class ActModel(BaseTuner):
         if awaited is not None and complete:
             awaited.seen_whole()
         elif awaited is not None and awaited.is_complete(states):
+            indices = {name: state[INDEX] for name, state in states.items() if INDEX in state}
+            self._uncompared = {**self._uncompared, adapter_name: digests(indices)}
             # Weights of the base that come with the adapter are not there yet.
-            own = {n: s for n, s in states.items() if f"{prefix}{n}.base_layer.weight" not in state_dict}
-            awaited.accepted({name: state[INDEX] for name, state in own.items() if INDEX in state})
+            awaited.accepted(
+                {name: i for name, i in indices.items() if f"{prefix}{name}.base_layer.weight" not in state_dict}
+            )
 
     def _awaited(self) -> dict[str, Awaited]:
         """The adapters that are being loaded."""

@@ -10,7 +10,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from act_peft.disk.ties import FLAG, can_say_untied, parts_with_flag
+from act_peft.errors import ActValueError
+from act_peft.layers.lookup import act_layers, shared_parameters
 from act_peft.offloading import keeps_elsewhere, values_of
+from act_peft.shards import is_shared_out
 
 
 @contextmanager
@@ -39,6 +42,22 @@ def configuration_of_ties(model: nn.Module) -> Iterator[None]:
     for module, name, first, same in pairs:
         if same and first.device.type != "meta":
             setattr(module, name, nn.Parameter(first.detach().clone(), requires_grad=first.requires_grad))
+
+
+def check_ties_in_parts(model: nn.Module) -> None:
+    """Check that no adapted module shares a weight that is spread over processes: merging would make a new one.
+
+    Raises:
+        ActValueError: one does.
+    """
+    shared = shared_parameters(model)
+    for name, layer in act_layers(model).items():
+        weight = layer.get_base_layer().weight
+        if id(weight) in shared and is_shared_out(weight):
+            raise ActValueError(
+                f"{name}: shares its weight with another module and is spread over processes, expected a weight of "
+                "its own for merging (save the adapter and merge it with merge_checkpoint)"
+            )
 
 
 def _pairs(model: PreTrainedModel) -> Iterator[tuple[nn.Module, str, nn.Parameter, bool]]:

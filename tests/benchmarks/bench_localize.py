@@ -63,6 +63,9 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--batches", type=int, default=2)
     parser.add_argument("--counted", type=float, default=1 / 3, help="share of the tokens that count")
+    parser.add_argument(
+        "--max-memory", type=int, help="bytes for outputs that wait; little makes the models take turns"
+    )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1, help="torch.set_num_threads")
     parser.add_argument("--device", default="cpu")
@@ -81,7 +84,7 @@ def main() -> int:
                     model(**inputs, use_cache=False)
 
     def localized() -> None:
-        localize(base, donor, batches, show_progress=False)
+        localize(base, donor, batches, max_memory=args.max_memory, show_progress=False)
 
     bare(), localized()  # warm-up
     runs = []

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -188,3 +189,13 @@ def test_leftovers_of_killed_runs_go_and_those_of_living_ones_stay(tmp_path):
             assert living.exists()
         os.rmdir(tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == [".act_peft.mine.tmp", "out"]
+
+
+def test_runs_that_write_into_one_folder_at_the_same_time_do_not_disturb_each_other(tmp_path):
+    def write(number):
+        for _ in range(100):
+            write_file(tmp_path / str(number), b"x")
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2", "3"]
