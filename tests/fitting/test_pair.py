@@ -72,7 +72,9 @@ def test_a_bias_in_one_model_alone() -> None:
 
 def test_weights_without_data() -> None:
     base, donor = Toy(), Toy()
-    with pytest.raises(ActValueError, match=r"embedding: the donor's weight has no data in memory \(device meta\), expected"):
+    with pytest.raises(
+        ActValueError, match=r"embedding: the donor's weight has no data in memory \(device meta\), expected"
+    ):
         find_pairs(base, [donor.to("meta")])
 
 
