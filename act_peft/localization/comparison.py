@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -228,6 +229,28 @@ def _heads_first(shape: tuple[int, ...], args: tuple[Any, ...], length: int) -> 
     return first is not None and first.dim() == 4 and first.stride(1) < first.stride(2)
 
 
+class _Eager:
+    """Inside the context no compiled code runs. torch has one such switch for all threads: the last one resets it."""
+
+    def __init__(self) -> None:
+        self._lock, self._users, self._switch = threading.Lock(), 0, ExitStack()
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self._lock:
+            if not self._users:
+                self._switch.enter_context(torch.compiler.set_stance("force_eager"))
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if not self._users:
+                    self._switch.close()
+
+
+_eager = _Eager()
 OnOutput = Callable[[str, tuple[Any, ...], Any], Any]
 
 
@@ -244,7 +267,7 @@ def tap_outputs(modules: Mapping[str, nn.Module], on_output: OnOutput, *, replac
     try:
         for name, module in modules.items():
             handles.append(module.register_forward_hook(partial(forward, on_output, name)))
-        with torch.compiler.set_stance("force_eager"):  # compiled code does not call these hooks
+        with _eager():  # compiled code does not call these hooks
             yield
     finally:
         for handle in handles:

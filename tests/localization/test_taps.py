@@ -59,3 +59,17 @@ def test_outputs_are_not_replaced():
     expected = model(x)
     with tap_outputs({"a": model[0]}, lambda *_: "ignored"):
         assert torch.equal(model(x), expected)
+
+
+def test_compiled_code_runs_again_after_contexts_that_end_in_any_order():
+    seen = []
+    module = torch.compile(nn.Linear(2, 2), backend=lambda graph, inputs: seen.append(graph) or graph.forward)
+    first, second = (tap_outputs({}, lambda *_: None) for _ in range(2))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    module(torch.ones(1, 2))
+    assert not seen
+    second.__exit__(None, None, None)
+    module(torch.ones(1, 2))
+    assert len(seen) == 1
