@@ -73,6 +73,12 @@ def end_at_once_() -> None:
         signal.signal(signal.SIGINT, _Ending(os.getpid()))
 
 
+def is_done_() -> None:
+    """From now on Ctrl-C does nothing: the work is done, and Python only takes itself down."""
+    if isinstance(signal.getsignal(signal.SIGINT), _Ending):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class _Ending:
     """The handler of a process. Its forked children (of a DataLoader) end without a word."""
 

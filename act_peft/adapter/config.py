@@ -16,16 +16,15 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, Peft
 
 from act_peft.adapter.base_record import _check_record
 from act_peft.adapter.card import write_model_card
-from act_peft.adapter.settings import check_settings
+from act_peft.adapter.settings import check_settings, checked_channels, checked_donor
 from act_peft.adapter.stored import read_deltas
-from act_peft.channels.masks import ChannelMask, checked_indices
-from act_peft.channels.scores import ChannelScores
+from act_peft.channels.masks import ChannelMask
 from act_peft.checks import finite_number, member_of, yes_or_no
 from act_peft.disk.atomic import write_file
 from act_peft.disk.json_text import parse_json
 from act_peft.disk.shard import Shard
 from act_peft.doors import EMBEDDING_LAYER_NAMES
-from act_peft.errors import ActError, ActLoadError, ActTypeError, ActValueError, ActWarning
+from act_peft.errors import ActError, ActLoadError, ActValueError, ActWarning
 from act_peft.interrupts import scratch_folder
 from act_peft.plain import one_line
 
@@ -168,9 +167,9 @@ class ActConfig(PeftConfig):
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
         if self.channels is not None:
-            self.channels = _checked_channels(self.channels)
+            self.channels = checked_channels(self.channels)
         if self.donor is not None:
-            self.donor = _checked_donor(self.donor)
+            self.donor = checked_donor(self.donor)
         scale = finite_number(self.transfer_scale, "transfer_scale")
         if not isinstance(self.transfer_scale, (int, float)):  # a file holds plain numbers only
             self.transfer_scale = scale
@@ -376,37 +375,5 @@ def _check_pickled(folder: str) -> None:
         )
 
 
-def _checked_donor(donor: Any) -> str:
-    """The donor's name as text.
-
-    Raises:
-        ActTypeError: for anything else.
-    """
-    if not isinstance(donor, (str, os.PathLike)):
-        raise ActTypeError(
-            f"donor: got {type(donor).__name__}, expected a folder or Hub id (for a model in memory leave it out and "
-            "call initialize_from_donor(model, donor))"
-        )
-    return os.fspath(donor)
-
-
 def _sorted_if_set(names: Any) -> Any:
     return sorted(names) if isinstance(names, set) else names
-
-
-def _checked_channels(channels: Any) -> Any:
-    """A mask or a path unchanged; a dict with sorted lists of channels.
-
-    Raises:
-        ActTypeError: for anything else.
-        ActValueError: for a negative or repeated channel.
-    """
-    if isinstance(channels, (ChannelMask, str, os.PathLike)):
-        return channels
-    if isinstance(channels, ChannelScores):
-        raise ActTypeError("channels: got ChannelScores, expected a ChannelMask (scores.top(density) selects)")
-    if not isinstance(channels, Mapping):
-        raise ActTypeError(
-            f"channels: got {type(channels).__name__}, expected a ChannelMask, a dict of lists or a path"
-        )
-    return {name: checked_indices(f"channels[{name!r}]", indices).tolist() for name, indices in channels.items()}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from act_peft.channels.masks import ChannelMask, checked_indices
+from act_peft.channels.scores import ChannelScores
 from act_peft.checks import finite_number, shown, whole_number
 from act_peft.errors import ActTypeError, ActValueError
 
@@ -80,3 +83,35 @@ def _listed(name: str, value: Any) -> Iterable[Any]:
 def _check_numbers(name: str, value: Any) -> None:
     for each in value if isinstance(value, (*_GROUP, range)) else [value]:
         whole_number(each, name, least=0, most=2**31)
+
+
+def checked_donor(donor: Any) -> str:
+    """The donor's name as text.
+
+    Raises:
+        ActTypeError: for anything else.
+    """
+    if not isinstance(donor, (str, os.PathLike)):
+        raise ActTypeError(
+            f"donor: got {type(donor).__name__}, expected a folder or Hub id (for a model in memory leave it out and "
+            "call initialize_from_donor(model, donor))"
+        )
+    return os.fspath(donor)
+
+
+def checked_channels(channels: Any) -> Any:
+    """A mask or a path unchanged; a dict with sorted lists of channels.
+
+    Raises:
+        ActTypeError: for anything else.
+        ActValueError: for a negative or repeated channel.
+    """
+    if isinstance(channels, (ChannelMask, str, os.PathLike)):
+        return channels
+    if isinstance(channels, ChannelScores):
+        raise ActTypeError("channels: got ChannelScores, expected a ChannelMask (scores.top(density) selects)")
+    if not isinstance(channels, Mapping):
+        raise ActTypeError(
+            f"channels: got {type(channels).__name__}, expected a ChannelMask, a dict of lists or a path"
+        )
+    return {name: checked_indices(f"channels[{name!r}]", indices).tolist() for name, indices in channels.items()}

@@ -1,4 +1,4 @@
-"""One score for every channel, with its meaning, its arithmetic and its file."""
+"""One score for every channel, with its meaning and its arithmetic."""
 
 from __future__ import annotations
 
@@ -6,41 +6,20 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from enum import Enum
 from types import MappingProxyType
-from typing import Any
 
 import torch
 
 from act_peft.channels.contrast import contrast, mean_of_all
 from act_peft.channels.masks import ChannelMask
-from act_peft.channels.origin import HasOrigin, Origin, check_same_pair, join
-from act_peft.channels.score_sums import checked_comparable, checked_sums, count_text, rows_of
+from act_peft.channels.origin import HasOrigin, check_same_pair, join
+from act_peft.channels.score_file import StoredScores, read_progress, read_scores, write_scores
+from act_peft.channels.score_kinds import ScoreKind
+from act_peft.channels.score_sums import checked_comparable, checked_sums, count_text
 from act_peft.channels.selection import Normalization, Scope, dominance_text, select_channels
 from act_peft.channels.spread import Spread
 from act_peft.checks import MOST, member_of, whole_number
-from act_peft.disk import tensorfile
 from act_peft.errors import ActError, ActTypeError, ActValueError, ActWarning
-
-_KIND = "channel scores"
-# Version 2 has more metadata, version 3 two rows a module (contrast), version 4 a spread (three rows) or the origin.
-# What needs none of them is written as version 1.
-_PLAIN_VERSION, _SCORE_VERSION, _CONTRAST_VERSION, _VERSION = 1, 2, 3, 4
-
-
-class ScoreKind(Enum):
-    """The meaning of a score; the formulas are in `localize`."""
-
-    ACTIVATION = "activation"
-    WEIGHT = "weight"
-    ATTRIBUTION = "attribution"
-    GAIN = "gain"
-    CONTRAST = "contrast"
-
-    @property
-    def is_mean(self) -> bool:
-        """Whether the scores are means over tokens, so that two runs can be pooled."""
-        return self not in (ScoreKind.WEIGHT, ScoreKind.GAIN)
 
 
 @dataclass(frozen=True, init=False, eq=False, repr=False)
@@ -337,31 +316,11 @@ class ChannelScores(HasOrigin, Mapping[str, torch.Tensor]):
         Raises:
             ActValueError: `path` is a folder or lies in a folder that does not exist.
         """
-        metadata: dict[str, Any] = {"modules": list(self._sums), "num_tokens": self._num_tokens}
-        if progress is not None:
-            metadata |= {"progress": list(progress)}
-        version = _PLAIN_VERSION
-        if self._kind is not ScoreKind.ACTIVATION or self._num_comparable:
-            version = _SCORE_VERSION
-            metadata |= {"score": self._kind.value, "num_comparable": self._num_comparable}
-        tensors = self._sums
-        if self._keep is not None:
-            version = _CONTRAST_VERSION
-            metadata |= {"num_keep_tokens": self._keep.num_tokens}
-            tensors = {name: torch.stack([sums, self._keep._sums[name]]) for name, sums in self._sums.items()}
-        spread = self._spread
-        if spread is not None:
-            version = _VERSION
-            metadata |= {"score": self._kind.value, "num_comparable": self._num_comparable}
-            metadata |= {"num_samples": spread.num_samples, "token_squares": spread.token_squares}
-            tensors = {
-                name: torch.stack([sums, spread.squares[name], spread.products[name]])
-                for name, sums in self._sums.items()
-            }
-        if self._origin is not None:
-            version = _VERSION
-            metadata |= {"origin": self._origin.to_json()}
-        tensorfile.write(path, _KIND, version, tensors, metadata)
+        keep = None if self._keep is None else (self._keep._sums, self._keep.num_tokens)
+        stored = StoredScores(
+            self._sums, self._num_tokens, self._kind, self._num_comparable, keep, self._spread, self._origin
+        )
+        write_scores(path, stored, progress=progress)
 
     @staticmethod
     def read_progress(path: str | os.PathLike[str]) -> tuple[str, int, str]:
@@ -370,13 +329,7 @@ class ChannelScores(HasOrigin, Mapping[str, torch.Tensor]):
         Raises:
             ActValueError: the file is missing or damaged, or holds scores without it.
         """
-        progress = tensorfile.read(path, _KIND, _VERSION)[1].get("progress")
-        if not isinstance(progress, list) or [type(part) for part in progress] != [str, int, str]:
-            raise ActValueError(
-                f"{path}: got scores of a finished run, expected a checkpoint of an interrupted one (take another "
-                "name)"
-            )
-        return progress[0], progress[1], progress[2]
+        return read_progress(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ChannelScores:
@@ -385,33 +338,17 @@ class ChannelScores(HasOrigin, Mapping[str, torch.Tensor]):
         Raises:
             ActValueError: the file is missing, damaged, holds no scores, or is of a newer version.
         """
-        tensors, metadata = tensorfile.read(path, _KIND, _VERSION)
-        modules = metadata.get("modules")
-        if not isinstance(modules, list) or sorted(map(str, modules)) != sorted(tensors):
-            raise ActValueError(
-                f"{path}: got tensors for {len(tensors)} modules, expected exactly those that its metadata lists "
-                "(save the scores again)"
-            )
-        comparable = metadata.get("num_comparable", {})
-        if not isinstance(comparable, dict):
-            raise ActValueError(f"{path}: num_comparable: got {comparable!r:.100}, expected an object of counts")
-        sums = {name: tensors[name] for name in modules}
-        keep = spread = None
+        stored = read_scores(path)
         try:
-            if metadata.get("score") == ScoreKind.CONTRAST.value:
-                sums, kept = rows_of(sums, 2)
-                keep = cls(kept, metadata.get("num_keep_tokens"), num_comparable=comparable)  # type: ignore[arg-type]
-            if "num_samples" in metadata:
-                sums, squares, products = rows_of(sums, 3)
-                spread = Spread(squares, products, metadata["num_samples"], metadata.get("token_squares"))  # type: ignore[arg-type]
+            keep = None if stored.keep is None else cls(*stored.keep, num_comparable=stored.num_comparable)
             scores = cls(
-                sums,
-                metadata.get("num_tokens"),  # type: ignore[arg-type]
-                kind=metadata.get("score", ScoreKind.ACTIVATION),
-                num_comparable=comparable,
+                stored.sums,
+                stored.num_tokens,
+                kind=stored.kind,
+                num_comparable=stored.num_comparable,
                 keep=keep,
-                spread=spread,
+                spread=stored.spread,
             )
-            return scores.with_origin(Origin.from_json(metadata["origin"])) if "origin" in metadata else scores
         except ActError as error:
             raise ActValueError(f"{path}: {error}") from error
+        return scores.with_origin(stored.origin)

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from act_peft.errors import ActError
-from act_peft.interrupts import INTERRUPTED, INTERRUPTED_LINE
+from act_peft.interrupts import INTERRUPTED, INTERRUPTED_LINE, is_done_
 from act_peft.plain import one_line, without_controls
 
 COMMANDS = {
@@ -133,6 +133,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             text = f"{type(error).__name__}: {_one_line(error)[:300]}"
             print(f"act-peft: {text} (unexpected; --debug shows where it happened)", file=sys.stderr)
         return FAILED
+    finally:
+        if argv is None:
+            is_done_()
     return DONE
 
 

@@ -319,5 +319,4 @@ def test_ready_recipes_do_what_they_say(tmp_path, name):
     abilities = ["spanish", "english"] if name == "specialists" else ["spanish"]
     for skill in abilities:
         assert found[last][skill].accuracy > found[first][skill].accuracy + 0.25
-    lost = found[first]["german"].accuracy - found[last]["german"].accuracy
-    assert lost < (0.06 if name == "specialists" else 0.03)  # of two abilities at once, without a fine-tune
+    assert found[last]["german"].accuracy > found[first]["german"].accuracy - 0.03
