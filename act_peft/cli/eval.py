@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     if len(examples) < len(arguments.dataset):
         arguments.refuse("argument --dataset: got two files of one name, expected different names")
     base = reader.model(arguments.base)
-    skills = {name: reader.batches(found, base, name=name) for name, found in examples.items()}
+    skills = {name: reader.measured(found, base, name=name) for name, found in examples.items()}
     results: dict[str, Any] = {}
 
     def measure(name: str, model: Any) -> None:

@@ -134,6 +134,11 @@ class ExampleReader:
 
         return list(self.batches(examples, model, name=name))[process_index() :: num_processes()]
 
+    def measured(self, examples: Any, model: Any, *, name: str) -> Iterable[Any]:
+        """The batches of some examples to measure on: the end-of-text token that TRL adds does not count."""
+        rows = self.rows(examples, model, name=name)
+        return rows.without_end(self._tokenizer.eos_token_id).batches(self._arguments.batch_size)
+
     def rows(self, examples: Any, model: Any, *, name: str) -> TokenizedRows:
         """Some examples, tokenized as the base reads them.
 

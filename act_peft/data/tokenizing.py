@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,6 +43,24 @@ class TokenizedRows:
         """Batches of the rows, in their order, or shuffled anew each time with a seed."""
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         return _Batches(self.rows, batch_size, self.collator, generator)
+
+    def without_end(self, token: int | None) -> TokenizedRows:
+        """The same rows to measure on: the end-of-text token that TRL adds to texts is not counted.
+
+        Whether a model expects it after an answer says nothing about the answer.
+
+        Args:
+            token: id of the end-of-text token; None: the tokenizer has none.
+        """
+
+        def labels(row: dict[str, list[int]]) -> dict[str, list[int]]:
+            found = row["labels"]
+            is_added = found[-1] == token and any(label != IGNORED_LABEL for label in found[:-1])
+            return {"labels": [*found[:-1], IGNORED_LABEL] if is_added else found}
+
+        rows = self.rows.map(labels)
+        num_tokens = sum(label != IGNORED_LABEL for row in rows["labels"] for label in row)
+        return replace(self, rows=rows, num_tokens=num_tokens)
 
 
 class _Batches:

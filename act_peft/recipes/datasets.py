@@ -91,5 +91,5 @@ class Skills:
             )
             for note in rows.notes:
                 self._report(note)
-            self._tokenized[part, name] = rows
+            self._tokenized[part, name] = rows if part == "train" else rows.without_end(self.tokenizer.eos_token_id)
         return self._tokenized[part, name]

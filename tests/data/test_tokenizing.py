@@ -69,6 +69,17 @@ def test_completions_and_their_end_are_counted(model, tokenizer):
     assert tokenized.notes == (f"data: only {tokenized.num_tokens} answer tokens, so all figures are rough",)
 
 
+def test_where_models_are_measured_the_added_end_is_not_counted(model, tokenizer):
+    tokenized = tokenize(completions(), model, tokenizer)
+    measured = tokenized.without_end(tokenizer.eos_token_id)
+    assert counted_text(measured, tokenizer) == [row["completion"] for row in ROWS]
+    assert measured.num_tokens == tokenized.num_tokens - len(ROWS)
+    assert measured.rows["input_ids"] == tokenized.rows["input_ids"]
+    assert tokenized.without_end(None).rows["labels"] == tokenized.rows["labels"]
+    alone = tokenize(Dataset.from_list([{"input_ids": [1, 2], "labels": [-100, 2]}]), model, tokenizer)
+    assert alone.without_end(2).rows["labels"] == [[-100, 2]]  # nothing else would be left
+
+
 def test_of_text_every_token_is_counted_and_this_is_said(model, tokenizer):
     texts = Dataset.from_list([{"text": f"{row['prompt']} {row['completion']}"} for row in ROWS * 2])
     tokenized = tokenize(texts, model, tokenizer)
